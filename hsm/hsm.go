@@ -69,6 +69,15 @@ type Agreer interface {
 	Agree(ctx context.Context, peer *ecdh.PublicKey) ([]byte, error)
 }
 
+// Prover is a key that can prove what it does.
+type Prover interface {
+	Key
+	// Prove encrypts in software and decrypts in the HSM, or agrees with a fresh peer, and compares. It costs one
+	// private-key operation, two at most where the better of two hashes turns out not to work. Afterwards the answer of
+	// [Decrypter].OAEPHashes is proved and final; before, it is what the device announces.
+	Prove(ctx context.Context) error
+}
+
 // KeyRef names a key on its device.
 type KeyRef struct {
 	Label string // CKA_LABEL, or a NetHSM label

@@ -1,0 +1,321 @@
+package device
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+const testPIN = "648219"
+
+func valid() Config {
+	return Config{Type: TypePKCS11, Module: "/usr/lib/module.so", TokenLabel: "unseal", PIN: testPIN}
+}
+
+func TestValidateNamesTheMistake(t *testing.T) {
+	slot := uint(0)
+	tests := map[string]struct {
+		change func(*Config)
+		want   string // part of the complaint, "" where there is none
+	}{
+		"a complete configuration is fine":    {func(*Config) {}, ""},
+		"slot 0 is a slot":                    {func(c *Config) { c.TokenLabel, c.Slot = "", &slot }, ""},
+		"a type is needed":                    {func(c *Config) { c.Type = "" }, `"type" is missing`},
+		"an unknown type is named":            {func(c *Config) { c.Type = "tpm" }, `type "tpm" is not known`},
+		"a module is needed":                  {func(c *Config) { c.Module = "" }, `"module" is missing`},
+		"a bare module name is refused":       {func(c *Config) { c.Module = "opensc.so" }, "not an absolute path"},
+		"a token has to be chosen":            {func(c *Config) { c.TokenLabel = "" }, "no token is chosen"},
+		"one way to choose it is enough":      {func(c *Config) { c.Slot = &slot }, "more than one of"},
+		"a PIN is needed":                     {func(c *Config) { c.PIN = "" }, "no PIN is given"},
+		"a PIN and a PIN file are too much":   {func(c *Config) { c.PINFile = "pin" }, "keep one"},
+		"parallel has an upper bound":         {func(c *Config) { c.Parallel = 1000 }, "parallel 1000 is out of range"},
+		"a limit below a second is refused":   {func(c *Config) { c.DecryptTimeout = time.Millisecond }, "decrypt_timeout"},
+		"a limit of hours is refused as well": {func(c *Config) { c.GenerateTimeout = 3 * time.Hour }, "generate_timeout"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			config := valid()
+			test.change(&config)
+			err := config.Validate()
+			if test.want == "" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("got %v, want a complaint with %q", err, test.want)
+			}
+			if strings.Contains(err.Error(), testPIN) {
+				t.Fatalf("the complaint shows the PIN: %v", err)
+			}
+		})
+	}
+}
+
+func TestRedactedNeverShowsThePIN(t *testing.T) {
+	shown := valid().Redacted()
+	if shown["pin_set"] != true {
+		t.Error("pin_set is not true")
+	}
+	for field, value := range shown {
+		if value == testPIN || field == "pin" {
+			t.Errorf("field %q shows the PIN", field)
+		}
+	}
+}
+
+func TestDestinationChanged(t *testing.T) {
+	one, two, again := uint(1), uint(2), uint(1)
+	base := valid()
+	base.TokenLabel, base.Slot = "", &one
+	tests := map[string]struct {
+		change func(*Config)
+		want   string
+	}{
+		"the same configuration keeps it":      {func(*Config) {}, ""},
+		"an equal slot behind another pointer": {func(c *Config) { c.Slot = &again }, ""},
+		"another slot moves it":                {func(c *Config) { c.Slot = &two }, "slot"},
+		"another module moves it":              {func(c *Config) { c.Module = "/tmp/evil.so" }, "module"},
+		"a slot given up for a label moves it": {func(c *Config) { c.Slot, c.TokenLabel = nil, "x" }, "token_label slot"},
+		"a longer limit keeps it":              {func(c *Config) { c.DecryptTimeout = time.Minute }, ""},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			config := base
+			test.change(&config)
+			if got := strings.Join(config.DestinationChanged(base), " "); got != test.want {
+				t.Fatalf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+func TestSecretFiles(t *testing.T) {
+	outside := t.TempDir()
+	dir := filepath.Join(t.TempDir(), "secrets")
+	must(t, os.Mkdir(dir, 0o700))
+	write := func(path, content string, mode os.FileMode) {
+		must(t, os.WriteFile(path, []byte(content), 0o600))
+		must(t, os.Chmod(path, mode))
+	}
+	write(filepath.Join(dir, "pin"), testPIN+"\n", 0o400)
+	write(filepath.Join(dir, "empty"), "\n", 0o600)
+	write(filepath.Join(dir, "large"), strings.Repeat("9", maxSecretFile+1), 0o600)
+	write(filepath.Join(dir, "open"), testPIN, 0o666)
+	write(filepath.Join(outside, "stolen"), "root:secret-of-the-machine", 0o600)
+	must(t, os.Symlink("pin", filepath.Join(dir, "link")))
+	must(t, os.Symlink(filepath.Join(outside, "stolen"), filepath.Join(dir, "escape")))
+	must(t, os.Mkdir(filepath.Join(dir, "folder"), 0o700))
+
+	tests := map[string]struct {
+		dir, path string
+		want      string // part of the complaint, "" where the PIN is read
+	}{
+		"a file under the directory is read":           {dir, filepath.Join(dir, "pin"), ""},
+		"a relative name means the directory":          {dir, "pin", ""},
+		"a link that stays inside is followed":         {dir, "link", ""},
+		"without a directory no file is allowed":       {"", filepath.Join(dir, "pin"), "without -secrets-dir"},
+		"a file elsewhere is refused":                  {dir, filepath.Join(outside, "stolen"), "does not lie under"},
+		"dots do not climb out":                        {dir, filepath.Join(dir, "..", "pin"), "does not lie under"},
+		"a link that leads out is refused":             {dir, "escape", "cannot be read"},
+		"a missing file is an error and no empty PIN":  {dir, "absent", "cannot be read"},
+		"an empty file is an error and no empty PIN":   {dir, "empty", "is empty"},
+		"a folder is no secret":                        {dir, "folder", "not a regular file"},
+		"a large file is not a PIN":                    {dir, "large", "larger than"},
+		"a file that others may write is not trusted":  {dir, "open", "chmod go-w"},
+		"the directory itself is not a file under it":  {dir, dir, "does not lie under"},
+		"a sibling with the same beginning is outside": {dir, dir + "-other/pin", "does not lie under"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			got, err := SecretFiles{Dir: test.dir}.Read(test.path)
+			if test.want == "" {
+				if err != nil || string(got) != testPIN {
+					t.Fatalf("got %q, %v", got, err)
+				}
+				return
+			}
+			if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.want) {
+				t.Fatalf("got %v, want a complaint with %q", err, test.want)
+			}
+			if strings.Contains(err.Error(), "secret-of-the-machine") || strings.Contains(err.Error(), testPIN) {
+				t.Fatalf("the complaint shows the content: %v", err)
+			}
+		})
+	}
+}
+
+// fakeDevice counts what happens to it.
+type fakeDevice struct {
+	hsm.Device
+	infos  atomic.Int32
+	closed atomic.Bool
+	delay  time.Duration
+}
+
+func (d *fakeDevice) Info(ctx context.Context) (hsm.Info, error) {
+	d.infos.Add(1)
+	select {
+	case <-time.After(d.delay):
+		return hsm.Info{Serial: "1"}, nil
+	case <-ctx.Done():
+		return hsm.Info{}, ctx.Err()
+	}
+}
+
+func (d *fakeDevice) FindKeys(context.Context, hsm.KeyQuery) ([]hsm.Key, error) { return nil, nil }
+
+func (d *fakeDevice) Close() error { d.closed.Store(true); return nil }
+
+func registry(secrets string, open Opener) *Registry {
+	return New(Options{Openers: map[string]Opener{TypePKCS11: open}, Secrets: SecretFiles{Dir: secrets}})
+}
+
+func TestDeviceIsOpenedOnceByManyCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var opens atomic.Int32
+		handle, err := registry("", func(_ context.Context, owner string, _ Config, pin []byte) (hsm.Device, error) {
+			if owner != "mount" || string(pin) != testPIN {
+				t.Errorf("opened for %q with %q", owner, pin)
+			}
+			opens.Add(1)
+			time.Sleep(time.Second)
+			return &fakeDevice{}, nil
+		}).Open("mount", "stick", valid())
+		must(t, err)
+		var callers sync.WaitGroup
+		for range 20 {
+			callers.Go(func() {
+				if _, err := handle.Device(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if _, err := handle.Device(impatient); !errors.Is(err, context.DeadlineExceeded) && err != nil {
+			t.Errorf("an impatient caller got %v", err)
+		}
+		callers.Wait()
+		if opens.Load() != 1 {
+			t.Errorf("opened %d times", opens.Load())
+		}
+		must(t, handle.Close())
+		if _, err := handle.Device(t.Context()); !errors.Is(err, ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+	})
+}
+
+func TestADeviceThatCouldNotBeOpenedIsTriedAgain(t *testing.T) {
+	away := true
+	handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+		if away {
+			return nil, hsm.ErrUnavailable
+		}
+		return &fakeDevice{}, nil
+	}).Open("mount", "stick", valid())
+	must(t, err)
+	if _, err := handle.Device(t.Context()); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Fatalf("got %v", err)
+	}
+	away = false
+	if _, err := handle.Device(t.Context()); err != nil {
+		t.Fatalf("the HSM is back, and: %v", err)
+	}
+	must(t, handle.Close())
+}
+
+func TestAChangedPINFileOpensTheDeviceAnew(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "pin")
+	must(t, os.WriteFile(path, []byte("111111"), 0o600))
+	var pins []string
+	var devices []*fakeDevice
+	config := valid()
+	config.PIN, config.PINFile = "", path
+	handle, err := registry(dir, func(_ context.Context, _ string, _ Config, pin []byte) (hsm.Device, error) {
+		pins = append(pins, string(pin))
+		devices = append(devices, &fakeDevice{})
+		return devices[len(devices)-1], nil
+	}).Open("mount", "stick", config)
+	must(t, err)
+	for _, pin := range []string{"111111", "111111", "2222222"} {
+		must(t, os.WriteFile(path, []byte(pin), 0o600))
+		must(t, os.Chtimes(path, time.Time{}, time.Unix(int64(len(pin)), 0)))
+		if _, err := handle.Device(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Join(pins, " "); got != "111111 2222222" {
+		t.Errorf("opened with %q", got)
+	}
+	if !devices[0].closed.Load() {
+		t.Error("the device with the old PIN was not closed")
+	}
+	must(t, handle.Close())
+}
+
+func TestStatusIsProbedOnceForManyCallersAndForAWhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		device := &fakeDevice{delay: time.Second}
+		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+			return device, nil
+		}).Open("mount", "stick", valid())
+		must(t, err)
+		time.Sleep(time.Hour) // away from the zero time
+		var callers sync.WaitGroup
+		for range 10 {
+			callers.Go(func() {
+				if status := handle.Status(t.Context()); status.Err != nil || status.Info.Serial != "1" {
+					t.Errorf("got %+v", status)
+				}
+			})
+		}
+		callers.Wait()
+		if got := device.infos.Load(); got != 1 {
+			t.Errorf("probed %d times", got)
+		}
+		time.Sleep(probeInterval)
+		handle.Status(t.Context())
+		if got := device.infos.Load(); got != 2 {
+			t.Errorf("after a while probed %d times in all", got)
+		}
+		must(t, handle.Close())
+	})
+}
+
+func TestAnImpatientCallersStatusIsNotRemembered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+			return &fakeDevice{delay: time.Second}, nil
+		}).Open("mount", "stick", valid())
+		must(t, err)
+		impatient, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if status := handle.Status(impatient); !errors.Is(status.Err, context.DeadlineExceeded) {
+			t.Errorf("got %v", status.Err)
+		}
+		if status := handle.Status(t.Context()); status.Err != nil {
+			t.Errorf("the next caller got %v", status.Err)
+		}
+		must(t, handle.Close())
+	})
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

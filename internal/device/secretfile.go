@@ -1,0 +1,109 @@
+package device
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// maxSecretFile is the size of the largest secret file in bytes. A PIN has 15 characters, a passphrase 200.
+const maxSecretFile = 4096
+
+// SecretFiles is the directory under which files named in a configuration must lie. Whoever may write a mount's
+// configuration must not be able to read another file of the machine by naming it as a PIN file, nor to learn from an
+// error what it holds. The zero value allows no file at all.
+type SecretFiles struct {
+	// Dir is given by the plugin's own arguments, -secrets-dir.
+	Dir string
+}
+
+// Check says whether the path names a readable secret under the directory, without telling anything of its content.
+func (s SecretFiles) Check(path string) error {
+	secret, err := s.Read(path)
+	clear(secret)
+	return err
+}
+
+// Read returns the content of the file without a final line break. Symbolic links are followed as long as they stay
+// inside the directory, as those of a mounted Kubernetes secret do. An unreadable or empty file is an error: an empty
+// PIN would cost a try. The caller wipes the result.
+func (s SecretFiles) Read(path string) ([]byte, error) {
+	if s.Dir == "" {
+		return nil, complain(`the file %s may not be read: the plugin was registered without -secrets-dir, so no file is; register it with -args=-secrets-dir=DIR, or give the secret itself`, path)
+	}
+	relative, err := s.relative(path)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(s.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("opening the secrets directory: %w", err)
+	}
+	defer root.Close()
+	file, err := root.Open(relative)
+	if err != nil {
+		return nil, complain(`the secret file %s cannot be read (%v); it must exist, be readable by the plugin's user and lie, with what its links point to, under %s`, path, pathless(err), s.Dir)
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("reading the secret file %s: %w", path, pathless(err))
+	}
+	if !info.Mode().IsRegular() {
+		return nil, complain(`%s is not a regular file`, path)
+	}
+	if info.Mode().Perm()&0o022 != 0 {
+		return nil, complain(`%s may be written by others than its owner; chmod go-w it`, path)
+	}
+	return readSecret(file, path)
+}
+
+func readSecret(r io.Reader, path string) ([]byte, error) {
+	buf := make([]byte, maxSecretFile+1)
+	n, err := io.ReadFull(r, buf)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		clear(buf)
+		return nil, fmt.Errorf("reading the secret file %s: %w", path, pathless(err))
+	}
+	if n > maxSecretFile {
+		clear(buf)
+		return nil, complain(`the secret file %s is larger than %d bytes; is it the right one?`, path, maxSecretFile)
+	}
+	for n > 0 && (buf[n-1] == '\n' || buf[n-1] == '\r') {
+		n--
+	}
+	if n == 0 {
+		return nil, complain(`the secret file %s is empty; nothing was sent to the HSM`, path)
+	}
+	return buf[:n:n], nil
+}
+
+// relative makes path relative to the directory, by name only: os.Root keeps what follows inside.
+func (s SecretFiles) relative(path string) (string, error) {
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(s.Dir, path)
+	}
+	dirs := []string{s.Dir}
+	if resolved, err := filepath.EvalSymlinks(s.Dir); err == nil && resolved != s.Dir {
+		dirs = append(dirs, resolved)
+	}
+	for _, dir := range dirs {
+		relative, err := filepath.Rel(dir, filepath.Clean(path))
+		if err == nil && relative != "." && relative != ".." && !strings.HasPrefix(relative, "../") {
+			return relative, nil
+		}
+	}
+	return "", complain(`the file %s does not lie under the plugin's -secrets-dir %s`, path, s.Dir)
+}
+
+// pathless drops the path that os errors carry: the sentence around it names the one that the user gave.
+func pathless(err error) error {
+	var pathError *os.PathError
+	if errors.As(err, &pathError) {
+		return pathError.Err
+	}
+	return err
+}

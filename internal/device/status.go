@@ -1,0 +1,94 @@
+package device
+
+import (
+	"context"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// probeInterval is for how long a probe's result is given again instead of troubling the HSM: a monitor that asks
+// every second must not keep a card busy that takes 0.6 s for one operation.
+const probeInterval = 5 * time.Second
+
+// Status is how a device fares.
+type Status struct {
+	// Info is what the HSM tells of itself; the zero value where it does not answer.
+	Info hsm.Info
+	// Keys are the key pairs found.
+	Keys []hsm.Key
+	// RoundTrip is how long one private-key operation took, 0 where none could be tried.
+	RoundTrip time.Duration
+	// Err is why the device cannot be used now; nil where it can.
+	Err error
+	// Checked is when all this was found out.
+	Checked time.Time
+}
+
+// probe is the newest status and the one being made.
+type probe struct {
+	status  Status
+	running chan struct{} // closed when the probe in flight has ended; nil where none is
+}
+
+// Status finds out how the device fares: it reads what the HSM tells of itself, lists its keys and performs one
+// private-key operation, because only a real operation proves that a card is there (C_GetTokenInfo answers from a cache
+// when it is gone). Callers at one time share one probe, and a result is reused for a few seconds.
+func (h *Handle) Status(ctx context.Context) Status {
+	for {
+		h.mu.Lock()
+		if age := time.Since(h.probed.status.Checked); age < probeInterval {
+			defer h.mu.Unlock()
+			return h.probed.status
+		}
+		if running := h.probed.running; running != nil {
+			h.mu.Unlock()
+			select {
+			case <-running:
+				continue
+			case <-ctx.Done():
+				return Status{Err: ctx.Err(), Checked: time.Now()}
+			}
+		}
+		running := make(chan struct{})
+		h.probed.running = running
+		h.mu.Unlock()
+
+		status := h.check(ctx)
+
+		h.mu.Lock()
+		h.probed.running = nil
+		if ctx.Err() == nil { // a caller's own impatience says nothing about the device
+			h.probed.status = status
+		}
+		h.mu.Unlock()
+		close(running)
+		return status
+	}
+}
+
+func (h *Handle) check(ctx context.Context) (status Status) {
+	defer func() { status.Checked = time.Now() }()
+	device, err := h.Device(ctx)
+	if err != nil {
+		return Status{Err: err}
+	}
+	if status.Info, status.Err = device.Info(ctx); status.Err != nil {
+		return status
+	}
+	if status.Keys, status.Err = device.FindKeys(ctx, hsm.KeyQuery{}); status.Err != nil {
+		return status
+	}
+	for _, key := range status.Keys {
+		prover, ok := key.(hsm.Prover)
+		if !ok {
+			continue
+		}
+		begin := time.Now()
+		if status.Err = prover.Prove(ctx); status.Err == nil {
+			status.RoundTrip = time.Since(begin)
+		}
+		break
+	}
+	return status
+}
