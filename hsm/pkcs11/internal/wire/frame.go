@@ -17,6 +17,9 @@ import (
 	"io"
 )
 
+// HostArgv0 is os.Args[0] of a module host. The plugin starts its own binary under this name.
+const HostArgv0 = "nitroseal-module-host"
+
 // Version of the protocol. Both sides must agree.
 const Version = 1
 
@@ -45,13 +48,24 @@ type Frame struct {
 }
 
 // WriteFrame writes the frame in one Write call, so that frames of several goroutines need only a lock around it, and
-// wipes the buffer that it used.
+// wipes the buffer that it used. A frame longer than MaxFrame is an error and writes nothing.
 func WriteFrame(w io.Writer, f Frame) error {
+	return WriteFrameIn(w, f, nil)
+}
+
+// WriteFrameIn is [WriteFrame] with the caller's own buffer, which is used where the frame fits into it. A host that
+// could not lock all its memory gives one that is locked.
+func WriteFrameIn(w io.Writer, f Frame, scratch []byte) error {
 	size := header + len(f.Meta) + len(f.Data)
 	if size > MaxFrame {
 		return fmt.Errorf("a message of %d bytes exceeds the limit of %d", size, MaxFrame)
 	}
-	buf := make([]byte, 4+size)
+	var buf []byte
+	if 4+size <= len(scratch) {
+		buf = scratch[:4+size]
+	} else {
+		buf = make([]byte, 4+size)
+	}
 	defer clear(buf)
 	binary.BigEndian.PutUint32(buf, uint32(size))
 	binary.BigEndian.PutUint64(buf[4:], f.ID)
@@ -67,34 +81,52 @@ func WriteFrame(w io.Writer, f Frame) error {
 }
 
 // ReadFrame reads one frame. The end of the stream between two frames is io.EOF; anything that is no frame, or is
-// longer than MaxFrame, is ErrMalformed.
+// longer than MaxFrame, is ErrMalformed. A stream that fails with an error of its own gives that error, and one that
+// ends within a frame io.ErrUnexpectedEOF as well.
 func ReadFrame(r io.Reader) (Frame, error) {
-	var length [4]byte
-	if _, err := io.ReadFull(r, length[:]); err != nil {
-		return Frame{}, err
+	return ReadFrameIn(r, func(_ Op, size int) []byte { return make([]byte, size) })
+}
+
+// ReadFrameIn is [ReadFrame] with the caller's own memory: alloc returns the size bytes that Meta and Data of a frame
+// of that operation are read into, before the first of them is read. alloc is called for well-formed frames only.
+func ReadFrameIn(r io.Reader, alloc func(op Op, size int) []byte) (Frame, error) {
+	var fixed [4 + header]byte
+	if n, err := io.ReadFull(r, fixed[:]); err != nil {
+		if n == 0 {
+			return Frame{}, err
+		}
+		return Frame{}, fmt.Errorf("%w: cut short: %w", ErrMalformed, err)
 	}
-	size := binary.BigEndian.Uint32(length[:])
+	size := binary.BigEndian.Uint32(fixed[:])
 	if size < header || size > MaxFrame {
 		return Frame{}, fmt.Errorf("%w: length %d", ErrMalformed, size)
 	}
-	buf := make([]byte, size)
-	if _, err := io.ReadFull(r, buf); err != nil {
-		clear(buf)
-		return Frame{}, fmt.Errorf("%w: cut short: %w", ErrMalformed, err)
-	}
-	meta := binary.BigEndian.Uint32(buf[10:])
-	if meta > size-header || buf[9] > 1 {
-		clear(buf)
+	body := int(size) - header
+	meta := binary.BigEndian.Uint32(fixed[14:])
+	if uint64(meta) > uint64(body) || fixed[13] > 1 {
 		return Frame{}, fmt.Errorf("%w: header", ErrMalformed)
 	}
-	split := header + int(meta)
+	op := Op(fixed[12])
+	buf := alloc(op, body)[:body]
+	if _, err := io.ReadFull(r, buf); err != nil {
+		clear(buf)
+		return Frame{}, fmt.Errorf("%w: cut short: %w", ErrMalformed, noEOF(err))
+	}
 	return Frame{
-		ID:     binary.BigEndian.Uint64(buf),
-		Op:     Op(buf[8]),
-		Failed: buf[9] == 1,
-		Meta:   buf[header:split:split],
-		Data:   buf[split:],
+		ID:     binary.BigEndian.Uint64(fixed[4:]),
+		Op:     op,
+		Failed: fixed[13] == 1,
+		Meta:   buf[:meta:meta],
+		Data:   buf[meta:],
 	}, nil
+}
+
+// noEOF makes an end of the stream in the middle of a frame no ordinary end.
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
 
 // Encode returns the JSON of a Meta value. The types of this package always encode.

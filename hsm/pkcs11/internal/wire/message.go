@@ -24,9 +24,9 @@ const (
 	OpDecryptRaw
 	// OpDerive: DeriveRequest, the peer's uncompressed point → the x coordinate (CKM_ECDH1_DERIVE with CKD_NULL).
 	OpDerive
-	// OpGenerateKey: GenerateRequest → Key.
+	// OpGenerateKey: GenerateRequest → Key. CodeExists where a key with that id is there; an empty ID gets 16 random bytes.
 	OpGenerateKey
-	// OpDestroyKey: DestroyKeyRequest → nothing.
+	// OpDestroyKey: DestroyKeyRequest → nothing. Refused unless the handles are a private key and its public half.
 	OpDestroyKey
 	// OpObjects: ObjectRequest (Label empty) → Objects.
 	OpObjects
@@ -36,7 +36,7 @@ const (
 	OpCreateObject
 	// OpDestroyObject: ObjectRequest → nothing. Exactly one must match.
 	OpDestroyObject
-	// OpRandom: RandomRequest → bytes.
+	// OpRandom: RandomRequest → bytes, 1024 at most.
 	OpRandom
 	// OpSetPIN: SetPINRequest, old PIN followed by new PIN → nothing.
 	OpSetPIN
@@ -117,8 +117,9 @@ type Key struct {
 	Modulus, Exponent []byte
 	Curve             string
 	Point             []byte
-	Sensitive         bool
-	Extractable       bool
+	// Sensitive and Extractable are what the token says; where it does not say, the worse: false and true.
+	Sensitive   bool
+	Extractable bool
 	// Uses are the CKA_ usage attributes that are true on the private key, in lower case: decrypt, sign, derive, …
 	Uses []string
 }
@@ -189,6 +190,8 @@ const (
 	CodeUnsupported                          // the module or key cannot do that
 	CodeLoad                                 // the module cannot be loaded
 	CodeLockMemory                           // memory for a secret cannot be locked
+	CodeExists                               // an object of that name or id is already there
+	CodeInternal                             // a bug in the host
 )
 
 func (e *Error) Error() string {
