@@ -1,0 +1,178 @@
+package envelope
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+
+	"github.com/go-jose/go-jose/v4"
+)
+
+// typ and formatVersion are the header parameters of the same meaning. A later format gets another version.
+const (
+	typ           = "nitroseal+jwe"
+	formatVersion = 1
+)
+
+// macDomain begins the HMAC's input, so that a MAC of ours cannot mean anything else.
+const macDomain = "nitroseal/envelope/v1"
+
+// maxGeneration is the largest integer that every JSON reader keeps exact (RFC 8259, 6).
+const maxGeneration = 1<<53 - 1
+
+// Use is the entrance that an envelope was made for. No entrance opens an envelope of another use.
+type Use string
+
+// The uses of envelopes.
+const (
+	UseWrap     Use = "wrap"     // wrap and unwrap
+	UseTransit  Use = "transit"  // encrypt and decrypt, the wire of seal "transit"
+	UseMaterial Use = "material" // stored material: the only use with cluster, name and generation
+	UseKEK      Use = "kek"      // a key that encrypts keys
+	UseAuth     Use = "auth"     // a wrapping key version's authentication key
+	UseSeal     Use = "seal"     // a value that the operator's command seals for itself
+)
+
+// Uses lists every [Use].
+func Uses() []Use { return []Use{UseWrap, UseTransit, UseMaterial, UseKEK, UseAuth, UseSeal} }
+
+// Context is what an envelope was made for. Names are 1 to [MaxName] bytes of printable ASCII without space and
+// without the characters " & ' < > \ that JSON writers escape differently.
+type Context struct {
+	Use     Use
+	Key     string // the wrapping key's name
+	Version int    // the wrapping key's version, from 1
+
+	// Cluster, Name and Generation (from 1, below 2⁵³) are set for UseMaterial and for nothing else.
+	Cluster    string
+	Name       string
+	Generation uint64
+
+	// Caller is the caller's own context, opaque, up to [MaxCaller] bytes. None and empty are the same.
+	Caller []byte
+}
+
+// ContextError says in which field an envelope's context differs from the wanted one. It is an [ErrContext].
+type ContextError struct {
+	Field string
+	// Claimed and Wanted are the two values; both are empty for the caller's context, which may be a secret.
+	Claimed, Wanted string
+}
+
+func (e *ContextError) Error() string {
+	if e.Claimed == "" && e.Wanted == "" {
+		return fmt.Sprintf("%v: its %s is another one", ErrContext, e.Field)
+	}
+	return fmt.Sprintf("%v: its %s is %q, not %q", ErrContext, e.Field, e.Claimed, e.Wanted)
+}
+
+// Is makes a ContextError answer to [ErrContext].
+func (e *ContextError) Is(target error) bool { return target == ErrContext }
+
+// check tells why an envelope cannot have this context. The caller adds ErrInvalid or ErrMalformed.
+func (c Context) check() error {
+	switch c.Use {
+	case UseWrap, UseTransit, UseKEK, UseAuth, UseSeal:
+		if c.Cluster != "" || c.Name != "" || c.Generation != 0 {
+			return fmt.Errorf("cluster, name and generation belong to use %q only, not to %q", UseMaterial, c.Use)
+		}
+	case UseMaterial:
+		if err := checkName("cluster", c.Cluster); err != nil {
+			return err
+		}
+		if err := checkName("name", c.Name); err != nil {
+			return err
+		}
+		if c.Generation < 1 || c.Generation > maxGeneration {
+			return fmt.Errorf("generation %d is not between 1 and %d", c.Generation, maxGeneration)
+		}
+	default:
+		return fmt.Errorf("unknown use %q", c.Use)
+	}
+	if err := checkName("wrapping key", c.Key); err != nil {
+		return err
+	}
+	if c.Version < 1 || c.Version > math.MaxInt32 {
+		return fmt.Errorf("wrapping key version %d is not between 1 and %d", c.Version, math.MaxInt32)
+	}
+	return nil
+}
+
+func checkName(what, name string) error {
+	if name == "" || len(name) > MaxName {
+		return fmt.Errorf("%s name of %d bytes: a name has 1 to %d", what, len(name), MaxName)
+	}
+	if i := strings.IndexFunc(name, func(r rune) bool { return r > 0x7e || !isNameByte(byte(r)) }); i >= 0 {
+		return fmt.Errorf("%s name %q: byte %d is not allowed in a name", what, name, i)
+	}
+	return nil
+}
+
+// isNameByte tells whether names may hold c. What it allows, every JSON writer writes as itself.
+func isNameByte(c byte) bool {
+	return c > ' ' && c < 0x7f && !strings.ContainsRune(`"&'<>\`, rune(c))
+}
+
+// differs returns the first field in which the contexts differ, or nil.
+func (c Context) differs(want Context) error {
+	for _, field := range []struct{ name, claimed, wanted string }{
+		{"use", string(c.Use), string(want.Use)},
+		{"wrapping key", c.Key, want.Key},
+		{"wrapping key version", strconv.Itoa(c.Version), strconv.Itoa(want.Version)},
+		{"cluster", c.Cluster, want.Cluster},
+		{"name", c.Name, want.Name},
+		{"generation", strconv.FormatUint(c.Generation, 10), strconv.FormatUint(want.Generation, 10)},
+	} {
+		if field.claimed != field.wanted {
+			return &ContextError{Field: field.name, Claimed: field.claimed, Wanted: field.wanted}
+		}
+	}
+	if !bytes.Equal(c.Caller, want.Caller) {
+		return &ContextError{Field: "caller's context"}
+	}
+	return nil
+}
+
+// headers adds the context to the protected header.
+func (c Context) headers(options *jose.EncrypterOptions) {
+	options.WithType(typ).
+		WithHeader("v", formatVersion).
+		WithHeader("use", c.Use).
+		WithHeader("key", c.Key).
+		WithHeader("kver", c.Version)
+	if c.Use == UseMaterial {
+		options.WithHeader("cluster", c.Cluster).WithHeader("name", c.Name).WithHeader("gen", c.Generation)
+	}
+	if len(c.Caller) > 0 {
+		options.WithHeader("ctx", base64.RawURLEncoding.EncodeToString(c.Caller))
+	}
+}
+
+// mac returns HMAC-SHA256 over context and payload. Every field is preceded by its length, so that no two inputs are
+// written alike.
+func (c Context) mac(key *AuthKey, payload []byte) []byte {
+	mac := hmac.New(sha256.New, key[:])
+	writeField(mac, []byte(macDomain))
+	writeField(mac, []byte(c.Use))
+	writeField(mac, []byte(c.Key))
+	writeField(mac, binary.BigEndian.AppendUint64(nil, uint64(c.Version)))
+	writeField(mac, []byte(c.Cluster))
+	writeField(mac, []byte(c.Name))
+	writeField(mac, binary.BigEndian.AppendUint64(nil, c.Generation))
+	writeField(mac, c.Caller)
+	writeField(mac, payload)
+	return mac.Sum(nil)
+}
+
+// writeField writes a length of four bytes, big endian, and the field. A hash does not fail.
+func writeField(w io.Writer, field []byte) {
+	_, _ = w.Write(binary.BigEndian.AppendUint32(nil, uint32(len(field))))
+	_, _ = w.Write(field)
+}

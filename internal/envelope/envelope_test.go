@@ -1,0 +1,84 @@
+package envelope
+
+import (
+	"bytes"
+	"fmt"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// wrapContext and materialContext are contexts of which a test changes what it is about.
+func wrapContext() Context {
+	return Context{Use: UseWrap, Key: "prod", Version: 3, Caller: []byte("caller's own\x00context")}
+}
+
+func materialContext() Context {
+	return Context{Use: UseMaterial, Key: "prod", Version: 3, Cluster: "vault-eu", Name: "unseal-keys", Generation: 7}
+}
+
+func TestEveryAlgorithmOpensAloneAndAmongOthers(t *testing.T) {
+	for _, algorithm := range []struct {
+		key       string
+		algorithm Algorithm
+	}{
+		{rsa2048, RSAOAEP256}, {rsa2048, RSAOAEP}, {rsa3072, RSAOAEP256}, {ecP256, ECDHESA256KW}, {ecP384, ECDHESA256KW},
+	} {
+		for _, many := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s %s many=%t", algorithm.key, algorithm.algorithm, many), func(t *testing.T) {
+				own := load(t, algorithm.key, algorithm.algorithm)
+				to := []party{own}
+				if many {
+					for _, name := range testKeys {
+						if name != algorithm.key {
+							to = append(to, load(t, name, ""))
+						}
+					}
+				}
+				for _, c := range []Context{wrapContext(), materialContext()} {
+					raw := mustSeal(t, c, []byte("payload"), to...)
+					e, err := Parse(raw)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if diff := cmp.Diff(c, e.Context()); diff != "" {
+						t.Errorf("context (-sealed +parsed):\n%s", diff)
+					}
+					var ids []RecipientID
+					for _, p := range to {
+						ids = append(ids, RecipientID{KID: p.KID, Algorithm: p.Algorithm})
+					}
+					if diff := cmp.Diff(ids, e.Recipients()); diff != "" {
+						t.Errorf("recipients (-sealed +parsed):\n%s", diff)
+					}
+					before := own.ops.count.Load()
+					payload, err := e.Open(t.Context(), c, own.Recipient, own.key, testAuth)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if string(payload) != "payload" {
+						t.Errorf("opened %q", payload)
+					}
+					if spent := own.ops.count.Load() - before; spent != 1 {
+						t.Errorf("opening took %d HSM operations, want 1", spent)
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestTheLargestEnvelopeFits(t *testing.T) {
+	own := load(t, rsa2048, "")
+	c := materialContext()
+	c.Caller = bytes.Repeat([]byte{0xff}, MaxCaller)
+	payload := bytes.Repeat([]byte{0xff}, MaxPayload)
+	raw := mustSeal(t, c, payload, own)
+	opened, err := open(t, raw, c, own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(opened, payload) {
+		t.Error("another payload came out")
+	}
+}
