@@ -1,0 +1,383 @@
+package vaulttest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"text/template"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+)
+
+// Options of a server. The zero value fits most tests.
+type Options struct {
+	// MLock lets Vault and the plugin lock their memory, as in production. It needs root or CAP_IPC_LOCK.
+	MLock bool
+	// Join names a server whose raft cluster this one joins.
+	Join *Server
+}
+
+// Server is a running Vault.
+type Server struct {
+	// Address is its API: https://127.0.0.1:PORT.
+	Address string
+	// CAFile holds the CA of its certificate.
+	CAFile string
+	// RootToken may do everything.
+	RootToken string
+	// UnsealKey is the one share of its seal, base64.
+	UnsealKey string
+	// Dir is the server's own folder. PluginDir lies in it.
+	Dir, PluginDir string
+
+	options Options
+	certs   certificates
+	cluster string // host:port of its cluster listener
+	process *process
+	started []Process // every process seen below it: none may outlive it
+}
+
+// Start runs a Vault that is initialised, unsealed and active. It ends with the test.
+func Start(t testing.TB, options Options) *Server {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ns-") //nolint:usetesting // sockets lie below it: 107 characters, and t.TempDir is long
+	must(t, err)
+	s := &Server{Dir: dir, PluginDir: filepath.Join(dir, "plugins"), options: options}
+	t.Cleanup(func() {
+		s.Stop(t)
+		if t.Failed() {
+			s.printLog(t)
+		}
+		must(t, os.RemoveAll(dir))
+	})
+	for _, folder := range []string{s.PluginDir, filepath.Join(dir, "raft"), filepath.Join(dir, "tmp")} {
+		must(t, os.Mkdir(folder, 0o700))
+	}
+	if options.Join != nil {
+		s.certs = options.Join.certs
+	} else {
+		s.certs = newCertificates(t, dir)
+	}
+	s.CAFile = s.certs.ca
+
+	s.run(t)
+	if options.Join == nil {
+		s.initialize(t)
+	} else {
+		s.join(t)
+	}
+	return s
+}
+
+// configuration of the server. Debug logs go to a file that only a failed test prints.
+var configuration = template.Must(template.New("vault.hcl").Parse(`
+disable_mlock    = {{.DisableMLock}}
+plugin_directory = "{{.PluginDir}}"
+plugin_tmpdir    = "{{.Dir}}/tmp"
+api_addr         = "{{.Address}}"
+cluster_addr     = "https://{{.Cluster}}"
+log_level        = "debug"
+
+storage "raft" {
+  path                   = "{{.Dir}}/raft"
+  node_id                = "{{.Node}}"
+  performance_multiplier = 1
+}
+
+listener "tcp" {
+  address         = "{{.Listen}}"
+  cluster_address = "{{.Cluster}}"
+  tls_cert_file   = "{{.Cert}}"
+  tls_key_file    = "{{.Key}}"
+}
+`))
+
+// run starts the process and waits until its API answers. A port that somebody took in between is no failure at the
+// first start: there are others. Later starts keep theirs, as raft remembers the address.
+func (s *Server) run(t testing.TB) {
+	t.Helper()
+	vault := Tool(t, "vault")
+	log := filepath.Join(s.Dir, "vault.log")
+	const tries = 5
+	for try := 1; ; try++ {
+		if s.cluster == "" || try > 1 && s.RootToken == "" {
+			ports := freePorts(t, 2)
+			s.Address, s.cluster = "https://"+ports[0], ports[1]
+		}
+		var config bytes.Buffer
+		must(t, configuration.Execute(&config, map[string]any{
+			"DisableMLock": !s.options.MLock, "Dir": s.Dir, "PluginDir": s.PluginDir, "Node": filepath.Base(s.Dir),
+			"Address": s.Address, "Listen": strings.TrimPrefix(s.Address, "https://"), "Cluster": s.cluster,
+			"Cert": s.certs.cert, "Key": s.certs.key,
+		}))
+		file := filepath.Join(s.Dir, "vault.hcl")
+		must(t, os.WriteFile(file, config.Bytes(), 0o600))
+		env := []string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.Dir, "TMPDIR=" + filepath.Join(s.Dir, "tmp")}
+		s.process = startProcess(t, log, env, vault, "server", "-config="+file)
+
+		var taken error
+		Eventually(t, time.Minute, "Vault's API", func() error {
+			if s.process.ended() {
+				taken = fmt.Errorf("vault ended at once, see its log")
+				return nil
+			}
+			_, err := s.client(t, "").Sys().SealStatus() // our own CA: no other server can answer this
+			return err
+		})
+		if taken == nil {
+			return
+		}
+		if content, _ := os.ReadFile(log); try == tries || !bytes.Contains(content, []byte("address already in use")) {
+			t.Fatalf("starting vault: %v\n%s", taken, content)
+		}
+	}
+}
+
+func (s *Server) initialize(t testing.TB) {
+	t.Helper()
+	answer, err := s.client(t, "").Sys().Init(&api.InitRequest{SecretShares: 1, SecretThreshold: 1})
+	must(t, err)
+	s.RootToken, s.UnsealKey = answer.RootToken, answer.KeysB64[0]
+	s.Unseal(t)
+}
+
+// join makes the server a standby of the cluster that it was told to join.
+func (s *Server) join(t testing.TB) {
+	t.Helper()
+	ca, err := os.ReadFile(s.CAFile)
+	must(t, err)
+	leader := s.options.Join
+	_, err = s.client(t, "").Sys().RaftJoin(&api.RaftJoinRequest{LeaderAPIAddr: leader.Address, LeaderCACert: string(ca)})
+	must(t, err)
+	s.RootToken, s.UnsealKey = leader.RootToken, leader.UnsealKey
+	s.post(t)
+	Eventually(t, time.Minute, "the second node to be a standby", func() error {
+		health, err := s.client(t, "").Sys().Health()
+		if err == nil && (health.Sealed || !health.Standby) {
+			err = errors.New("it is sealed or not a standby yet")
+		}
+		return err
+	})
+}
+
+// Unseal gives the server its share and waits until it is active.
+func (s *Server) Unseal(t testing.TB) {
+	t.Helper()
+	s.post(t)
+	s.WaitActive(t)
+}
+
+// post gives the share. A node that has just joined answers "not initialized" until raft told it otherwise.
+func (s *Server) post(t testing.TB) {
+	t.Helper()
+	Eventually(t, time.Minute, "the share to be taken", func() error {
+		status, err := s.client(t, "").Sys().Unseal(s.UnsealKey)
+		if err == nil && status.Sealed && s.options.Join == nil {
+			err = errors.New("still sealed")
+		}
+		return err
+	})
+}
+
+// WaitActive waits until the server is unsealed and serves requests itself.
+func (s *Server) WaitActive(t testing.TB) {
+	t.Helper()
+	Eventually(t, time.Minute, "Vault to be active", func() error {
+		health, err := s.client(t, "").Sys().Health()
+		switch {
+		case err != nil:
+			return err
+		case health.Sealed || health.Standby || !health.Initialized:
+			return fmt.Errorf("sealed %t, standby %t, initialized %t", health.Sealed, health.Standby, health.Initialized)
+		}
+		return nil
+	})
+}
+
+// Seal seals the server: its mounts are gone until Unseal.
+func (s *Server) Seal(t testing.TB) {
+	t.Helper()
+	s.remember()
+	must(t, s.Client(t).Sys().Seal())
+}
+
+// Restart stops the process in good order and starts it anew, unsealed and active.
+func (s *Server) Restart(t testing.TB) {
+	t.Helper()
+	s.Stop(t)
+	s.run(t)
+	s.Unseal(t)
+}
+
+// Kill ends Vault with SIGKILL, as a power cut would. What it leaves behind is the caller's to look at: Processes
+// shows nothing any more, so ask before.
+func (s *Server) Kill(t testing.TB) {
+	t.Helper()
+	s.remember()
+	s.process.end(syscall.SIGKILL)
+}
+
+// Resume starts a server that Stop or Kill ended, unsealed and active.
+func (s *Server) Resume(t testing.TB) {
+	t.Helper()
+	s.run(t)
+	s.Unseal(t)
+}
+
+// Stop ends Vault in good order. Processes that it started must end as well: what remains after ten seconds fails the
+// test, and is killed.
+func (s *Server) Stop(t testing.TB) {
+	t.Helper()
+	if s.process == nil {
+		return
+	}
+	s.remember()
+	s.process.end(syscall.SIGTERM)
+	deadline := time.Now().Add(10 * time.Second)
+	for _, p := range s.started {
+		for p.Alive() && time.Now().Before(deadline) {
+			<-time.After(20 * time.Millisecond)
+		}
+		if p.Alive() {
+			t.Errorf("process %d outlived its Vault: %s", p.PID, p.Command)
+			p.Kill(t)
+		}
+	}
+	s.started = nil
+}
+
+// Processes lists what Vault runs at this moment: plugin processes and their module hosts.
+func (s *Server) Processes() []Process {
+	return descendants(s.process.cmd.Process.Pid)
+}
+
+// Plugins lists the plugin processes, Hosts their module hosts.
+func (s *Server) Plugins() []Process { return s.kind(false) }
+
+// Hosts lists the module hosts.
+func (s *Server) Hosts() []Process { return s.kind(true) }
+
+func (s *Server) kind(hosts bool) []Process {
+	var found []Process
+	for _, p := range s.Processes() {
+		if strings.HasPrefix(p.Command, hostArgv0) == hosts {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+// hostArgv0 is argv[0] of every module host.
+const hostArgv0 = "nitroseal-module-host"
+
+func (s *Server) remember() {
+	for _, p := range s.Processes() {
+		known := false
+		for _, q := range s.started {
+			known = known || p.PID == q.PID && p.started == q.started
+		}
+		if !known {
+			s.started = append(s.started, p)
+		}
+	}
+}
+
+// Client talks to the server with the root token, and never repeats a request.
+func (s *Server) Client(t testing.TB) *api.Client {
+	t.Helper()
+	return s.client(t, s.RootToken)
+}
+
+// ClientWithToken talks to the server with another token.
+func (s *Server) ClientWithToken(t testing.TB, token string) *api.Client {
+	t.Helper()
+	return s.client(t, token)
+}
+
+func (s *Server) client(t testing.TB, token string) *api.Client {
+	t.Helper()
+	config := api.DefaultConfig()
+	must(t, config.Error)
+	config.Address = s.Address
+	config.MaxRetries = 0
+	config.Timeout = time.Minute // the CLI's
+	must(t, config.ConfigureTLS(&api.TLSConfig{CACert: s.CAFile}))
+	client, err := api.NewClient(config)
+	must(t, err)
+	client.SetToken(token)
+	return client
+}
+
+// Register copies the binary into the plugin directory and puts it into the catalog with its hash and arguments.
+// env holds NAME=VALUE for the plugin's process.
+func (s *Server) Register(t testing.TB, binary Binary, args, env []string) {
+	t.Helper()
+	command := Name + "-" + binary.Version
+	copyFile(t, binary.Path, filepath.Join(s.PluginDir, command))
+	must(t, s.Client(t).Sys().RegisterPluginWithContext(context.Background(), &api.RegisterPluginInput{
+		Name: Name, Type: api.PluginTypeSecrets, Version: binary.Version, Command: command,
+		SHA256: binary.SHA256, Args: args, Env: env,
+	}))
+}
+
+// Enable mounts the plugin.
+func (s *Server) Enable(t testing.TB, mount, version string) {
+	t.Helper()
+	must(t, s.Client(t).Sys().Mount(mount, &api.MountInput{
+		Type: Name, Config: api.MountConfigInput{PluginVersion: version},
+	}))
+}
+
+// Log is everything that the server wrote so far.
+func (s *Server) Log(t testing.TB) string {
+	t.Helper()
+	content, err := os.ReadFile(s.process.log)
+	must(t, err)
+	return string(content)
+}
+
+// printLog prints the end of the log.
+func (s *Server) printLog(t testing.TB) {
+	t.Helper()
+	log := s.Log(t)
+	const limit = 20_000
+	if len(log) > limit {
+		log = "…" + log[len(log)-limit:]
+	}
+	t.Logf("log of Vault at %s:\n%s", s.Address, log)
+}
+
+// copyFile writes a new file and renames it into place: an executable that runs cannot be written to.
+func copyFile(t testing.TB, from, to string) {
+	t.Helper()
+	source, err := os.Open(from)
+	must(t, err)
+	defer source.Close()
+	target, err := os.OpenFile(to+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o700)
+	must(t, err)
+	_, err = io.Copy(target, source)
+	must(t, errors.Join(err, target.Close()))
+	must(t, os.Rename(to+".new", to))
+}
+
+// freePorts finds loopback addresses that are free at this moment, all different.
+func freePorts(t testing.TB, n int) []string {
+	t.Helper()
+	var addresses []string
+	for range n {
+		listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
+		must(t, err)
+		defer listener.Close() // all are held until the last one is known
+		addresses = append(addresses, listener.Addr().String())
+	}
+	return addresses
+}
