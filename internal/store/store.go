@@ -60,6 +60,8 @@ var (
 	ErrFull = errors.New("no room in the store")
 	// ErrAmbiguous: two writers that do not share a lock wrote the same name; both values are kept.
 	ErrAmbiguous = errors.New("written twice in the store")
+	// ErrCorrupt: what lies under the name is not what a store wrote there: cut short, changed or foreign.
+	ErrCorrupt = errors.New("damaged in the store")
 	// ErrInvalidName: the name breaks the rules of CheckName.
 	ErrInvalidName = errors.New("invalid name")
 	// ErrTooLarge: the value is larger than the store takes.
