@@ -28,6 +28,10 @@ dev: ## the same, left running for you to play with; prints how to talk to it
 	@scripts/setup demo
 	@scripts/demo stay
 
+.PHONY: dev-stop
+dev-stop: ## end what `make dev` left running
+	@scripts/demo stop
+
 .PHONY: build
 build: ## build bin/vault-plugin-secrets-nitrokey
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$(PLUGIN) ./cmd/$(PLUGIN)

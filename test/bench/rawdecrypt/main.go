@@ -1,0 +1,120 @@
+// Command rawdecrypt measures what an HSM's module does by itself: C_DecryptInit and one C_Decrypt with a buffer, in a
+// loop, in one session, with nothing of this project in between. The benchmarks compare everything else with it.
+//
+// It is told what to use by one line of JSON on stdin, [Setup]. Then each line is a number N: it decrypts N times and
+// prints N durations in nanoseconds, blank-separated, on one line.
+package main
+
+/*
+#cgo LDFLAGS: -ldl
+#include <dlfcn.h>
+#include <stdlib.h>
+
+typedef unsigned long ulong_t;
+typedef struct { ulong_t type; void *value; ulong_t len; } attribute;
+typedef struct { ulong_t mechanism; void *parameter; ulong_t len; } mechanism;
+typedef struct { ulong_t hash, mgf, source; void *data; ulong_t len; } oaep;
+
+static ulong_t session, key;
+static ulong_t (*decrypt_init)(ulong_t, mechanism *, ulong_t);
+static ulong_t (*decrypt)(ulong_t, unsigned char *, ulong_t, unsigned char *, ulong_t *);
+
+// open_key logs in to the slot and finds the private key with the id. 0 is success, else the CKR_ code.
+static ulong_t open_key(const char *path, ulong_t slot, char *pin, ulong_t pin_len, void *id, ulong_t id_len) {
+	void *module = dlopen(path, RTLD_NOW);
+	if (module == NULL)
+		return ~0UL;
+	ulong_t (*initialize)(void *) = dlsym(module, "C_Initialize");
+	ulong_t (*open_session)(ulong_t, ulong_t, void *, void *, ulong_t *) = dlsym(module, "C_OpenSession");
+	ulong_t (*login)(ulong_t, ulong_t, char *, ulong_t) = dlsym(module, "C_Login");
+	ulong_t (*find_init)(ulong_t, attribute *, ulong_t) = dlsym(module, "C_FindObjectsInit");
+	ulong_t (*find)(ulong_t, ulong_t *, ulong_t, ulong_t *) = dlsym(module, "C_FindObjects");
+	ulong_t (*find_final)(ulong_t) = dlsym(module, "C_FindObjectsFinal");
+	decrypt_init = dlsym(module, "C_DecryptInit");
+	decrypt = dlsym(module, "C_Decrypt");
+	if (!initialize || !open_session || !login || !find_init || !find || !find_final || !decrypt_init || !decrypt)
+		return ~0UL;
+
+	ulong_t rv, found = 0, private_key = 3; // CKO_PRIVATE_KEY
+	attribute query[] = {{0x000, &private_key, sizeof private_key}, {0x102, id, id_len}}; // CKA_CLASS, CKA_ID
+	if ((rv = initialize(NULL)) || (rv = open_session(slot, 4, NULL, NULL, &session)) || // CKF_SERIAL_SESSION
+	    (rv = login(session, 1, pin, pin_len)) || (rv = find_init(session, query, 2)) ||
+	    (rv = find(session, &key, 1, &found)) || (rv = find_final(session)))
+		return rv;
+	return found == 1 ? 0 : 0x82; // CKR_OBJECT_HANDLE_INVALID
+}
+
+// once decrypts one RSA-OAEP block with SHA-1, which is what SoftHSM has.
+static ulong_t once(unsigned char *in, ulong_t in_len, unsigned char *out, ulong_t out_len) {
+	oaep parameter = {0x220, 1, 1, NULL, 0}; // CKM_SHA_1, CKG_MGF1_SHA1, CKZ_DATA_SPECIFIED
+	mechanism m = {9, &parameter, sizeof parameter}; // CKM_RSA_PKCS_OAEP
+	ulong_t rv = decrypt_init(session, &m, key);
+	return rv ? rv : decrypt(session, in, in_len, out, &out_len);
+}
+*/
+import "C"
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+)
+
+// Setup says what to measure.
+type Setup struct {
+	Module     string `json:"module"`
+	Slot       uint   `json:"slot"`
+	PIN        string `json:"pin"`
+	KeyID      []byte `json:"key_id"`
+	Ciphertext []byte `json:"ciphertext"`
+}
+
+func main() {
+	if err := serve(); err != nil {
+		fmt.Fprintln(os.Stderr, "rawdecrypt:", err)
+		os.Exit(1)
+	}
+}
+
+func serve() error {
+	lines := bufio.NewScanner(os.Stdin)
+	if !lines.Scan() {
+		return fmt.Errorf("reading the set-up: %w", lines.Err())
+	}
+	var setup Setup
+	if err := json.Unmarshal(lines.Bytes(), &setup); err != nil {
+		return fmt.Errorf("reading the set-up: %w", err)
+	}
+	path, pin := C.CString(setup.Module), C.CString(setup.PIN)
+	defer C.free(unsafe.Pointer(path))
+	defer C.free(unsafe.Pointer(pin))
+	if rv := C.open_key(path, C.ulong_t(setup.Slot), pin, C.ulong_t(len(setup.PIN)),
+		unsafe.Pointer(&setup.KeyID[0]), C.ulong_t(len(setup.KeyID))); rv != 0 {
+		return fmt.Errorf("opening the key: 0x%x", uint64(rv))
+	}
+
+	out := make([]byte, len(setup.Ciphertext))
+	in, to := (*C.uchar)(&setup.Ciphertext[0]), (*C.uchar)(&out[0])
+	for lines.Scan() {
+		n, err := strconv.Atoi(lines.Text())
+		if err != nil {
+			return err
+		}
+		durations := make([]string, n)
+		for i := range durations {
+			began := time.Now()
+			rv := C.once(in, C.ulong_t(len(setup.Ciphertext)), to, C.ulong_t(len(out)))
+			durations[i] = strconv.FormatInt(time.Since(began).Nanoseconds(), 10)
+			if rv != 0 {
+				return fmt.Errorf("C_Decrypt: 0x%x", uint64(rv))
+			}
+		}
+		fmt.Println(strings.Join(durations, " "))
+	}
+	return lines.Err()
+}
