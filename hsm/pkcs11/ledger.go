@@ -1,0 +1,356 @@
+package pkcs11
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// ledger makes sure that one PIN is wrong at most once on a machine: tokens lock after three wrong ones, and programs
+// start again and again.
+//
+// Before a PIN is sent, the intent to send it is made durable; the token's answer resolves it. What a program that died
+// in between leaves is an unresolved intent, and whether that bars its PIN is asked of the token: where it still shows
+// all its tries, the PIN was right or never arrived. A PIN that was rejected stays barred until another one is
+// configured or a person unbars the token. Where a token shows fewer than all its tries, only the PIN that worked there
+// last is sent without a person's word.
+//
+// PINs are told apart by fingerprints that are made to be poor (see [ledgerFiles.fingerprint]). All processes of a
+// machine share the ledger's directory; one log-in to a token runs at a time, under a lock that dies with its process.
+type ledger struct {
+	files ledgerFiles
+	now   func() time.Time
+}
+
+// openLedger returns the ledger in a directory. It does no I/O: what is wrong with the directory, attempt tells.
+func openLedger(dir string) *ledger {
+	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now}
+}
+
+// attempt is a log-in under way. Exactly one of succeeded, wrong, unresolved and withdrawn must be called; until then
+// other log-ins to the same token wait, in every process.
+type attempt struct {
+	ledger *ledger
+	serial string
+	known  record // what is known without this attempt
+	intent intent
+	unlock func()
+}
+
+// attempt records the intent to log in to the token with that serial number, and returns once it is durable. flags are
+// what the token tells about its PIN now. The errors: *hsm.PINError where the PIN must not be sent, the error of ctx where
+// it ended while another log-in ran, and hsm.ErrUnavailable where the intent cannot be written.
+func (l *ledger) attempt(ctx context.Context, serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
+	if err := l.files.checkDir(); err != nil {
+		return nil, l.noIntent(serial, err)
+	}
+	unlock, err := l.files.lock(ctx, serial)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("waiting for another log-in to the token %q: %w", serial, err)
+		}
+		return nil, l.noIntent(serial, err)
+	}
+	a, err := l.begin(serial, pin, flags)
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	a.unlock = unlock
+	return a, nil
+}
+
+// begin decides and writes the intent. The caller holds the token's lock.
+func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
+	var damaged *damagedError
+	print, key, err := l.files.fingerprint(serial, pin)
+	if errors.As(err, &damaged) {
+		return nil, barredByDamage(serial, err, flags)
+	}
+	if err != nil {
+		return nil, l.noIntent(serial, err)
+	}
+	before, err := l.files.read(serial)
+	if errors.As(err, &damaged) {
+		return nil, barredByDamage(serial, err, flags)
+	}
+	if err != nil {
+		return nil, l.noIntent(serial, err)
+	}
+	known, again, refusal := before.admit(print, key, flags)
+	if refusal != nil {
+		if len(known.Barred) > len(before.Barred) {
+			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
+			_ = l.files.write(serial, known)
+		}
+		return nil, refusal.error(serial, flags)
+	}
+	a := &attempt{ledger: l, serial: serial, known: known}
+	a.intent = intent{Print: print, At: l.now().UTC().Truncate(time.Second), Again: again}
+	if err := l.files.write(serial, known.resolved(&a.intent)); err != nil {
+		return nil, l.noIntent(serial, err)
+	}
+	return a, nil
+}
+
+// noIntent is the error where the ledger's directory is of no use.
+func (l *ledger) noIntent(serial string, err error) error {
+	return fmt.Errorf("not logging in to the token %q, because the attempt cannot be recorded in the state directory %q, "+
+		"which keeps a wrong PIN from being sent twice; that directory must exist, belong to the user that this program "+
+		"runs as, be writable by nobody else and have room (-state-dir): %w: %w", serial, l.files.dir, hsm.ErrUnavailable, err)
+}
+
+// succeeded records that the PIN is good. After an error the log-in is as good as before; the intent stays until the
+// next one, which the token's full count of tries will then resolve.
+func (a *attempt) succeeded() error {
+	defer a.unlock()
+	after := a.known.resolved(nil)
+	after.Good = &a.intent.Print
+	if err := a.ledger.files.write(a.serial, after); err != nil {
+		return fmt.Errorf("recording that the log-in to the token %q worked, in %q: %w", a.serial, a.ledger.files.dir, err)
+	}
+	return nil
+}
+
+// wrong records that the token rejected the PIN, and returns the *hsm.PINError for whoever wanted to log in. triesLeft is
+// 0 where the token is locked now, -1 where it does not tell.
+func (a *attempt) wrong(triesLeft int) error {
+	defer a.unlock()
+	after := a.known.resolved(nil).bar(bar{Print: a.intent.Print, At: a.intent.At, Rejected: true})
+	err := a.ledger.files.write(a.serial, after)
+
+	detail := fmt.Sprintf("the token %q rejected the PIN; it was sent once and is not sent again from this machine; ", a.serial)
+	switch {
+	case triesLeft == 0:
+		detail += lockedAdvice
+	case triesLeft == 1:
+		detail += "the next wrong PIN locks the token, so make sure of it, give it to the device and unbar the device"
+	default:
+		detail += "make sure of the PIN, give the right one to the device and unbar the device"
+	}
+	if err != nil {
+		detail += fmt.Sprintf("; recording this in %q failed, so end all programs that use the token until that is mended: %v",
+			a.ledger.files.dir, err)
+	}
+	return &hsm.PINError{TriesLeft: triesLeft, Detail: detail}
+}
+
+// unresolved leaves the intent as it is, because nobody knows what the token did with the PIN: the module hung or died.
+func (a *attempt) unresolved() error {
+	a.unlock()
+	return nil
+}
+
+// withdrawn takes the intent back, because the PIN surely did not reach the token or did not count.
+func (a *attempt) withdrawn() error {
+	defer a.unlock()
+	if err := a.ledger.files.write(a.serial, a.known); err != nil {
+		return fmt.Errorf("recording that no PIN was sent to the token %q, in %q: %w", a.serial, a.ledger.files.dir, err)
+	}
+	return nil
+}
+
+// unbarPatience is how long unbar waits for a log-in that runs: longer than a hanging one is left alone.
+const unbarPatience = 30 * time.Second
+
+// unbar lifts every bar of a token and lets the next log-in through whatever the token shows, once. A damaged file of
+// the ledger is set aside.
+func (l *ledger) unbar(serial string) error {
+	if err := l.files.checkDir(); err != nil {
+		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), unbarPatience)
+	defer cancel()
+	unlock, err := l.files.lock(ctx, serial)
+	if err != nil {
+		return fmt.Errorf("unbarring the token %q, waiting for a log-in that runs: %w", serial, err)
+	}
+	defer unlock()
+	if err := l.unbarLocked(serial); err != nil {
+		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
+	}
+	return nil
+}
+
+func (l *ledger) unbarLocked(serial string) error {
+	var damaged *damagedError
+	key, err := l.files.key()
+	if errors.As(err, &damaged) {
+		if err := damaged.setAside(); err != nil {
+			return err
+		}
+		key, err = l.files.key()
+	}
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	before, err := l.files.read(serial)
+	if errors.As(err, &damaged) {
+		if err := damaged.setAside(); err != nil {
+			return err
+		}
+		before, err = record{}, nil
+	}
+	if err != nil {
+		return err
+	}
+	after := record{Key: keyName(key), Pass: true}
+	if before.Key == after.Key {
+		after.Good = before.Good
+	}
+	return l.files.write(serial, after)
+}
+
+// record is what the ledger knows about one token.
+type record struct {
+	// Key names the local key that the fingerprints were made with.
+	Key string `json:"key"`
+	// Good is the PIN that worked last.
+	Good *fingerprint `json:"good,omitempty"`
+	// Barred are the PINs that are not sent.
+	Barred []bar `json:"barred,omitempty"`
+	// Intent is a log-in that was begun.
+	Intent *intent `json:"intent,omitempty"`
+	// Pass lets one log-in through whatever the token shows: a person said so.
+	Pass bool `json:"pass,omitempty"`
+}
+
+// bar is a PIN that is not sent.
+type bar struct {
+	Print fingerprint `json:"pin"`
+	// At is when it was sent.
+	At time.Time `json:"at"`
+	// Rejected is true where the token said so, false where the log-in ended without an answer and the token showed a
+	// wrong PIN afterwards.
+	Rejected bool `json:"rejected"`
+}
+
+// intent is a PIN that may have been sent.
+type intent struct {
+	Print fingerprint `json:"pin"`
+	At    time.Time   `json:"at"`
+	// Again is true where the intent before this one had the same PIN and stayed unresolved as well.
+	Again bool `json:"again,omitempty"`
+}
+
+// admit decides whether a PIN may be sent. It returns what is known now, which may be more than before even where the PIN
+// is refused, and whether the intent to come follows an unresolved one of the same PIN.
+func (r record) admit(print fingerprint, key string, flags hsm.PINState) (known record, again bool, refused *refusal) {
+	if flags.Locked {
+		return r, false, &refusal{why: becauseLocked}
+	}
+	if r.Key != key {
+		if r.Intent != nil || len(r.Barred) > 0 {
+			return r, false, &refusal{why: becauseOtherKey}
+		}
+		r.Key, r.Good = key, nil
+	}
+	allTries := !flags.CountLow && !flags.FinalTry
+	if i := r.Intent; i != nil && !allTries {
+		switch {
+		case !r.isGood(i.Print) || i.Again:
+			// Barred from now on, even when somebody's right PIN restores the count later. A PIN that was good is believed
+			// to be so still, but not twice: somebody may have changed it on the token.
+			r = r.bar(bar{Print: i.Print, At: i.At})
+		case i.Print == print:
+			again = true
+		}
+	}
+	if i := slices.IndexFunc(r.Barred, func(b bar) bool { return b.Print == print }); i >= 0 {
+		return r, false, &refusal{why: becauseBarred, bar: r.Barred[i]}
+	}
+	if !allTries && !r.isGood(print) && !r.Pass {
+		return r, false, &refusal{why: becauseFewTries}
+	}
+	return r, again, nil
+}
+
+// resolved returns the record with another intent, or none, in place of the one before it. That uses up the pass.
+func (r record) resolved(next *intent) record {
+	r.Intent, r.Pass = next, false
+	return r
+}
+
+func (r record) isGood(print fingerprint) bool { return r.Good != nil && *r.Good == print }
+
+// bar returns the record with a PIN barred, good no more, and without the intent.
+func (r record) bar(b bar) record {
+	r.Intent = nil
+	if r.isGood(b.Print) {
+		r.Good = nil
+	}
+	r.Barred = append(slices.DeleteFunc(slices.Clone(r.Barred), func(o bar) bool { return o.Print == b.Print }), b)
+	return r
+}
+
+// refusal says why a PIN is not sent.
+type refusal struct {
+	why reason
+	bar bar
+}
+
+type reason int
+
+const (
+	becauseLocked reason = iota + 1
+	becauseOtherKey
+	becauseBarred
+	becauseFewTries
+)
+
+const lockedAdvice = "it is locked now, and no PIN works until the SO-PIN has unblocked it " +
+	"(pkcs11-tool --login --login-type so --init-pin)"
+
+// error is the refusal for people.
+func (f *refusal) error(serial string, flags hsm.PINState) *hsm.PINError {
+	e := &hsm.PINError{TriesLeft: triesLeft(flags), Barred: true}
+	switch f.why {
+	case becauseLocked:
+		e.Detail = fmt.Sprintf("the token %q took too many wrong PINs: %s", serial, lockedAdvice)
+	case becauseOtherKey:
+		e.Detail = fmt.Sprintf("the PINs that the token %q rejected were recorded with another pin.key than the state directory "+
+			"now holds, so nobody can tell whether this one was among them; nothing was sent; put the old file back, or make "+
+			"sure of the PIN and unbar the device", serial)
+	case becauseBarred:
+		happened := fmt.Sprintf("the token %q rejected this PIN", serial)
+		if !f.bar.Rejected {
+			happened = fmt.Sprintf("a log-in to the token %q with this PIN ended without an answer, and the token showed a wrong "+
+				"PIN afterwards", serial)
+		}
+		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; give the right PIN to the device, or unbar "+
+			"the device if this one is right after all", happened, f.bar.At.Format(time.RFC3339))
+	case becauseFewTries:
+		shows := "a wrong PIN was sent to it"
+		if flags.FinalTry {
+			shows = "the next wrong PIN locks it"
+		}
+		e.Detail = fmt.Sprintf("the token %q shows that %s, and this PIN is not known to be right, so nothing was sent; make "+
+			"sure of the PIN and unbar the device for one try, or log in once with another program (pkcs11-tool --login), which "+
+			"restores the tries", serial, shows)
+	}
+	return e
+}
+
+// barredByDamage is the bar where the ledger cannot be read.
+func barredByDamage(serial string, err error, flags hsm.PINState) *hsm.PINError {
+	return &hsm.PINError{TriesLeft: triesLeft(flags), Barred: true, Detail: fmt.Sprintf("nobody can tell whether the token %q "+
+		"rejected this PIN before, so nothing was sent: %v; make sure of the PIN and unbar the device, which sets the file "+
+		"aside", serial, err)}
+}
+
+// triesLeft is what the flags tell about the number of tries.
+func triesLeft(flags hsm.PINState) int {
+	switch {
+	case flags.Locked:
+		return 0
+	case flags.FinalTry:
+		return 1
+	default:
+		return -1
+	}
+}
