@@ -1,0 +1,403 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdh"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// Adopt makes a wrapping key of an HSM key that exists already. It costs two private-key operations: one proves what
+// the key can do, one that it opens its authentication envelope. A repeat of the same request answers with the key as
+// it is; another request for that name is [ErrKeyExists].
+func (k *Keyring) Adopt(ctx context.Context, name string, request AdoptRequest) (*Key, error) {
+	if err := errors.Join(checkName(name), request.check()); err != nil {
+		return nil, err
+	}
+	unlock, err := k.locks.lock(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+
+	rec, _, err := k.load(ctx, name)
+	if err == nil {
+		return k.adoptedBefore(rec, request)
+	}
+	if !errors.Is(err, ErrKeyNotFound) {
+		return nil, err
+	}
+	rec = k.newRecord(name, request.By)
+	v, err := k.adoptVersion(ctx, rec, request)
+	if err != nil {
+		return nil, fmt.Errorf("adopting key %q: %w", name, err)
+	}
+	rec.addVersion(v)
+	rec.noteWeakness(v.Recipients[0])
+	if err := k.write(ctx, rec, store.NoRevision); errors.Is(err, store.ErrConflict) {
+		return nil, fmt.Errorf("key %q: %w: read it, or choose another name", name, ErrKeyExists)
+	} else if err != nil {
+		return nil, err
+	}
+	k.logVersion("wrapping key adopted", rec, v)
+	return describe(rec), nil
+}
+
+// adoptedBefore answers a request for a name that is taken.
+func (k *Keyring) adoptedBefore(rec *record, request AdoptRequest) (*Key, error) {
+	if v := rec.version(1); v != nil && rec.Pending == nil {
+		repeated := request.RequestID != "" && request.RequestID == v.RequestID
+		if repeated || (len(rec.Versions) == 1 && request.names(&v.Recipients[0].recipientCore)) {
+			return describe(rec), nil
+		}
+	}
+	if rec.Pending != nil && len(rec.Versions) == 0 {
+		return nil, generating(rec)
+	}
+	return nil, fmt.Errorf("key %q: %w: rotate it to give it another HSM key, or choose another name", rec.Name, ErrKeyExists)
+}
+
+// AddRecipient lets one more HSM key open what the newest version seals from now on; older envelopes need a rewrap. It
+// costs two private-key operations in that HSM. The key record changes, so it has to be read again.
+func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRequest) (*Key, error) {
+	if err := errors.Join(checkName(name), request.check()); err != nil {
+		return nil, err
+	}
+	rec, _, err := k.load(ctx, name) // before the lock: while an HSM key is being made, that can be said at once
+	if err != nil {
+		return nil, err
+	}
+	if err := rec.settled(); err != nil {
+		return nil, err
+	}
+	unlock, err := k.locks.lock(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if rec, _, err = k.load(ctx, name); err != nil {
+		return nil, err
+	}
+	if repeatedRecipient(rec, request) {
+		return describe(rec), nil
+	}
+	number := len(rec.Versions)
+	rcpt, key, err := k.newRecipient(ctx, request)
+	if err != nil {
+		return nil, fmt.Errorf("adding a recipient to key %q: %w", name, err)
+	}
+	rcpt.RequestID = request.RequestID
+	if _, err := k.authKey(ctx, rec, number); err != nil { // a restored version may have it in its envelope only
+		return nil, err
+	}
+	rec, err = k.update(ctx, name, func(rec *record) error {
+		if err := rec.settled(); err != nil {
+			return err
+		}
+		v := rec.newest()
+		switch {
+		case v.Number != number:
+			return fmt.Errorf("key %q was rotated meanwhile: %w: send the request again", name, store.ErrConflict)
+		case v.recipient(rcpt.KID) != nil:
+			return fmt.Errorf("key %q: %w: the key on device %q is a recipient of version %d; name another one", name,
+				ErrSameKey, rcpt.Device, v.Number)
+		case len(v.Recipients) == envelope.MaxRecipients:
+			return fmt.Errorf("key %q: %w: version %d has %d recipients, no more fit into an envelope; rotate instead", name,
+				ErrTooLarge, v.Number, len(v.Recipients))
+		}
+		auth, ok := v.auth()
+		if !ok {
+			return fmt.Errorf("key %q changed meanwhile: %w: send the request again", name, store.ErrConflict)
+		}
+		defer clear(auth[:])
+		v.Recipients = append(v.Recipients, rcpt)
+		if err := sealAuth(ctx, rec.Name, v, &auth, &rcpt, key); err != nil {
+			return fmt.Errorf("adding a recipient to key %q: %w", name, err)
+		}
+		rec.noteWeakness(rcpt)
+		rec.Acknowledgements.RecordRead = nil // it lacks this recipient
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	k.logger.Info("recipient added", "key", name, "version", number, "device", rcpt.Device, "kid", rcpt.KID, "by", request.By)
+	return describe(rec), nil
+}
+
+func repeatedRecipient(rec *record, request AdoptRequest) bool {
+	return request.RequestID != "" && slices.ContainsFunc(rec.newest().Recipients, func(r recipient) bool {
+		return r.RequestID == request.RequestID
+	})
+}
+
+// adoptVersion makes the next version of rec from an HSM key that exists.
+func (k *Keyring) adoptVersion(ctx context.Context, rec *record, request AdoptRequest) (version, error) {
+	rcpt, key, err := k.newRecipient(ctx, request)
+	if err != nil {
+		return version{}, err
+	}
+	return k.newVersion(ctx, rec, rcpt, key, request.RequestID)
+}
+
+// newVersion makes the next version of rec for one recipient, with a fresh authentication key.
+func (k *Keyring) newVersion(ctx context.Context, rec *record, rcpt recipient, key hsm.Key, requestID string) (version, error) {
+	for i := range rec.Versions {
+		if rec.Versions[i].recipient(rcpt.KID) != nil {
+			return version{}, fmt.Errorf("%w: version %d of key %q has the key on device %q; a new version wants another HSM key",
+				ErrSameKey, rec.Versions[i].Number, rec.Name, rcpt.Device)
+		}
+	}
+	v := version{
+		Number:     len(rec.Versions) + 1,
+		Created:    rcpt.Added,
+		CreatedBy:  rcpt.AddedBy,
+		RequestID:  requestID,
+		Recipients: []recipient{rcpt},
+	}
+	auth := envelope.NewAuthKey()
+	defer clear(auth[:])
+	v.AuthKey = bytes.Clone(auth[:])
+	if err := sealAuth(ctx, rec.Name, &v, auth, &v.Recipients[0], key); err != nil {
+		return version{}, err
+	}
+	return v, nil
+}
+
+// sealAuth seals the authentication key to all recipients of v and opens the envelope once with the newest one's HSM
+// key, as proof.
+func sealAuth(ctx context.Context, name string, v *version, auth *envelope.AuthKey, rcpt *recipient, key hsm.Key) error {
+	use := authContext(name, v.Number)
+	sealed, err := envelope.Seal(use, v.sealTo(), auth, auth[:])
+	if err != nil {
+		return fmt.Errorf("sealing the authentication key: %w", err)
+	}
+	parsed, err := envelope.Parse(sealed)
+	if err != nil {
+		return fmt.Errorf("reading the authentication envelope back: %w", err)
+	}
+	opened, err := parsed.Open(ctx, use, rcpt.sealTo, key, nil)
+	if err != nil {
+		return fmt.Errorf("device %q: opening the authentication envelope as proof: %w", rcpt.Device, err)
+	}
+	defer clear(opened)
+	if subtle.ConstantTimeCompare(opened, auth[:]) != 1 {
+		return fmt.Errorf("device %q: opening the authentication envelope as proof: %w: it gave something else", rcpt.Device,
+			ErrUnusableKey)
+	}
+	v.AuthEnvelope = sealed
+	return nil
+}
+
+// authContext is the context of a version's authentication envelope.
+func authContext(name string, number int) envelope.Context {
+	return envelope.Context{Use: envelope.UseAuth, Key: name, Version: number}
+}
+
+// newRecipient finds an HSM key, judges it and proves what it can do.
+func (k *Keyring) newRecipient(ctx context.Context, request AdoptRequest) (recipient, hsm.Key, error) {
+	device, err := k.device(ctx, request.Device)
+	if err != nil {
+		return recipient{}, nil, err
+	}
+	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Label: request.Label, ID: request.ID})
+	if err != nil {
+		return recipient{}, nil, fmt.Errorf("device %q: %w; list the keys of the device to see what is there", request.Device, err)
+	}
+	rcpt, err := k.judge(ctx, request, key)
+	if err != nil {
+		return recipient{}, nil, fmt.Errorf("device %q: key %q with id %q: %w", request.Device, key.Ref().Label, key.Ref().ID, err)
+	}
+	return rcpt, key, nil
+}
+
+func (k *Keyring) judge(ctx context.Context, request AdoptRequest, key hsm.Key) (recipient, error) {
+	public := key.Public()
+	kind, err := kindOf(public)
+	if err != nil {
+		return recipient{}, err
+	}
+	kid, err := hsm.Fingerprint(public)
+	if err != nil {
+		return recipient{}, err
+	}
+	weak := weaknesses(key.Traits())
+	if len(weak) > 0 && !request.AcceptWeak {
+		return recipient{}, fmt.Errorf("%w: it is %s; choose a key made for decryption only, or accept this with "+
+			"accept_weak_key=true", ErrWeakKey, strings.Join(weak, " and "))
+	}
+	algorithm, err := prove(ctx, key)
+	if err != nil {
+		return recipient{}, err
+	}
+	encoded, err := newJWK(public)
+	if err != nil {
+		return recipient{}, err
+	}
+	ref := key.Ref()
+	return recipient{
+		recipientCore: recipientCore{
+			Device:             request.Device,
+			Label:              ref.Label,
+			ID:                 ref.ID,
+			KID:                kid,
+			Algorithm:          algorithm,
+			PublicKey:          encoded,
+			WeaknessesAccepted: weak,
+			AlsoUsableFor:      slices.Clone(key.Traits().AlsoUsableFor),
+			kind:               kind,
+			sealTo:             envelope.Recipient{KID: kid, Algorithm: algorithm, Public: public},
+		},
+		Added:   k.today(),
+		AddedBy: request.By,
+	}, nil
+}
+
+// weaknesses names what makes a key unfit unless somebody accepts it.
+func weaknesses(traits hsm.Traits) []string {
+	var weak []string
+	if traits.Extractable {
+		weak = append(weak, "extractable")
+	}
+	if !traits.Sensitive {
+		weak = append(weak, "not sensitive")
+	}
+	// On a PKCS#11 token every RSA key signs as well, because the PIN holder chooses the mechanism: a warning. Where
+	// the device itself keeps a list, the other use is somebody's decision, and an oracle for ours.
+	if traits.ForeignUsesRefused && len(traits.AlsoUsableFor) > 0 {
+		weak = append(weak, "also usable for "+strings.Join(traits.AlsoUsableFor, ", "))
+	}
+	return weak
+}
+
+// prover is a key that proves by itself what it can do.
+type prover interface {
+	Prove(ctx context.Context) error
+}
+
+// prove finds the best algorithm that the key can open, by a round trip: public half in software, private half in the
+// HSM. Lists of mechanisms are promises that tokens were seen to break.
+func prove(ctx context.Context, key hsm.Key) (envelope.Algorithm, error) {
+	if own, ok := key.(prover); ok {
+		if err := own.Prove(ctx); err != nil {
+			return "", fmt.Errorf("proving what it can do: %w", err)
+		}
+	}
+	switch key := key.(type) {
+	case hsm.Decrypter:
+		return proveDecrypter(ctx, key)
+	case hsm.Agreer:
+		return envelope.ECDHESA256KW, proveAgreer(ctx, key)
+	default:
+		return "", fmt.Errorf("%w: the device offers neither decryption nor key agreement with it; choose another key", ErrUnusableKey)
+	}
+}
+
+func proveDecrypter(ctx context.Context, key hsm.Decrypter) (envelope.Algorithm, error) {
+	public, ok := key.Public().(*rsa.PublicKey)
+	if !ok {
+		return "", fmt.Errorf("%w: it decrypts and is no RSA key; choose another key", ErrUnusableKey)
+	}
+	var failures []error
+	for _, choice := range []struct {
+		hash      crypto.Hash
+		algorithm envelope.Algorithm
+	}{{crypto.SHA256, envelope.RSAOAEP256}, {crypto.SHA1, envelope.RSAOAEP}} {
+		if !slices.Contains(key.OAEPHashes(), choice.hash) {
+			continue
+		}
+		err := roundTripOAEP(ctx, key, public, choice.hash)
+		if err == nil {
+			return choice.algorithm, nil
+		}
+		if ctx.Err() != nil || isAway(err) {
+			return "", fmt.Errorf("proving that it decrypts: %w", err)
+		}
+		failures = append(failures, fmt.Errorf("%s: %w", choice.algorithm, err))
+	}
+	if failures == nil {
+		return "", fmt.Errorf("%w: the device offers no RSA-OAEP with SHA-256 or SHA-1 for it; choose another key", ErrUnusableKey)
+	}
+	return "", fmt.Errorf("%w: it does not decrypt what its public key encrypts; choose another key: %w", ErrUnusableKey,
+		errors.Join(failures...))
+}
+
+func roundTripOAEP(ctx context.Context, key hsm.Decrypter, public *rsa.PublicKey, hash crypto.Hash) error {
+	secret := make([]byte, 32)
+	_, _ = rand.Read(secret) // never fails: crypto/rand
+	ciphertext, err := rsa.EncryptOAEP(hash.New(), rand.Reader, public, secret, nil)
+	if err != nil {
+		return err
+	}
+	plaintext, err := key.DecryptOAEP(ctx, hash, ciphertext)
+	if err != nil {
+		return err
+	}
+	defer clear(plaintext)
+	if subtle.ConstantTimeCompare(plaintext, secret) != 1 {
+		return fmt.Errorf("the HSM decrypted to something else: %w", hsm.ErrCiphertext)
+	}
+	return nil
+}
+
+func proveAgreer(ctx context.Context, key hsm.Agreer) error {
+	public, ok := key.Public().(*ecdh.PublicKey)
+	if !ok {
+		return fmt.Errorf("%w: it agrees and is no elliptic-curve key; choose another key", ErrUnusableKey)
+	}
+	ephemeral, err := public.Curve().GenerateKey(rand.Reader)
+	if err != nil {
+		return fmt.Errorf("proving that it agrees: %w", err)
+	}
+	ours, err := ephemeral.ECDH(public)
+	if err != nil {
+		return fmt.Errorf("proving that it agrees: %w", err)
+	}
+	defer clear(ours)
+	theirs, err := key.Agree(ctx, ephemeral.PublicKey())
+	if err != nil {
+		if ctx.Err() != nil || isAway(err) {
+			return fmt.Errorf("proving that it agrees: %w", err)
+		}
+		return fmt.Errorf("%w: it does not derive what its public key promises; choose another key: %w", ErrUnusableKey, err)
+	}
+	defer clear(theirs)
+	if subtle.ConstantTimeCompare(ours, theirs) != 1 {
+		return fmt.Errorf("%w: it derived something else than its public key promises; choose another key", ErrUnusableKey)
+	}
+	return nil
+}
+
+// isAway tells whether an error is about the device and not about the key.
+func isAway(err error) bool {
+	var pin *hsm.PINError
+	return errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrLocked) || errors.As(err, &pin) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// check returns ErrInvalid where the request names no key.
+func (r AdoptRequest) check() error {
+	switch {
+	case r.Device == "":
+		return fmt.Errorf("%w: name the device that holds the HSM key", ErrInvalid)
+	case r.Label == "" && r.ID == "":
+		return fmt.Errorf("%w: name the HSM key by its label or id; list the keys of device %q to see them", ErrInvalid, r.Device)
+	}
+	return nil
+}
+
+// names tells whether the request asks for what is recorded.
+func (r AdoptRequest) names(core *recipientCore) bool {
+	return r.Device == core.Device && (r.Label == "" || r.Label == core.Label) && (r.ID == "" || r.ID == core.ID)
+}

@@ -1,0 +1,254 @@
+// Package keyring keeps named wrapping keys: their versions, the HSM keys that can open what they seal, and the rules
+// of their use.
+//
+// A wrapping key is a record in a store, "keys/<name>". A version of it has recipients (HSM key pairs, possibly on
+// several devices) and one random authentication key, without which nobody can make an envelope that opens. Sealing
+// needs the record only and no HSM; opening costs one private-key operation in one HSM, the first that answers.
+//
+// Everything that touches an HSM and the record is done in an order that a crash cannot hurt. An HSM key is made by
+// intent: the record first names the id that the key will have, then the HSM makes it, then one compare-and-swap write
+// turns the intent into a version. Whoever comes next finds the intent and finishes it, or undoes it: one intent makes
+// one HSM key, however often it is tried. Deleting works the same way.
+//
+// The record holds the authentication keys in the clear and belongs in a store that is itself protected, such as a
+// Vault mount's storage. The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store while
+// one of its HSMs exists ([Keyring.Restore]).
+package keyring
+
+import (
+	"context"
+	"crypto"
+	"log/slog"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// Devices opens HSMs by the names that they were configured with.
+type Devices interface {
+	// Device returns an open device, the same instance while it is good. Names that are not configured are errors.
+	Device(ctx context.Context, name string) (hsm.Device, error)
+}
+
+// Config is what a [Keyring] is made of.
+type Config struct {
+	Records store.Store
+	Devices Devices
+	Logger  *slog.Logger     // nil for none
+	Now     func() time.Time // nil for time.Now
+	// CacheRecords keeps parsed records in memory, so that sealing and opening do not read the store. Set it only where
+	// nobody else writes the store, or where [Keyring.Invalidate] is called for every foreign write.
+	CacheRecords bool
+}
+
+// Keyring keeps wrapping keys. Its methods are safe for concurrent use. Use one Keyring for each store: mutations of
+// one key take turns within a Keyring, and among several by compare-and-swap.
+type Keyring struct {
+	records store.Store
+	devices Devices
+	logger  *slog.Logger
+	now     func() time.Time
+	locks   nameLocks
+	cache   recordCache
+	found   foundKeys
+	health  deviceHealth
+}
+
+// New returns a keyring. It does no I/O.
+func New(config Config) *Keyring {
+	k := &Keyring{
+		records: config.Records,
+		devices: config.Devices,
+		logger:  config.Logger,
+		now:     config.Now,
+	}
+	if k.logger == nil {
+		k.logger = slog.New(slog.DiscardHandler)
+	}
+	if k.now == nil {
+		k.now = time.Now
+	}
+	k.cache.on = config.CacheRecords
+	return k
+}
+
+// Key describes a wrapping key. It holds no secret.
+type Key struct {
+	Name      string
+	State     State
+	Created   time.Time
+	CreatedBy string
+	// Versions are in order, the oldest first. There is none while the first one is being made.
+	Versions             []Version
+	LatestVersion        int // 0 while there is no version
+	MinDecryptionVersion int
+	DeletionAllowed      bool
+	// RecordSHA256 is the SHA-256 of the key record as [Keyring.Backup] returns it, in lower-case hexadecimal. Empty
+	// while there is no version.
+	RecordSHA256 string
+	// Acknowledgements of the newest state of the key; nil where nobody gave them.
+	RecordRead, BackupConfirmed, AcceptSingleHSM, AcceptWeakKey *Acknowledgement
+	// Pending is the HSM key that is being made, nil for none.
+	Pending *Pending
+	// Warnings are sentences that an operator should read, each with what to do.
+	Warnings []string
+}
+
+// State is the state of a wrapping key.
+type State string
+
+// The states of a key. A generating key that has versions already works with them.
+const (
+	StateReady      State = "ready"
+	StateGenerating State = "generating" // an HSM key is to be made, see [Keyring.Finish]
+	StateAbandoning State = "abandoning" // an HSM key is to be undone, see [Keyring.Abandon]
+	StateDeleting   State = "deleting"   // see [Keyring.Delete]
+)
+
+// Version is one generation of a wrapping key.
+type Version struct {
+	Number     int
+	Created    time.Time
+	CreatedBy  string
+	Recipients []Recipient
+	// ServedEncrypt is true once `encrypt/` sealed with this version: snapshots and backups of other Vaults depend on
+	// its HSM keys from then on.
+	ServedEncrypt bool
+	// Locked is true where a restored version's authentication key has not been opened by an HSM yet, because none of
+	// its devices answered; the first use does that, at the cost of one more operation.
+	Locked bool
+}
+
+// Recipient is an HSM key that can open a version's envelopes.
+type Recipient struct {
+	Device    string // name of the configured device
+	Label, ID string // name of the key on it
+	KID       string // [hsm.Fingerprint]
+	Algorithm envelope.Algorithm
+	Kind      hsm.Algorithm
+	Public    crypto.PublicKey // *rsa.PublicKey or *ecdh.PublicKey
+	// WeaknessesAccepted names what adoption would have refused without accept_weak_key.
+	WeaknessesAccepted []string
+	// AlsoUsableFor is [hsm.Traits.AlsoUsableFor] at adoption.
+	AlsoUsableFor []string
+	Added         time.Time
+	AddedBy       string
+}
+
+// Acknowledgement says who took note of something, and when.
+type Acknowledgement struct {
+	By string    `json:"by"`
+	At time.Time `json:"at"`
+}
+
+// Pending describes an HSM key that is being made.
+type Pending struct {
+	Device    string
+	Algorithm hsm.Algorithm
+	Label     string
+	ID        string // the CKA_ID chosen beforehand
+	RequestID string
+	Version   int // the version that it will become
+	Since     time.Time
+	By        string
+	// LastError is why the last [Keyring.Finish] failed, empty where none did.
+	LastError string
+}
+
+// AdoptRequest names an HSM key that exists already.
+type AdoptRequest struct {
+	Device    string
+	Label, ID string // at least one; together they must match exactly one key
+	// AcceptWeak adopts a key that is extractable, not sensitive, or that the device lets be used for something else.
+	AcceptWeak bool
+	RequestID  string // makes a repeated request recognisable; optional
+	By         string // display name of the caller, for the record
+}
+
+// GenerateRequest describes an HSM key to be made.
+type GenerateRequest struct {
+	Device    string
+	Algorithm hsm.Algorithm
+	Label     string // on the HSM; empty for "nitroseal-<name>-v<version>"
+	RequestID string
+	By        string
+}
+
+// RotateRequest says where the new version's HSM key comes from: exactly one of the two is set.
+type RotateRequest struct {
+	Adopt    *AdoptRequest
+	Generate *GenerateRequest
+}
+
+// Settings are what [Keyring.Configure] changes. A nil field stays as it is.
+type Settings struct {
+	MinDecryptionVersion *int
+	DeletionAllowed      *bool
+	BackupConfirmed      *bool
+	AcceptSingleHSM      *bool
+	By                   string
+}
+
+// DeleteRequest says how much is deleted.
+type DeleteRequest struct {
+	// DeleteHSMKeys destroys the HSM keys as well. Nothing they sealed can be opened ever after.
+	DeleteHSMKeys bool
+	By            string
+}
+
+// Sealed is a new envelope.
+type Sealed struct {
+	Envelope   []byte
+	Version    int
+	Recipients int
+}
+
+// Opened is what an envelope held.
+type Opened struct {
+	Payload []byte // the caller wipes it
+	Context envelope.Context
+	Version int
+	// LatestVersion is the key's newest version: a rewrap is due where Version is less.
+	LatestVersion int
+	Device        string // that opened it
+	KID           string
+	Recipients    int // of the envelope
+}
+
+// Rewrapped is the answer to a rewrap.
+type Rewrapped struct {
+	Sealed
+	// Changed is false where the envelope is the old one, because it is of the newest version and every recipient of
+	// that is in it.
+	Changed     bool
+	FromVersion int
+	Device      string // that opened the old envelope; empty where nothing changed
+}
+
+// KeyRecord is a wrapping key without its secrets.
+type KeyRecord struct {
+	Record []byte // canonical JSON
+	SHA256 string // of Record, lower-case hexadecimal
+}
+
+// RestoreRequest brings a key back from its key record.
+type RestoreRequest struct {
+	Record []byte // as Backup returned it; white space may differ
+	SHA256 string // what the operator confirms the record's SHA-256 to be
+	// Devices maps device names of the record to today's, where they differ.
+	Devices map[string]string
+	By      string
+}
+
+// Purpose is what a key is to be used for, see [Keyring.Ready].
+type Purpose string
+
+// The purposes.
+const (
+	PurposeWrap     Purpose = "wrap"
+	PurposeMaterial Purpose = "material"
+	PurposeEncrypt  Purpose = "encrypt"
+	PurposeCluster  Purpose = "cluster"
+)

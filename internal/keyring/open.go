@@ -1,0 +1,221 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+)
+
+// Open opens an envelope that was made with this key for want. want.Key is filled; want.Version may be 0 for whatever
+// version the envelope names, down to min_decryption_version. It costs one private-key operation; a recipient whose
+// device is away, locked or without its key is passed over for the next one.
+func (k *Keyring) Open(ctx context.Context, name string, raw []byte, want envelope.Context) (Opened, error) {
+	rec, err := k.lookup(ctx, name)
+	if err != nil {
+		return Opened{}, err
+	}
+	parsed, want, err := parseFor(name, raw, want)
+	if err != nil {
+		return Opened{}, err
+	}
+	v, err := rec.usable(want.Version)
+	if errors.Is(err, ErrVersionUnknown) && k.cache.on {
+		if rec, _, err = k.load(ctx, name); err != nil { // somebody else may have rotated it
+			return Opened{}, err
+		}
+		v, err = rec.usable(want.Version)
+	}
+	if err != nil {
+		return Opened{}, err
+	}
+	auth, err := k.authKey(ctx, rec, v.Number)
+	if err != nil {
+		return Opened{}, err
+	}
+	defer clear(auth[:])
+	payload, rcpt, err := k.openAnywhere(ctx, parsed, want, v, auth)
+	if err != nil {
+		return Opened{}, fmt.Errorf("opening with key %q, version %d: %w", name, v.Number, err)
+	}
+	return Opened{
+		Payload:       payload,
+		Context:       want,
+		Version:       v.Number,
+		LatestVersion: len(rec.Versions),
+		Device:        rcpt.Device,
+		KID:           rcpt.KID,
+		Recipients:    len(parsed.Recipients()),
+	}, nil
+}
+
+// Unwrap opens for the entrances unwrap/ (UseWrap) and decrypt/ (UseTransit).
+func (k *Keyring) Unwrap(ctx context.Context, name string, use envelope.Use, raw, caller []byte) (Opened, error) {
+	if err := checkEntrance(use); err != nil {
+		return Opened{}, err
+	}
+	return k.Open(ctx, name, raw, envelope.Context{Use: use, Caller: caller})
+}
+
+// Rewrap opens an envelope and seals its payload to the newest version with the same context, at the cost of one
+// private-key operation. Where the envelope is of the newest version already and every recipient of that is in it, the
+// answer is the same envelope, and no HSM is touched.
+func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want envelope.Context) (Rewrapped, error) {
+	rec, err := k.lookup(ctx, name)
+	if err != nil {
+		return Rewrapped{}, err
+	}
+	parsed, exact, err := parseFor(name, raw, want)
+	if err != nil {
+		return Rewrapped{}, err
+	}
+	if v := rec.newest(); v != nil && exact.Version == v.Number && sealedToAll(parsed, v) {
+		return Rewrapped{
+			Sealed:      Sealed{Envelope: raw, Version: v.Number, Recipients: len(parsed.Recipients())},
+			FromVersion: v.Number,
+		}, nil
+	}
+	opened, err := k.Open(ctx, name, raw, want)
+	if err != nil {
+		return Rewrapped{}, err
+	}
+	defer clear(opened.Payload)
+	next := opened.Context
+	next.Version = 0
+	sealed, err := k.Seal(ctx, name, next, opened.Payload)
+	if err != nil {
+		return Rewrapped{}, err
+	}
+	return Rewrapped{Sealed: sealed, Changed: true, FromVersion: opened.Version, Device: opened.Device}, nil
+}
+
+// parseFor parses an envelope and returns what exactly it is wanted to be, key and version included.
+func parseFor(name string, raw []byte, want envelope.Context) (*envelope.Envelope, envelope.Context, error) {
+	parsed, err := envelope.Parse(raw)
+	if err != nil {
+		return nil, want, fmt.Errorf("key %q: %w: send the whole envelope as it was returned", name, err)
+	}
+	if want.Key != "" && want.Key != name {
+		return nil, want, fmt.Errorf("%w: the context names key %q, the request names %q", ErrInvalid, want.Key, name)
+	}
+	want.Key = name
+	claimed := parsed.Context()
+	if want.Version == 0 {
+		want.Version = claimed.Version
+	}
+	if err := compare(claimed, want); err != nil {
+		return nil, want, fmt.Errorf("key %q: %w: open it with the key, at the entrance and with the context that it was made with",
+			name, err)
+	}
+	return parsed, want, nil
+}
+
+// compare returns an *envelope.ContextError where an envelope claims to be something else than what is wanted. Opening
+// compares again; here it comes before a device is asked, which may be away, and for envelopes that need not be opened.
+func compare(claimed, want envelope.Context) error {
+	for _, field := range []struct{ name, claimed, wanted string }{
+		{"use", string(claimed.Use), string(want.Use)},
+		{"wrapping key", claimed.Key, want.Key},
+		{"wrapping key version", strconv.Itoa(claimed.Version), strconv.Itoa(want.Version)},
+		{"cluster", claimed.Cluster, want.Cluster},
+		{"name", claimed.Name, want.Name},
+		{"generation", strconv.FormatUint(claimed.Generation, 10), strconv.FormatUint(want.Generation, 10)},
+	} {
+		if field.claimed != field.wanted {
+			return &envelope.ContextError{Field: field.name, Claimed: field.claimed, Wanted: field.wanted}
+		}
+	}
+	if !bytes.Equal(claimed.Caller, want.Caller) {
+		return &envelope.ContextError{Field: "caller's context"}
+	}
+	return nil
+}
+
+// sealedToAll tells whether an envelope has exactly the recipients of a version.
+func sealedToAll(parsed *envelope.Envelope, v *version) bool {
+	ids := parsed.Recipients()
+	if len(ids) != len(v.Recipients) {
+		return false
+	}
+	for _, id := range ids {
+		if v.recipient(id.KID) == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// openAnywhere opens an envelope with the first of the version's recipients that can, healthy devices first, and
+// returns which one did. The caller wipes the payload.
+func (k *Keyring) openAnywhere(
+	ctx context.Context, parsed *envelope.Envelope, want envelope.Context, v *version, auth *envelope.AuthKey,
+) ([]byte, *recipient, error) {
+	var candidates []*recipient
+	for _, id := range parsed.Recipients() {
+		if rcpt := v.recipient(id.KID); rcpt != nil {
+			candidates = append(candidates, rcpt)
+		}
+	}
+	if len(candidates) == 0 {
+		return nil, nil, fmt.Errorf("%w: none of its recipients belongs to version %d; open it with the key it was made with",
+			envelope.ErrNotRecipient, v.Number)
+	}
+	candidates = k.health.order(candidates, k.now())
+	var failures []error
+	for i, rcpt := range candidates {
+		payload, err := k.openAt(ctx, parsed, want, rcpt, auth, len(candidates)-i)
+		if err == nil {
+			return payload, rcpt, nil
+		}
+		failures = append(failures, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
+		if ctx.Err() != nil || !elsewhere(err) {
+			break
+		}
+		k.logger.Warn("a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
+			"left", len(candidates)-i-1, "error", err)
+	}
+	return nil, nil, errors.Join(failures...)
+}
+
+// openAt opens an envelope at one recipient's HSM. Of the caller's time it takes the share of one among so many
+// candidates, so that a device that hangs leaves time for the next.
+func (k *Keyring) openAt(
+	ctx context.Context, parsed *envelope.Envelope, want envelope.Context, rcpt *recipient, auth *envelope.AuthKey, shares int,
+) ([]byte, error) {
+	attempt := ctx
+	if deadline, ok := ctx.Deadline(); ok && shares > 1 {
+		var cancel context.CancelFunc
+		attempt, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(shares))
+		defer cancel()
+	}
+	key, err := k.hsmKey(attempt, rcpt)
+	var payload []byte
+	if err == nil {
+		payload, err = parsed.Open(attempt, want, rcpt.sealTo, key, auth)
+		if err != nil && elsewhere(err) {
+			k.found.drop(rcpt.Device, rcpt.KID)
+		}
+	}
+	if ctx.Err() == nil { // a caller who goes away says nothing about the device
+		k.health.note(rcpt.Device, err == nil || !elsewhere(err), k.now())
+	}
+	return payload, err
+}
+
+// elsewhere tells whether another HSM may open what this one did not: everything but a fault of the envelope itself.
+func elsewhere(err error) bool {
+	for _, final := range []error{
+		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrDecrypt, envelope.ErrNotAuthentic, envelope.ErrInvalid,
+		hsm.ErrCiphertext,
+	} {
+		if errors.Is(err, final) {
+			return false
+		}
+	}
+	return true
+}

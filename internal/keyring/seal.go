@@ -1,0 +1,134 @@
+package keyring
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+)
+
+// Seal makes an envelope with the newest version of a key, or with c.Version where that is set. It fills c.Key and
+// c.Version. No HSM is touched, but for a restored version whose authentication key none of its devices has opened yet.
+// Use transit needs a key that is ready for it, see [Keyring.Ready].
+func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, payload []byte) (Sealed, error) {
+	rec, err := k.lookup(ctx, name)
+	if err != nil {
+		return Sealed{}, err
+	}
+	if c.Key != "" && c.Key != name {
+		return Sealed{}, fmt.Errorf("%w: the context names key %q, the request names %q", ErrInvalid, c.Key, name)
+	}
+	v := rec.newest()
+	if c.Version != 0 {
+		if v, err = rec.usable(c.Version); err != nil {
+			return Sealed{}, err
+		}
+	}
+	purpose := PurposeWrap
+	if c.Use == envelope.UseTransit {
+		purpose = PurposeEncrypt
+	}
+	if err := rec.ready(v, purpose); err != nil {
+		return Sealed{}, err
+	}
+	if c.Use == envelope.UseAuth {
+		return Sealed{}, fmt.Errorf("%w: envelopes of use %q are the keyring's own", ErrInvalid, c.Use)
+	}
+	if c.Use == envelope.UseTransit && !v.ServedEncrypt {
+		if err := k.noteServed(ctx, name, v.Number); err != nil {
+			return Sealed{}, err
+		}
+	}
+	auth, err := k.authKey(ctx, rec, v.Number)
+	if err != nil {
+		return Sealed{}, err
+	}
+	defer clear(auth[:])
+	c.Key, c.Version = name, v.Number
+	sealed, err := envelope.Seal(c, v.sealTo(), auth, payload)
+	if err != nil {
+		return Sealed{}, fmt.Errorf("key %q: %w", name, err)
+	}
+	return Sealed{Envelope: sealed, Version: v.Number, Recipients: len(v.Recipients)}, nil
+}
+
+// Wrap seals for the entrances wrap/ (UseWrap) and encrypt/ (UseTransit), bound to the caller's own context.
+func (k *Keyring) Wrap(ctx context.Context, name string, use envelope.Use, plaintext, caller []byte) (Sealed, error) {
+	if err := checkEntrance(use); err != nil {
+		return Sealed{}, err
+	}
+	return k.Seal(ctx, name, envelope.Context{Use: use, Caller: caller}, plaintext)
+}
+
+// checkEntrance returns ErrInvalid for a use that is not one of the two that Wrap and Unwrap serve.
+func checkEntrance(use envelope.Use) error {
+	if use != envelope.UseWrap && use != envelope.UseTransit {
+		return fmt.Errorf("%w: use %q has an entrance of its own", ErrInvalid, use)
+	}
+	return nil
+}
+
+// noteServed records that a version serves encrypt/, before the first envelope leaves: afterwards its HSM keys must not
+// be deleted.
+func (k *Keyring) noteServed(ctx context.Context, name string, number int) error {
+	_, err := k.update(ctx, name, func(rec *record) error {
+		if rec.Deleting != nil {
+			return rec.settled()
+		}
+		v := rec.version(number)
+		if v == nil || v.ServedEncrypt {
+			return errNoChange
+		}
+		v.ServedEncrypt = true
+		return nil
+	})
+	return err
+}
+
+// usable returns a version that may still be used, or ErrVersionTooOld or ErrVersionUnknown.
+func (r *record) usable(number int) (*version, error) {
+	v := r.version(number)
+	switch {
+	case v == nil:
+		return nil, fmt.Errorf("key %q: %w: it asks for version %d and the newest here is %d; restore the key record that has it",
+			r.Name, ErrVersionUnknown, number, len(r.Versions))
+	case number < r.MinDecryptionVersion:
+		return nil, fmt.Errorf("key %q: %w: it is of version %d and min_decryption_version is %d; lower that, then rewrap", r.Name,
+			ErrVersionTooOld, number, r.MinDecryptionVersion)
+	}
+	return v, nil
+}
+
+// authKey returns a version's authentication key. Where a restore could not open it, an HSM does it now, once.
+func (k *Keyring) authKey(ctx context.Context, rec *record, number int) (*envelope.AuthKey, error) {
+	v := rec.version(number)
+	if auth, ok := v.auth(); ok {
+		return &auth, nil
+	}
+	parsed, err := envelope.Parse(v.AuthEnvelope)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: the authentication envelope of version %d: %w", rec.Name, number, err)
+	}
+	opened, _, err := k.openAnywhere(ctx, parsed, authContext(rec.Name, number), v, nil)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: opening the authentication key of version %d: %w", rec.Name, number, err)
+	}
+	defer clear(opened)
+	var auth envelope.AuthKey
+	if copy(auth[:], opened) != len(auth) || len(opened) != len(auth) {
+		return nil, fmt.Errorf("key %q: the authentication key of version %d: %w", rec.Name, number, ErrRecordMalformed)
+	}
+	_, err = k.update(ctx, rec.Name, func(rec *record) error {
+		v := rec.version(number)
+		if v == nil || len(v.AuthKey) > 0 {
+			return errNoChange
+		}
+		v.AuthKey = slices.Clone(auth[:])
+		return nil
+	})
+	if err != nil { // it is here all the same; the next use tries again
+		k.logger.Warn("keeping an opened authentication key failed", "key", rec.Name, "version", number, "error", err)
+	}
+	return &auth, nil
+}

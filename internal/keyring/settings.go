@@ -1,0 +1,221 @@
+package keyring
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// Configure changes the settings of a key. Taking an acknowledgement back is setting it to false.
+func (k *Keyring) Configure(ctx context.Context, name string, settings Settings) (*Key, error) {
+	rec, err := k.update(ctx, name, func(rec *record) error {
+		if rec.Deleting != nil {
+			return rec.settled()
+		}
+		if wanted := settings.MinDecryptionVersion; wanted != nil {
+			if latest := len(rec.Versions); *wanted < 1 || *wanted > max(1, latest) {
+				return fmt.Errorf("key %q: %w: min_decryption_version %d is not between 1 and the newest version, %d", name, ErrInvalid,
+					*wanted, latest)
+			}
+			rec.MinDecryptionVersion = *wanted
+		}
+		if settings.DeletionAllowed != nil {
+			rec.DeletionAllowed = *settings.DeletionAllowed
+		}
+		acknowledged := &Acknowledgement{By: settings.By, At: k.today()}
+		if err := acknowledge(rec, &rec.Acknowledgements.BackupConfirmed, settings.BackupConfirmed, acknowledged); err != nil {
+			return err
+		}
+		return acknowledge(rec, &rec.Acknowledgements.AcceptSingleHSM, settings.AcceptSingleHSM, acknowledged)
+	})
+	if err != nil {
+		return nil, err
+	}
+	k.logger.Info("wrapping key configured", "key", name, "min_decryption_version", rec.MinDecryptionVersion, "deletion_allowed",
+		rec.DeletionAllowed, "by", settings.By)
+	return describe(rec), nil
+}
+
+// acknowledge sets or takes back one acknowledgement. One that stands keeps its first date and name.
+func acknowledge(rec *record, field **Acknowledgement, wanted *bool, given *Acknowledgement) error {
+	switch {
+	case wanted == nil:
+	case !*wanted:
+		*field = nil
+	case len(rec.Versions) == 0:
+		return fmt.Errorf("key %q: nothing can be confirmed about an HSM key that is still to be made: %w: wait until it is ready",
+			rec.Name, ErrGenerating)
+	case *field == nil:
+		*field = given
+	}
+	return nil
+}
+
+// Ready returns nil where the key may be used for that purpose, and else ErrNotReady with what to do. Anything may be
+// wrapped and stored with any key; what a whole cluster depends on wants a key that survives the loss of this mount
+// and of one HSM.
+func (k *Keyring) Ready(ctx context.Context, name string, purpose Purpose) error {
+	rec, err := k.lookup(ctx, name)
+	if err != nil {
+		return err
+	}
+	return rec.ready(rec.newest(), purpose)
+}
+
+func (r *record) ready(v *version, purpose Purpose) error {
+	if r.Deleting != nil || v == nil {
+		return r.settled()
+	}
+	switch purpose {
+	case PurposeWrap, PurposeMaterial:
+		return nil
+	case PurposeEncrypt, PurposeCluster:
+	default:
+		return fmt.Errorf("%w: purpose %q is not known", ErrInvalid, purpose)
+	}
+	acknowledged := r.Acknowledgements
+	if acknowledged.RecordRead == nil {
+		return fmt.Errorf("key %q: %w (%s): its key record was never read since version %d was made or changed; read the key's "+
+			"backup and keep it, because with this mount everything sealed would be lost without it", r.Name, ErrNotReady, purpose,
+			len(r.Versions))
+	}
+	if v.devices() < 2 && acknowledged.BackupConfirmed == nil && acknowledged.AcceptSingleHSM == nil {
+		return fmt.Errorf("key %q: %w (%s): version %d opens on one HSM only; add a recipient on another one, or back the HSM key "+
+			"up and set backup_confirmed=true, or set accept_single_hsm=true", r.Name, ErrNotReady, purpose, v.Number)
+	}
+	return nil
+}
+
+// Delete deletes a wrapping key where deletion_allowed is set. Its HSM keys stay unless the request says otherwise;
+// those whose version ever served `encrypt/`, or that another wrapping key has, are never deleted. It may be called
+// again after any failure or crash; deleting a key that is gone is ErrKeyNotFound.
+func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	rec, _, err := k.load(ctx, name) // before the lock: while an HSM key is being made, that can be said at once
+	if err != nil {
+		return err
+	}
+	if err := rec.deletable(request.DeleteHSMKeys); err != nil {
+		return err
+	}
+	unlock, err := k.locks.lock(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if request.DeleteHSMKeys || rec.Deleting != nil {
+		// Before the first HSM key goes, the record says so: whoever finds it half done completes it, and nobody seals
+		// with it any more.
+		rec, err = k.update(ctx, name, func(rec *record) error {
+			if err := rec.deletable(request.DeleteHSMKeys); err != nil {
+				return err
+			}
+			if rec.Deleting != nil {
+				return errNoChange
+			}
+			rec.Deleting = &deletion{Since: k.today(), By: request.By}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if err := k.deleteHSMKeys(ctx, rec); err != nil {
+			return err
+		}
+	}
+	current, revision, err := k.load(ctx, name)
+	if err != nil {
+		return err
+	}
+	if err := current.deletable(false); err != nil {
+		return err
+	}
+	if err := k.remove(ctx, name, revision); err != nil {
+		return err
+	}
+	k.logger.Info("wrapping key deleted", "key", name, "versions", len(current.Versions), "hsm_keys_deleted", current.Deleting != nil,
+		"by", request.By)
+	return nil
+}
+
+// deletable tells whether a record, and its HSM keys if they are to go, may be deleted.
+func (r *record) deletable(hsmKeys bool) error {
+	if r.Deleting != nil {
+		return nil // it was decided already
+	}
+	if r.Pending != nil {
+		return generating(r)
+	}
+	if !r.DeletionAllowed {
+		return fmt.Errorf("key %q: %w: nothing sealed with it could be opened afterwards; if that is what you want, set "+
+			"deletion_allowed=true first", r.Name, ErrDeletionNotAllowed)
+	}
+	if !hsmKeys {
+		return nil
+	}
+	for i := range r.Versions {
+		if r.Versions[i].ServedEncrypt {
+			return fmt.Errorf("key %q: %w: version %d served encrypt/, so snapshots and backups of other Vaults can be unsealed with "+
+				"its HSM key only; delete the wrapping key without its HSM keys", r.Name, ErrInUse, r.Versions[i].Number)
+		}
+	}
+	return nil
+}
+
+// deleteHSMKeys destroys the HSM keys of all versions. One that is gone already is fine.
+func (k *Keyring) deleteHSMKeys(ctx context.Context, rec *record) error {
+	for i := range rec.Versions {
+		for j := range rec.Versions[i].Recipients {
+			rcpt := &rec.Versions[i].Recipients[j]
+			user, err := k.userOf(ctx, rcpt.KID, rec.Name)
+			if err != nil {
+				return err
+			}
+			if user != "" {
+				return fmt.Errorf("key %q: %w: wrapping key %q has the same key on device %q; delete that one first", rec.Name, ErrInUse,
+					user, rcpt.Device)
+			}
+			if err := k.deleteHSMKey(ctx, rcpt); err != nil {
+				return fmt.Errorf("deleting the HSM keys of key %q: %w", rec.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (k *Keyring) deleteHSMKey(ctx context.Context, rcpt *recipient) error {
+	device, err := k.device(ctx, rcpt.Device)
+	if err != nil {
+		return err
+	}
+	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Fingerprint: rcpt.KID})
+	if errors.Is(err, hsm.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("device %q: %w", rcpt.Device, err)
+	}
+	k.found.drop(rcpt.Device, rcpt.KID)
+	if err := device.DeleteKey(ctx, key.Ref()); err != nil && !errors.Is(err, hsm.ErrNotFound) {
+		return fmt.Errorf("device %q: %w", rcpt.Device, err)
+	}
+	k.logger.Info("HSM key deleted", "device", rcpt.Device, "id", key.Ref().ID, "kid", rcpt.KID)
+	return nil
+}
+
+// logVersion logs that a version is there.
+func (k *Keyring) logVersion(event string, rec *record, v version) {
+	rcpt := v.Recipients[0]
+	k.logger.Info(event, "key", rec.Name, "version", v.Number, "device", rcpt.Device, "id", rcpt.ID, "kid", rcpt.KID, "algorithm",
+		rcpt.Algorithm, "record_sha256", newKeyRecord(rec).SHA256, "by", v.CreatedBy)
+}
+
+// logIntent logs that an HSM key is to be made.
+func (k *Keyring) logIntent(event string, rec *record) {
+	p := rec.Pending
+	k.logger.Info(event, "key", rec.Name, "version", p.Version, "device", p.Device, "algorithm", p.Algorithm, "id", p.ID, "by", p.By)
+}
