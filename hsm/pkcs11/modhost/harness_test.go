@@ -1,0 +1,275 @@
+package modhost
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
+)
+
+func TestMain(m *testing.M) {
+	RunIfStarted()
+	os.Exit(m.Run())
+}
+
+// patience is how long a test waits for what happens at once.
+const patience = 20 * time.Second
+
+// host is a module host, and its client.
+type host struct {
+	t       testing.TB
+	command *exec.Cmd
+	stderr  bytes.Buffer
+	write   *os.File
+	read    *os.File
+	exited  chan struct{}
+	exit    error // after exited
+
+	mu      sync.Mutex
+	lastID  uint64
+	pending map[uint64]chan wire.Frame
+}
+
+// startHost starts this test binary as a module host. It ends with the test.
+func startHost(t testing.TB, env ...string) *host {
+	t.Helper()
+	requests, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, answers, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &host{t: t, write: write, read: read, exited: make(chan struct{}), pending: make(map[uint64]chan wire.Frame)}
+	h.command = &exec.Cmd{
+		Path: "/proc/self/exe", Args: []string{wire.HostArgv0}, Env: append([]string{"GOCOVERDIR=" + t.TempDir()}, env...),
+		ExtraFiles: []*os.File{requests, answers}, Stderr: &h.stderr,
+	}
+	if err := h.command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = requests.Close()
+	_ = answers.Close()
+	var reader sync.WaitGroup
+	reader.Go(h.receive)
+	go func() {
+		defer close(h.exited)
+		h.exit = h.command.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = h.write.Close()
+		h.waitExit()
+		reader.Wait()
+		_ = h.read.Close()
+		if h.stderr.Len() > 0 {
+			t.Logf("the host wrote: %s", h.stderr.String())
+		}
+	})
+	return h
+}
+
+// waitExit waits until the process is gone.
+func (h *host) waitExit() {
+	h.t.Helper()
+	select {
+	case <-h.exited:
+	case <-time.After(patience):
+		_ = h.command.Process.Kill()
+		<-h.exited
+		h.t.Errorf("the host was still there after %v", patience)
+	}
+}
+
+// receive hands answers to those who wait for them, until the host is gone.
+func (h *host) receive() {
+	for {
+		frame, err := wire.ReadFrame(h.read)
+		h.mu.Lock()
+		if err != nil {
+			for _, waiting := range h.pending {
+				close(waiting)
+			}
+			h.pending = nil
+			h.mu.Unlock()
+			return
+		}
+		waiting := h.pending[frame.ID]
+		delete(h.pending, frame.ID)
+		h.mu.Unlock()
+		if waiting == nil {
+			h.t.Errorf("an answer to a call %d that nobody made", frame.ID)
+			continue
+		}
+		waiting <- frame
+	}
+}
+
+var errHostGone = errors.New("the host is gone")
+
+// send sends a request and returns where the answer will come.
+func (h *host) send(op wire.Op, meta any, data []byte) <-chan wire.Frame {
+	h.t.Helper()
+	answer := make(chan wire.Frame, 1)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.pending == nil {
+		close(answer)
+		return answer
+	}
+	h.lastID++
+	h.pending[h.lastID] = answer
+	frame := wire.Frame{ID: h.lastID, Op: op, Data: data}
+	if meta != nil {
+		frame.Meta = wire.Encode(meta)
+	}
+	if err := wire.WriteFrame(h.write, frame); err != nil {
+		h.t.Errorf("sending a request: %v", err)
+	}
+	return answer
+}
+
+// call makes a request and returns the data of the answer; its meta goes to answer. The error is a *wire.Error.
+func (h *host) call(op wire.Op, meta any, data []byte, answer any) ([]byte, error) {
+	h.t.Helper()
+	var frame wire.Frame
+	select {
+	case received, alive := <-h.send(op, meta, data):
+		if !alive {
+			return nil, errHostGone
+		}
+		frame = received
+	case <-time.After(patience):
+		h.t.Fatalf("operation %d: no answer in %v", op, patience)
+	}
+	if frame.Op != op {
+		h.t.Errorf("an answer to operation %d for operation %d", frame.Op, op)
+	}
+	if frame.Failed {
+		var failure wire.Error
+		if err := wire.Decode(frame.Meta, &failure); err != nil {
+			h.t.Fatal(err)
+		}
+		return nil, &failure
+	}
+	if answer != nil {
+		if err := wire.Decode(frame.Meta, answer); err != nil {
+			h.t.Fatalf("operation %d: %v in %q", op, err, frame.Meta)
+		}
+	}
+	return frame.Data, nil
+}
+
+// must is call where an error ends the test.
+func (h *host) must(op wire.Op, meta any, data []byte, answer any) []byte {
+	h.t.Helper()
+	got, err := h.call(op, meta, data, answer)
+	if err != nil {
+		h.t.Fatalf("operation %d: %v", op, err)
+	}
+	return got
+}
+
+// wantCode fails unless err is a *wire.Error with that code.
+func wantCode(t testing.TB, err error, code uint) *wire.Error {
+	t.Helper()
+	var failure *wire.Error
+	if !errors.As(err, &failure) {
+		t.Fatalf("got %v, want an error with the code 0x%x", err, code)
+	}
+	if failure.Code != code {
+		t.Errorf("got %v, want the code 0x%x", failure, code)
+	}
+	return failure
+}
+
+// hello loads a module.
+func (h *host) hello(module string) (reply wire.HelloReply, err error) {
+	h.t.Helper()
+	_, err = h.call(wire.OpHello, wire.Hello{Version: wire.Version, Module: module, MaxSessions: 8}, nil, &reply)
+	return reply, err
+}
+
+const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+
+// token is a throw-away SoftHSM token.
+type token struct {
+	env    string
+	label  string
+	pin    string
+	module string
+}
+
+func newToken(t testing.TB) *token {
+	t.Helper()
+	if _, err := os.Stat(softHSM); err != nil {
+		t.Fatalf("SoftHSM is needed (apt-get install softhsm2 opensc): %v", err)
+	}
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "softhsm2.conf")
+	if err := os.WriteFile(conf, []byte("directories.tokendir = "+dir+"\nobjectstore.backend = file\nlog.level = ERROR\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k := &token{env: "SOFTHSM2_CONF=" + conf, label: "modhost test", pin: "648219", module: softHSM}
+	k.tool(t, "softhsm2-util", "--init-token", "--free", "--label", k.label, "--pin", k.pin, "--so-pin", "3537363231383830")
+	return k
+}
+
+// tool runs a program on the token and returns what it printed.
+func (k *token) tool(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), name, args...)
+	command.Env = append(os.Environ(), k.env)
+	out, err := command.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// pkcs11Tool runs OpenSC's tool, logged in.
+func (k *token) pkcs11Tool(t testing.TB, args ...string) string {
+	t.Helper()
+	return k.tool(t, "pkcs11-tool", append([]string{"--module", softHSM, "--token-label", k.label, "--login", "--pin", k.pin}, args...)...)
+}
+
+// slot returns the slot of the token as the host sees it.
+func (k *token) slot(h *host) uint {
+	h.t.Helper()
+	var slots wire.Slots
+	h.must(wire.OpSlots, nil, nil, &slots)
+	for _, slot := range slots.Slots {
+		if slot.Token.Label == k.label {
+			return slot.ID
+		}
+	}
+	h.t.Fatalf("no token %q in %+v", k.label, slots)
+	return 0
+}
+
+// openToken starts a host with a token that is logged in.
+func openToken(t testing.TB) (*host, *token, uint) {
+	t.Helper()
+	k := newToken(t)
+	h := startHost(t, k.env)
+	if _, err := h.hello(softHSM); err != nil {
+		t.Fatal(err)
+	}
+	slot := k.slot(h)
+	h.must(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.pin), nil)
+	return h, k, slot
+}
+
+func randomID() string {
+	id := make([]byte, 8)
+	rand.Read(id)
+	return hex.EncodeToString(id)
+}
