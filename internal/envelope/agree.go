@@ -44,10 +44,9 @@ func concatKDF(z []byte, algorithm, partyU, partyV string, size int) []byte {
 	input := binary.BigEndian.AppendUint32(nil, firstRound)
 	input = append(input, z...)
 	for _, info := range []string{algorithm, partyU, partyV} {
-		input = binary.BigEndian.AppendUint32(input, uint32(len(info)))
-		input = append(input, info...)
+		input = append(appendLength(input, len(info)), info...)
 	}
-	input = binary.BigEndian.AppendUint32(input, uint32(size)*8)
+	input = appendLength(input, size*8) // SuppPubInfo: the key's length in bits
 	defer clear(input)
 	sum := sha256.Sum256(input)
 	return sum[:size]

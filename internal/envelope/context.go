@@ -7,8 +7,8 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
-	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -109,7 +109,7 @@ func checkName(what, name string) error {
 	if name == "" || len(name) > MaxName {
 		return fmt.Errorf("%s name of %d bytes: a name has 1 to %d", what, len(name), MaxName)
 	}
-	if i := strings.IndexFunc(name, func(r rune) bool { return r > 0x7e || !isNameByte(byte(r)) }); i >= 0 {
+	if i := slices.IndexFunc([]byte(name), func(c byte) bool { return !isNameByte(c) }); i >= 0 {
 		return fmt.Errorf("%s name %q: byte %d is not allowed in a name", what, name, i)
 	}
 	return nil
@@ -159,20 +159,25 @@ func (c Context) headers(options *jose.EncrypterOptions) {
 // written alike.
 func (c Context) mac(key *AuthKey, payload []byte) []byte {
 	mac := hmac.New(sha256.New, key[:])
-	writeField(mac, []byte(macDomain))
-	writeField(mac, []byte(c.Use))
-	writeField(mac, []byte(c.Key))
-	writeField(mac, binary.BigEndian.AppendUint64(nil, uint64(c.Version)))
-	writeField(mac, []byte(c.Cluster))
-	writeField(mac, []byte(c.Name))
-	writeField(mac, binary.BigEndian.AppendUint64(nil, c.Generation))
-	writeField(mac, c.Caller)
-	writeField(mac, payload)
+	for _, field := range [][]byte{
+		[]byte(macDomain),
+		[]byte(c.Use),
+		[]byte(c.Key),
+		binary.BigEndian.AppendUint64(nil, uint64(c.Version)), //nolint:gosec // check keeps it positive
+		[]byte(c.Cluster),
+		[]byte(c.Name),
+		binary.BigEndian.AppendUint64(nil, c.Generation),
+		c.Caller,
+		payload,
+	} {
+		// A hash does not fail.
+		_, _ = mac.Write(appendLength(nil, len(field)))
+		_, _ = mac.Write(field)
+	}
 	return mac.Sum(nil)
 }
 
-// writeField writes a length of four bytes, big endian, and the field. A hash does not fail.
-func writeField(w io.Writer, field []byte) {
-	_, _ = w.Write(binary.BigEndian.AppendUint32(nil, uint32(len(field))))
-	_, _ = w.Write(field)
+// appendLength appends the length of a field: four bytes, big endian.
+func appendLength(b []byte, length int) []byte {
+	return binary.BigEndian.AppendUint32(b, uint32(length)) //nolint:gosec // fields have 64 KiB at most
 }

@@ -31,7 +31,7 @@ const (
 	// MaxSize is the largest envelope in bytes.
 	MaxSize = 128 << 10
 	// MaxName is the longest key, cluster or item name in bytes.
-	MaxName = 128
+	MaxName = 200
 	// MaxCaller is the longest caller's context in bytes.
 	MaxCaller = 4 << 10
 	// MinRSABits and MaxRSABits bound the modulus of a recipient's RSA key.
@@ -93,13 +93,13 @@ func NewAuthKey() *AuthKey {
 	return &key
 }
 
-// String, GoString and LogValue keep the key out of messages and logs.
+// String keeps the key out of messages.
 func (AuthKey) String() string { return "[authentication key]" }
 
-// GoString is String.
+// GoString keeps it out of %#v.
 func (k AuthKey) GoString() string { return k.String() }
 
-// LogValue is String.
+// LogValue keeps it out of logs, whatever their format.
 func (k AuthKey) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
 // check refuses a key that nobody set: with it, everybody could make envelopes.

@@ -100,7 +100,7 @@ func (e *Envelope) decrypt(ctx context.Context, want Context, r Recipient, key h
 // unwrapper recovers the content key of one envelope for one recipient: go-jose's OpaqueKeyDecrypter. go-jose asks it
 // once for each recipient; it answers for its own alone, and only once.
 type unwrapper struct {
-	ctx        context.Context //nolint:containedctx // go-jose's interface has none; it lives as long as one Open
+	ctx        context.Context // go-jose's interface has none; it lives as long as one Open
 	stanza     stanza
 	operation  func(context.Context) ([]byte, error)
 	spent      bool
@@ -172,7 +172,7 @@ func (u *unwrapper) DecryptKey(_ []byte, header jose.Header) ([]byte, error) {
 	if err != nil && !errors.Is(err, hsm.ErrCiphertext) {
 		u.err = err
 		if ctxErr := u.ctx.Err(); ctxErr != nil && !errors.Is(err, ctxErr) {
-			u.err = errors.Join(ctxErr, err)
+			u.err = fmt.Errorf("%w: %w", ctxErr, err)
 		}
 		return nil, u.err
 	}

@@ -105,7 +105,7 @@ func parseRecipients(s *scanner) []stanza {
 	for s.err == nil {
 		var r stanza
 		s.want(`{"header":{"alg":"`)
-		r.Algorithm = Algorithm(s.string("alg", MaxName))
+		r.Algorithm = Algorithm(s.name("alg"))
 		if s.have(`,"epk":`) {
 			r.ephemeral = parseEphemeral(s)
 		}
@@ -143,11 +143,11 @@ func (e *Envelope) parseProtected(text []byte) error {
 	single := len(e.recipients) == 1
 	if single {
 		s.want(`"alg":"`)
-		e.recipients[0].Algorithm = Algorithm(s.string("alg", MaxName))
+		e.recipients[0].Algorithm = Algorithm(s.name("alg"))
 		s.want(`,`)
 	}
 	if s.have(`"cluster":"`) {
-		c.Cluster = s.string("cluster", MaxName)
+		c.Cluster = s.name("cluster")
 		s.want(`,`)
 	}
 	if s.have(`"ctx":"`) {
@@ -162,18 +162,18 @@ func (e *Envelope) parseProtected(text []byte) error {
 		c.Generation = s.number("gen", maxGeneration)
 	}
 	s.want(`,"key":"`)
-	c.Key = s.string("key", MaxName)
+	c.Key = s.name("key")
 	if single {
 		s.want(`,"kid":"`)
 		e.recipients[0].KID = parseKID(s)
 	}
 	s.want(`,"kver":`)
-	c.Version = int(s.number("kver", math.MaxInt32))
+	c.Version = int(s.number("kver", math.MaxInt32)) //nolint:gosec // fits by its maximum
 	if s.have(`,"name":"`) {
-		c.Name = s.string("name", MaxName)
+		c.Name = s.name("name")
 	}
 	s.want(`,"typ":"` + typ + `","use":"`)
-	c.Use = Use(s.string("use", MaxName))
+	c.Use = Use(s.name("use"))
 	s.want(`,"v":1}`)
 	s.end()
 	if s.err != nil {

@@ -31,7 +31,7 @@ func (s *scanner) have(literal string) bool {
 // want consumes the literal, which must come next.
 func (s *scanner) want(literal string) {
 	if s.err == nil && !s.have(literal) {
-		s.fail("want %s, have %s", literal, s.next())
+		s.fail("want `%s`, have %s", literal, s.next())
 	}
 }
 
@@ -42,15 +42,15 @@ func (s *scanner) end() {
 	}
 }
 
-// string consumes up to max bytes of a JSON string whose opening quote was consumed, and its closing quote. Only the
+// name consumes up to MaxName bytes of a JSON string whose opening quote was consumed, and its closing quote. Only the
 // bytes that names may hold are allowed: none of them can be escaped.
-func (s *scanner) string(what string, max int) string {
-	return string(s.run(what, max, isNameByte))
+func (s *scanner) name(what string) string {
+	return string(s.run(what, MaxName, isNameByte))
 }
 
-// base64 does the same with a string of base64url and returns the min to max bytes that it stands for.
-func (s *scanner) base64(what string, min, max int) []byte {
-	encoded := s.run(what, base64url.EncodedLen(max), isBase64Byte)
+// base64 does the same with a string of base64url and returns the least to most bytes that it stands for.
+func (s *scanner) base64(what string, least, most int) []byte {
+	encoded := s.run(what, base64url.EncodedLen(most), isBase64Byte)
 	if s.err != nil {
 		return nil
 	}
@@ -60,47 +60,47 @@ func (s *scanner) base64(what string, min, max int) []byte {
 	case err != nil:
 		s.fail("%s is not canonical base64url", what)
 		return nil
-	case n < min:
-		s.fail("%s of %d bytes: want %d to %d", what, n, min, max)
+	case n < least:
+		s.fail("%s of %d bytes: want %d to %d", what, n, least, most)
 		return nil
 	}
 	return decoded[:n]
 }
 
-// number consumes a decimal number from 1 to max without leading zeros.
-func (s *scanner) number(what string, max uint64) uint64 {
+// number consumes a decimal number from 1 to most without leading zeros.
+func (s *scanner) number(what string, most uint64) uint64 {
 	if s.err != nil {
 		return 0
 	}
 	digits := s.span(len("18446744073709551615"), func(c byte) bool { return '0' <= c && c <= '9' })
 	n, err := strconv.ParseUint(string(digits), 10, 64)
-	if err != nil || n < 1 || n > max || digits[0] == '0' {
-		s.fail("want %s, a number from 1 to %d, have %s", what, max, s.next())
+	if err != nil || n < 1 || n > most || digits[0] == '0' {
+		s.fail("want %s, a number from 1 to %d, have %s", what, most, s.next())
 		return 0
 	}
 	s.at += len(digits)
 	return n
 }
 
-// run consumes up to max bytes that are allowed, and the closing quote behind them.
-func (s *scanner) run(what string, max int, allowed func(byte) bool) []byte {
+// run consumes up to most bytes that are allowed, and the closing quote behind them.
+func (s *scanner) run(what string, most int, allowed func(byte) bool) []byte {
 	if s.err != nil {
 		return nil
 	}
-	run := s.span(max, allowed)
+	run := s.span(most, allowed)
 	s.at += len(run)
 	if !s.have(`"`) {
-		s.fail("%s has more than %d characters, or one that is not allowed, at %s", what, max, s.next())
+		s.fail("%s has more than %d characters, or one that is not allowed, at %s", what, most, s.next())
 		return nil
 	}
 	return run
 }
 
-// span returns the bytes that come next and are allowed, max at most, without consuming them.
-func (s *scanner) span(max int, allowed func(byte) bool) []byte {
+// span returns the bytes that come next and are allowed, up to most, without consuming them.
+func (s *scanner) span(most int, allowed func(byte) bool) []byte {
 	rest := s.text[s.at:]
 	n := 0
-	for n < len(rest) && n < max && allowed(rest[n]) {
+	for n < len(rest) && n < most && allowed(rest[n]) {
 		n++
 	}
 	return rest[:n]
