@@ -1,7 +1,6 @@
 package envelope
 
 import (
-	"bytes"
 	"fmt"
 	"testing"
 
@@ -65,20 +64,5 @@ func TestEveryAlgorithmOpensAloneAndAmongOthers(t *testing.T) {
 				}
 			})
 		}
-	}
-}
-
-func TestTheLargestEnvelopeFits(t *testing.T) {
-	own := load(t, rsa2048, "")
-	c := materialContext()
-	c.Caller = bytes.Repeat([]byte{0xff}, MaxCaller)
-	payload := bytes.Repeat([]byte{0xff}, MaxPayload)
-	raw := mustSeal(t, c, payload, own)
-	opened, err := open(t, raw, c, own)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(opened, payload) {
-		t.Error("another payload came out")
 	}
 }
