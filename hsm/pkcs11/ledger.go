@@ -116,27 +116,16 @@ func (a *attempt) succeeded() error {
 	return nil
 }
 
-// wrong records that the token rejected the PIN, and returns the *hsm.PINError for whoever wanted to log in. triesLeft is
-// 0 where the token is locked now, -1 where it does not tell.
-func (a *attempt) wrong(triesLeft int) error {
+// wrong records that the token rejected the PIN, which is not sent again. The error says that recording it failed; then the
+// intent stays, which bars the PIN as long as the token shows fewer than all its tries.
+func (a *attempt) wrong() error {
 	defer a.unlock()
 	after := a.known.resolved(nil).bar(bar{Print: a.intent.Print, At: a.intent.At, Rejected: true})
-	err := a.ledger.files.write(a.serial, after)
-
-	detail := fmt.Sprintf("the token %q rejected the PIN; it was sent once and is not sent again from this machine; ", a.serial)
-	switch {
-	case triesLeft == 0:
-		detail += lockedAdvice
-	case triesLeft == 1:
-		detail += "the next wrong PIN locks the token, so make sure of it, give it to the device and unbar the device"
-	default:
-		detail += "make sure of the PIN, give the right one to the device and unbar the device"
+	if err := a.ledger.files.write(a.serial, after); err != nil {
+		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
+			"is mended: %w", a.serial, a.ledger.files.dir, err)
 	}
-	if err != nil {
-		detail += fmt.Sprintf("; recording this in %q failed, so end all programs that use the token until that is mended: %v",
-			a.ledger.files.dir, err)
-	}
-	return &hsm.PINError{TriesLeft: triesLeft, Detail: detail}
+	return nil
 }
 
 // unresolved leaves the intent as it is, because nobody knows what the token did with the PIN: the module hung or died.

@@ -321,8 +321,12 @@ func (f ledgerFiles) path(serial, suffix string) string {
 }
 
 // escapeSerial turns a serial number into part of a file's name, different ones into different ones. A token's serial
-// has at most 16 bytes (CK_TOKEN_INFO).
+// has at most 16 bytes (CK_TOKEN_INFO); what is much longer is named by its SHA-256.
 func escapeSerial(serial string) string {
+	const longest = 64
+	if len(serial) > longest {
+		return fmt.Sprintf("=%x", sha256.Sum256([]byte(serial)))
+	}
 	var name strings.Builder
 	for _, b := range []byte(serial) {
 		switch {
