@@ -3,10 +3,6 @@ package keyring
 import (
 	"bytes"
 	"context"
-	"crypto"
-	"crypto/ecdh"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/subtle"
 	"errors"
 	"fmt"
@@ -22,7 +18,7 @@ import (
 // the key can do, one that it opens its authentication envelope. A repeat of the same request answers with the key as
 // it is; another request for that name is [ErrKeyExists].
 func (k *Keyring) Adopt(ctx context.Context, name string, request AdoptRequest) (*Key, error) {
-	if err := errors.Join(checkName(name), request.check()); err != nil {
+	if err := check(name, request); err != nil {
 		return nil, err
 	}
 	unlock, err := k.locks.lock(ctx, name)
@@ -71,7 +67,7 @@ func (k *Keyring) adoptedBefore(rec *record, request AdoptRequest) (*Key, error)
 // AddRecipient lets one more HSM key open what the newest version seals from now on; older envelopes need a rewrap. It
 // costs two private-key operations in that HSM. The key record changes, so it has to be read again.
 func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRequest) (*Key, error) {
-	if err := errors.Join(checkName(name), request.check()); err != nil {
+	if err := check(name, request); err != nil {
 		return nil, err
 	}
 	rec, _, err := k.load(ctx, name) // before the lock: while an HSM key is being made, that can be said at once
@@ -89,6 +85,9 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 	if rec, _, err = k.load(ctx, name); err != nil {
 		return nil, err
 	}
+	if err := rec.settled(); err != nil {
+		return nil, err
+	}
 	if repeatedRecipient(rec, request) {
 		return describe(rec), nil
 	}
@@ -98,9 +97,11 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 		return nil, fmt.Errorf("adding a recipient to key %q: %w", name, err)
 	}
 	rcpt.RequestID = request.RequestID
-	if _, err := k.authKey(ctx, rec, number); err != nil { // a restored version may have it in its envelope only
+	auth, err := k.authKey(ctx, rec, number) // a restored version may have it in its envelope only: open and keep it
+	if err != nil {
 		return nil, err
 	}
+	clear(auth[:])
 	rec, err = k.update(ctx, name, func(rec *record) error {
 		if err := rec.settled(); err != nil {
 			return err
@@ -213,16 +214,34 @@ func (k *Keyring) newRecipient(ctx context.Context, request AdoptRequest) (recip
 	}
 	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Label: request.Label, ID: request.ID})
 	if err != nil {
-		return recipient{}, nil, fmt.Errorf("device %q: %w; list the keys of the device to see what is there", request.Device, err)
+		hint := ""
+		if errors.Is(err, hsm.ErrNotFound) {
+			hint = "; list the keys of the device to see what is there"
+		}
+		return recipient{}, nil, fmt.Errorf("device %q: %w%s", request.Device, err, hint)
 	}
-	rcpt, err := k.judge(ctx, request, key)
+	rcpt, err := k.judge(ctx, device, key, request)
 	if err != nil {
-		return recipient{}, nil, fmt.Errorf("device %q: key %q with id %q: %w", request.Device, key.Ref().Label, key.Ref().ID, err)
+		return recipient{}, nil, err
 	}
 	return rcpt, key, nil
 }
 
-func (k *Keyring) judge(ctx context.Context, request AdoptRequest, key hsm.Key) (recipient, error) {
+// judge returns the recipient that an HSM key makes, if it is good enough and proves it.
+func (k *Keyring) judge(ctx context.Context, device hsm.Device, key hsm.Key, request AdoptRequest) (recipient, error) {
+	rcpt, err := judge(ctx, key, request.AcceptWeak)
+	if err != nil {
+		return rcpt, fmt.Errorf("device %q: key %q with id %q: %w", request.Device, key.Ref().Label, key.Ref().ID, err)
+	}
+	rcpt.Device = request.Device
+	if info, err := device.Info(ctx); err == nil { // it tells two names of one HSM apart from two HSMs; no more depends on it
+		rcpt.Serial = info.Serial
+	}
+	rcpt.Added, rcpt.AddedBy = k.today(), request.By
+	return rcpt, nil
+}
+
+func judge(ctx context.Context, key hsm.Key, acceptWeak bool) (recipient, error) {
 	public := key.Public()
 	kind, err := kindOf(public)
 	if err != nil {
@@ -233,7 +252,7 @@ func (k *Keyring) judge(ctx context.Context, request AdoptRequest, key hsm.Key) 
 		return recipient{}, err
 	}
 	weak := weaknesses(key.Traits())
-	if len(weak) > 0 && !request.AcceptWeak {
+	if len(weak) > 0 && !acceptWeak {
 		return recipient{}, fmt.Errorf("%w: it is %s; choose a key made for decryption only, or accept this with "+
 			"accept_weak_key=true", ErrWeakKey, strings.Join(weak, " and "))
 	}
@@ -246,144 +265,17 @@ func (k *Keyring) judge(ctx context.Context, request AdoptRequest, key hsm.Key) 
 		return recipient{}, err
 	}
 	ref := key.Ref()
-	return recipient{
-		recipientCore: recipientCore{
-			Device:             request.Device,
-			Label:              ref.Label,
-			ID:                 ref.ID,
-			KID:                kid,
-			Algorithm:          algorithm,
-			PublicKey:          encoded,
-			WeaknessesAccepted: weak,
-			AlsoUsableFor:      slices.Clone(key.Traits().AlsoUsableFor),
-			kind:               kind,
-			sealTo:             envelope.Recipient{KID: kid, Algorithm: algorithm, Public: public},
-		},
-		Added:   k.today(),
-		AddedBy: request.By,
-	}, nil
-}
-
-// weaknesses names what makes a key unfit unless somebody accepts it.
-func weaknesses(traits hsm.Traits) []string {
-	var weak []string
-	if traits.Extractable {
-		weak = append(weak, "extractable")
-	}
-	if !traits.Sensitive {
-		weak = append(weak, "not sensitive")
-	}
-	// On a PKCS#11 token every RSA key signs as well, because the PIN holder chooses the mechanism: a warning. Where
-	// the device itself keeps a list, the other use is somebody's decision, and an oracle for ours.
-	if traits.ForeignUsesRefused && len(traits.AlsoUsableFor) > 0 {
-		weak = append(weak, "also usable for "+strings.Join(traits.AlsoUsableFor, ", "))
-	}
-	return weak
-}
-
-// prover is a key that proves by itself what it can do.
-type prover interface {
-	Prove(ctx context.Context) error
-}
-
-// prove finds the best algorithm that the key can open, by a round trip: public half in software, private half in the
-// HSM. Lists of mechanisms are promises that tokens were seen to break.
-func prove(ctx context.Context, key hsm.Key) (envelope.Algorithm, error) {
-	if own, ok := key.(prover); ok {
-		if err := own.Prove(ctx); err != nil {
-			return "", fmt.Errorf("proving what it can do: %w", err)
-		}
-	}
-	switch key := key.(type) {
-	case hsm.Decrypter:
-		return proveDecrypter(ctx, key)
-	case hsm.Agreer:
-		return envelope.ECDHESA256KW, proveAgreer(ctx, key)
-	default:
-		return "", fmt.Errorf("%w: the device offers neither decryption nor key agreement with it; choose another key", ErrUnusableKey)
-	}
-}
-
-func proveDecrypter(ctx context.Context, key hsm.Decrypter) (envelope.Algorithm, error) {
-	public, ok := key.Public().(*rsa.PublicKey)
-	if !ok {
-		return "", fmt.Errorf("%w: it decrypts and is no RSA key; choose another key", ErrUnusableKey)
-	}
-	var failures []error
-	for _, choice := range []struct {
-		hash      crypto.Hash
-		algorithm envelope.Algorithm
-	}{{crypto.SHA256, envelope.RSAOAEP256}, {crypto.SHA1, envelope.RSAOAEP}} {
-		if !slices.Contains(key.OAEPHashes(), choice.hash) {
-			continue
-		}
-		err := roundTripOAEP(ctx, key, public, choice.hash)
-		if err == nil {
-			return choice.algorithm, nil
-		}
-		if ctx.Err() != nil || isAway(err) {
-			return "", fmt.Errorf("proving that it decrypts: %w", err)
-		}
-		failures = append(failures, fmt.Errorf("%s: %w", choice.algorithm, err))
-	}
-	if failures == nil {
-		return "", fmt.Errorf("%w: the device offers no RSA-OAEP with SHA-256 or SHA-1 for it; choose another key", ErrUnusableKey)
-	}
-	return "", fmt.Errorf("%w: it does not decrypt what its public key encrypts; choose another key: %w", ErrUnusableKey,
-		errors.Join(failures...))
-}
-
-func roundTripOAEP(ctx context.Context, key hsm.Decrypter, public *rsa.PublicKey, hash crypto.Hash) error {
-	secret := make([]byte, 32)
-	_, _ = rand.Read(secret) // never fails: crypto/rand
-	ciphertext, err := rsa.EncryptOAEP(hash.New(), rand.Reader, public, secret, nil)
-	if err != nil {
-		return err
-	}
-	plaintext, err := key.DecryptOAEP(ctx, hash, ciphertext)
-	if err != nil {
-		return err
-	}
-	defer clear(plaintext)
-	if subtle.ConstantTimeCompare(plaintext, secret) != 1 {
-		return fmt.Errorf("the HSM decrypted to something else: %w", hsm.ErrCiphertext)
-	}
-	return nil
-}
-
-func proveAgreer(ctx context.Context, key hsm.Agreer) error {
-	public, ok := key.Public().(*ecdh.PublicKey)
-	if !ok {
-		return fmt.Errorf("%w: it agrees and is no elliptic-curve key; choose another key", ErrUnusableKey)
-	}
-	ephemeral, err := public.Curve().GenerateKey(rand.Reader)
-	if err != nil {
-		return fmt.Errorf("proving that it agrees: %w", err)
-	}
-	ours, err := ephemeral.ECDH(public)
-	if err != nil {
-		return fmt.Errorf("proving that it agrees: %w", err)
-	}
-	defer clear(ours)
-	theirs, err := key.Agree(ctx, ephemeral.PublicKey())
-	if err != nil {
-		if ctx.Err() != nil || isAway(err) {
-			return fmt.Errorf("proving that it agrees: %w", err)
-		}
-		return fmt.Errorf("%w: it does not derive what its public key promises; choose another key: %w", ErrUnusableKey, err)
-	}
-	defer clear(theirs)
-	if subtle.ConstantTimeCompare(ours, theirs) != 1 {
-		return fmt.Errorf("%w: it derived something else than its public key promises; choose another key", ErrUnusableKey)
-	}
-	return nil
-}
-
-// isAway tells whether an error is about the device and not about the key.
-func isAway(err error) bool {
-	var pin *hsm.PINError
-	return errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrLocked) || errors.As(err, &pin) ||
-		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+	return recipient{recipientCore: recipientCore{
+		Label:              ref.Label,
+		ID:                 ref.ID,
+		KID:                kid,
+		Algorithm:          algorithm,
+		PublicKey:          encoded,
+		WeaknessesAccepted: weak,
+		AlsoUsableFor:      slices.Clone(key.Traits().AlsoUsableFor),
+		kind:               kind,
+		sealTo:             envelope.Recipient{KID: kid, Algorithm: algorithm, Public: public},
+	}}, nil
 }
 
 // check returns ErrInvalid where the request names no key.

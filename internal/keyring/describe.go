@@ -109,7 +109,7 @@ func describeVersion(v *version) Version {
 	for i := range v.Recipients {
 		r := &v.Recipients[i]
 		described.Recipients = append(described.Recipients, Recipient{
-			Device: r.Device, Label: r.Label, ID: r.ID, KID: r.KID, Algorithm: r.Algorithm, Kind: r.kind, Public: r.sealTo.Public,
+			Device: r.Device, Serial: r.Serial, Label: r.Label, ID: r.ID, KID: r.KID, Algorithm: r.Algorithm, Kind: r.kind, Public: r.sealTo.Public,
 			WeaknessesAccepted: slices.Clone(r.WeaknessesAccepted), AlsoUsableFor: slices.Clone(r.AlsoUsableFor),
 			Added: r.Added, AddedBy: r.AddedBy,
 		})
@@ -153,13 +153,20 @@ func (r *record) warnings() []string {
 	return list
 }
 
-// devices returns on how many devices a version can be opened.
+// devices returns on how many HSMs a version can be opened. Two names of one HSM are one HSM.
 func (v *version) devices() int {
-	seen := map[string]bool{}
+	names, serials := map[string]bool{}, map[string]bool{}
 	for i := range v.Recipients {
-		seen[v.Recipients[i].Device] = true
+		rcpt := &v.Recipients[i]
+		if names[rcpt.Device] || serials[rcpt.Serial] {
+			continue
+		}
+		names[rcpt.Device] = true
+		if rcpt.Serial != "" {
+			serials[rcpt.Serial] = true
+		}
 	}
-	return len(seen)
+	return len(names)
 }
 
 func clonePointer[T any](p *T) *T {

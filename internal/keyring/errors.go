@@ -1,6 +1,9 @@
 package keyring
 
-import "errors"
+import (
+	"errors"
+	"strings"
+)
 
 // The errors of this package. They are wrapped in a sentence that names the key and says what to do: ask with
 // errors.Is. Errors of the store, the device and the envelope come through beside them.
@@ -42,3 +45,16 @@ var (
 	// ErrTooLarge: the record has no room for another version or recipient.
 	ErrTooLarge = errors.New("the wrapping key has too many versions and recipients")
 )
+
+// failures are several errors in one line: errors.Join takes one line for each, which reads badly in an answer.
+type failures []error
+
+func (f failures) Error() string {
+	texts := make([]string, len(f))
+	for i, err := range f {
+		texts[i] = err.Error()
+	}
+	return strings.Join(texts, "; ")
+}
+
+func (f failures) Unwrap() []error { return f }

@@ -17,7 +17,7 @@ import (
 // [Keyring.Finish] makes it, which takes half a minute and more on a card. A repeat, by request id or with the same
 // device, algorithm and label, answers with the key as it is.
 func (k *Keyring) Begin(ctx context.Context, name string, request GenerateRequest) (*Key, error) {
-	if err := errors.Join(checkName(name), request.check()); err != nil {
+	if err := check(name, request); err != nil {
 		return nil, err
 	}
 	for range 2 {
@@ -246,9 +246,9 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("device %q: key with id %q: %w", intent.Device, intent.ID, err)
 	}
-	rcpt, err := k.judge(ctx, AdoptRequest{Device: intent.Device, By: intent.By}, key)
+	rcpt, err := k.judge(ctx, device, key, AdoptRequest{Device: intent.Device, By: intent.By})
 	if err != nil {
-		return nil, fmt.Errorf("device %q: key with id %q: %w", intent.Device, intent.ID, err)
+		return nil, err
 	}
 	v, err := k.newVersion(ctx, rec, rcpt, key, intent.RequestID)
 	if err != nil {
@@ -264,6 +264,7 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 			return fmt.Errorf("it was abandoned meanwhile: %w: begin anew", store.ErrConflict)
 		}
 		if rec.Pending.Abandoning {
+			gone = true
 			return generating(rec)
 		}
 		rec.Pending = nil
@@ -272,10 +273,12 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 	})
 	gone = gone || errors.Is(err, ErrKeyNotFound)
 	if gone && made {
-		// The other process did not see this key when it undid the intent. No version ever had it.
-		if undo := device.DeleteKey(context.WithoutCancel(ctx), key.Ref()); undo != nil {
-			err = errors.Join(err, fmt.Errorf("device %q: deleting the key with id %q, which nobody needs: %w", intent.Device,
-				intent.ID, undo))
+		// Another process undid the intent, perhaps before it could see this key. No version ever had it.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)
+		defer cancel()
+		if undo := device.DeleteKey(ctx, key.Ref()); undo != nil && !errors.Is(undo, hsm.ErrNotFound) {
+			k.logger.Error("an HSM key that nobody needs is left over; delete it", "key", rec.Name, "device", intent.Device, "id",
+				intent.ID, "error", undo)
 		}
 	}
 	if err != nil {
@@ -300,16 +303,23 @@ func (k *Keyring) findOrGenerate(ctx context.Context, device hsm.Device, intent 
 	return key, err == nil, err
 }
 
+// maxLastError is how much of an error is kept in a record, in bytes.
+const maxLastError = 1 << 10
+
 // noteFailure records why an intent failed, for people to read. It is no harm if that fails as well.
 func (k *Keyring) noteFailure(ctx context.Context, name, id string, failure error) {
 	k.logger.Warn("making an HSM key failed", "key", name, "error", failure)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)
 	defer cancel()
 	_, err := k.update(ctx, name, func(rec *record) error {
-		if rec.Pending == nil || rec.Pending.ID != id || rec.Pending.LastError == failure.Error() {
+		text := strings.ToValidUTF8(failure.Error(), "?")
+		if len(text) > maxLastError {
+			text = strings.ToValidUTF8(text[:maxLastError], "") + "…"
+		}
+		if rec.Pending == nil || rec.Pending.ID != id || rec.Pending.LastError == text {
 			return errNoChange
 		}
-		rec.Pending.LastError = failure.Error()
+		rec.Pending.LastError = text
 		return nil
 	})
 	if err != nil {
@@ -319,8 +329,18 @@ func (k *Keyring) noteFailure(ctx context.Context, name, id string, failure erro
 
 // Abandon undoes what Begin or Rotate recorded: it destroys the HSM key if one was made, which no version ever had, and
 // forgets the intent; a key without a version goes altogether. It may be called again after any failure or crash.
-// Without a pending HSM key there is nothing to do.
+// Without a pending HSM key there is nothing to do. It needs the device; see [Keyring.AbandonWithoutHSM].
 func (k *Keyring) Abandon(ctx context.Context, name string) error {
+	return k.abandon(ctx, name, k.undo)
+}
+
+// AbandonWithoutHSM is Abandon for a device that will not come back. An HSM key that was made on it stays there: the
+// log names its id.
+func (k *Keyring) AbandonWithoutHSM(ctx context.Context, name string) error {
+	return k.abandon(ctx, name, func(context.Context, intent) error { return nil })
+}
+
+func (k *Keyring) abandon(ctx context.Context, name string, undo func(context.Context, intent) error) error {
 	if err := checkName(name); err != nil {
 		return err
 	}
@@ -347,8 +367,9 @@ func (k *Keyring) Abandon(ctx context.Context, name string) error {
 		return nil
 	}
 	intent := *rec.Pending
-	if err := k.undo(ctx, intent); err != nil {
-		err = fmt.Errorf("abandoning version %d of key %q: %w", intent.Version, name, err)
+	if err := undo(ctx, intent); err != nil {
+		err = fmt.Errorf("abandoning version %d of key %q: %w; try again when the device is back, or abandon it without the HSM",
+			intent.Version, name, err)
 		k.noteFailure(ctx, name, intent.ID, err)
 		return err
 	}

@@ -198,7 +198,7 @@ func (k *Keyring) fromKeyRecord(restored keyRecord, request RestoreRequest) *rec
 // openAuthKeys opens the authentication key of each version. An HSM that is away is tolerated for all versions but one;
 // an envelope that does not open is not.
 func (k *Keyring) openAuthKeys(ctx context.Context, rec *record) error {
-	var away []error
+	var away failures
 	for i := range rec.Versions {
 		v := &rec.Versions[i]
 		parsed, err := envelope.Parse(v.AuthEnvelope)
@@ -219,7 +219,7 @@ func (k *Keyring) openAuthKeys(ctx context.Context, rec *record) error {
 	}
 	if len(away) == len(rec.Versions) {
 		return fmt.Errorf("no HSM opened a version of it: configure and attach one of its devices, then try again: %w",
-			errors.Join(away...))
+			away)
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ type Config struct {
 	CacheRecords bool
 }
 
-// Keyring keeps wrapping keys. Its methods are safe for concurrent use. Use one Keyring for each store: mutations of
+// Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods are safe for concurrent use. Use one Keyring for each store: mutations of
 // one key take turns within a Keyring, and among several by compare-and-swap.
 type Keyring struct {
 	records store.Store
@@ -124,6 +124,7 @@ type Version struct {
 // Recipient is an HSM key that can open a version's envelopes.
 type Recipient struct {
 	Device    string // name of the configured device
+	Serial    string // of the HSM at adoption; empty where it did not tell
 	Label, ID string // name of the key on it
 	KID       string // [hsm.Fingerprint]
 	Algorithm envelope.Algorithm

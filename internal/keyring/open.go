@@ -80,6 +80,11 @@ func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want enve
 			FromVersion: v.Number,
 		}, nil
 	}
+	if exact.Use == envelope.UseTransit { // before an HSM is asked
+		if err := rec.ready(rec.newest(), PurposeEncrypt); err != nil {
+			return Rewrapped{}, err
+		}
+	}
 	opened, err := k.Open(ctx, name, raw, want)
 	if err != nil {
 		return Rewrapped{}, err
@@ -166,20 +171,20 @@ func (k *Keyring) openAnywhere(
 			envelope.ErrNotRecipient, v.Number)
 	}
 	candidates = k.health.order(candidates, k.now())
-	var failures []error
+	var tried failures
 	for i, rcpt := range candidates {
 		payload, err := k.openAt(ctx, parsed, want, rcpt, auth, len(candidates)-i)
 		if err == nil {
 			return payload, rcpt, nil
 		}
-		failures = append(failures, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
+		tried = append(tried, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
 		if ctx.Err() != nil || !elsewhere(err) {
 			break
 		}
 		k.logger.Warn("a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
 			"left", len(candidates)-i-1, "error", err)
 	}
-	return nil, nil, errors.Join(failures...)
+	return nil, nil, tried
 }
 
 // openAt opens an envelope at one recipient's HSM. Of the caller's time it takes the share of one among so many

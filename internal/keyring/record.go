@@ -67,6 +67,7 @@ type recipient struct {
 // recipientCore is what the record and the key record tell of a recipient alike.
 type recipientCore struct {
 	Device             string             `json:"device"`
+	Serial             string             `json:"serial,omitempty"` // of the HSM, at adoption
 	Label              string             `json:"label"`
 	ID                 string             `json:"id"`
 	KID                string             `json:"kid"`
@@ -304,3 +305,11 @@ func checkName(name string) error {
 }
 
 const maxNameLength = 64
+
+// check checks the name and the request of a change.
+func check(name string, request interface{ check() error }) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	return request.check()
+}

@@ -67,11 +67,11 @@ func (k *Keyring) write(ctx context.Context, rec *record, expected store.Revisio
 	}
 	defer clear(raw)
 	k.cache.drop(rec.Name)
+	defer k.cache.drop(rec.Name)
 	_, err = k.records.Put(ctx, recordPrefix+rec.Name, bytes.Clone(raw), expected)
 	if err != nil && !k.isStored(ctx, rec.Name, raw) {
 		return fmt.Errorf("writing the record of key %q: %w", rec.Name, err)
 	}
-	k.cache.drop(rec.Name)
 	return nil
 }
 

@@ -90,7 +90,8 @@ func (r *record) ready(v *version, purpose Purpose) error {
 
 // Delete deletes a wrapping key where deletion_allowed is set. Its HSM keys stay unless the request says otherwise;
 // those whose version ever served `encrypt/`, or that another wrapping key has, are never deleted. It may be called
-// again after any failure or crash; deleting a key that is gone is ErrKeyNotFound.
+// again after any failure or crash: with DeleteHSMKeys it goes on where it stopped, without it leaves the HSM keys that
+// are still there. Deleting a key that is gone is [ErrKeyNotFound].
 func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest) error {
 	if err := checkName(name); err != nil {
 		return err
@@ -107,7 +108,10 @@ func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest
 		return err
 	}
 	defer unlock()
-	if request.DeleteHSMKeys || rec.Deleting != nil {
+	if request.DeleteHSMKeys {
+		if err := k.notShared(ctx, rec); err != nil {
+			return err
+		}
 		// Before the first HSM key goes, the record says so: whoever finds it half done completes it, and nobody seals
 		// with it any more.
 		rec, err = k.update(ctx, name, func(rec *record) error {
@@ -166,8 +170,8 @@ func (r *record) deletable(hsmKeys bool) error {
 	return nil
 }
 
-// deleteHSMKeys destroys the HSM keys of all versions. One that is gone already is fine.
-func (k *Keyring) deleteHSMKeys(ctx context.Context, rec *record) error {
+// notShared returns ErrInUse where another wrapping key has one of the same HSM keys.
+func (k *Keyring) notShared(ctx context.Context, rec *record) error {
 	for i := range rec.Versions {
 		for j := range rec.Versions[i].Recipients {
 			rcpt := &rec.Versions[i].Recipients[j]
@@ -176,11 +180,22 @@ func (k *Keyring) deleteHSMKeys(ctx context.Context, rec *record) error {
 				return err
 			}
 			if user != "" {
-				return fmt.Errorf("key %q: %w: wrapping key %q has the same key on device %q; delete that one first", rec.Name, ErrInUse,
-					user, rcpt.Device)
+				return fmt.Errorf("key %q: %w: wrapping key %q has the same key on device %q; delete that one first, or this one "+
+					"without its HSM keys", rec.Name, ErrInUse, user, rcpt.Device)
 			}
+		}
+	}
+	return nil
+}
+
+// deleteHSMKeys destroys the HSM keys of all versions. One that is gone already is fine.
+func (k *Keyring) deleteHSMKeys(ctx context.Context, rec *record) error {
+	for i := range rec.Versions {
+		for j := range rec.Versions[i].Recipients {
+			rcpt := &rec.Versions[i].Recipients[j]
 			if err := k.deleteHSMKey(ctx, rcpt); err != nil {
-				return fmt.Errorf("deleting the HSM keys of key %q: %w", rec.Name, err)
+				return fmt.Errorf("deleting the HSM keys of key %q: %w; delete it once more when the device is back, or without its "+
+					"HSM keys", rec.Name, err)
 			}
 		}
 	}
