@@ -1,0 +1,312 @@
+package pkcs11
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
+)
+
+// nextStep ends the sentences about a PIN that was refused.
+const nextStep = "make sure of the PIN, give the right one to the device (devices/NAME/pin) and lift the bar (devices/NAME/unbar)"
+
+// logIn makes sure that the host is logged in to the token, and that this device may use that log-in: it must hold the
+// same PIN. C_Login is called once for each host, whoever comes first; the others wait for it.
+func (d *Device) logIn(ctx context.Context, a *attachment) error {
+	if a.flags&ckfLoginRequired == 0 && a.flags&ckfTokenInitialized != 0 {
+		return nil
+	}
+	for {
+		a.mu.Lock()
+		if a.loggedIn {
+			digest := a.pinDigest
+			a.mu.Unlock()
+			return d.mayShare(digest)
+		}
+		if running := a.loggingIn; running != nil {
+			a.mu.Unlock()
+			select {
+			case <-running:
+				continue // it may have failed because of another owner's PIN, which says nothing about ours
+			case <-ctx.Done():
+				return fmt.Errorf("waiting for the log-in: %w", ctx.Err())
+			}
+		}
+		running := make(chan struct{})
+		a.loggingIn = running
+		a.mu.Unlock()
+
+		// The result of C_Login has to reach the ledger even where the caller has gone meanwhile.
+		result := make(chan error, 1)
+		started := d.module.goWaitedFor(func() {
+			err := d.sendPIN(ctx, a)
+			a.mu.Lock()
+			a.loggingIn = nil
+			a.mu.Unlock()
+			close(running)
+			result <- err
+		})
+		if !started {
+			return ErrClosed
+		}
+		select {
+		case err := <-result:
+			return err
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the log-in: %w", ctx.Err())
+		}
+	}
+}
+
+// mayShare compares the device's PIN with the one that logged in.
+func (d *Device) mayShare(loggedIn [32]byte) error {
+	d.mu.Lock()
+	own := d.manager.digest(d.pin)
+	d.mu.Unlock()
+	if subtle.ConstantTimeCompare(own[:], loggedIn[:]) == 1 {
+		return nil
+	}
+	return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf(
+		"another mount is logged in to %s with another PIN; nothing was sent, to save its tries; %s", d.describeToken(), nextStep)}
+}
+
+// digest makes PINs comparable without keeping them.
+func (m *Manager) digest(pin []byte) (sum [32]byte) {
+	mac := hmac.New(sha256.New, m.pinKey[:])
+	mac.Write(pin)
+	mac.Sum(sum[:0])
+	return sum
+}
+
+// takePIN returns a copy of the device's PIN, which the caller wipes.
+func (d *Device) takePIN() ([]byte, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil, ErrClosed
+	}
+	return append([]byte(nil), d.pin...), nil
+}
+
+// sendPIN calls C_Login under the PIN rule and tells the ledger what came of it.
+func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
+	pin, err := d.takePIN()
+	if err != nil {
+		return err
+	}
+	defer clear(pin)
+	if len(pin) == 0 {
+		return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf("no PIN is set for %s; %s", d.describeToken(), nextStep)}
+	}
+	release, err := a.token.queue.acquire(ctx, d.config.Owner)
+	if err != nil {
+		return err
+	}
+	defer release()
+	seen, err := d.look(ctx, a.host)
+	if err != nil {
+		return err
+	}
+	if seen.Token.Flags&ckfUserPINInitialized == 0 && seen.Token.Flags&ckfTokenInitialized == 0 {
+		return fmt.Errorf("%w: %s is not initialised", hsm.ErrUnsupported, d.describeToken())
+	}
+	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, pinState(seen.Token.Flags))
+	if err != nil {
+		return err
+	}
+	// From here on the caller's patience does not matter: the PIN is on its way, and what comes of it must be recorded. The
+	// watchdog bounds the wait.
+	_, err = a.host.call(context.WithoutCancel(ctx), request{
+		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.config.DecryptLimit,
+	})
+	if err == nil {
+		a.mu.Lock()
+		a.loggedIn, a.pinDigest = true, d.manager.digest(pin)
+		a.mu.Unlock()
+		if err := intent.succeeded(); err != nil {
+			d.manager.logger.Warn("the log-in worked, but the PIN ledger could not record it", "token", d.describeToken(), "error", err)
+		}
+		return nil
+	}
+	return d.refused(context.WithoutCancel(ctx), a, intent, err)
+}
+
+// refused sorts out a C_Login that did not work.
+func (d *Device) refused(ctx context.Context, a *attachment, intent *attempt, err error) error {
+	failed, ok := errors.AsType[*wire.Error](err)
+	switch {
+	case ok && failed.Code == ckrUserPINNotInitialized:
+		return errors.Join(&hsm.PINError{TriesLeft: -1, Detail: fmt.Sprintf(
+			"%s has no user PIN yet; initialise it first (pkcs11-tool --login --login-type so --init-pin)", d.describeToken())}, intent.withdrawn())
+	case ok && aboutPIN(failed.Code):
+		return d.refusedPIN(ctx, a, intent, failed.Code)
+	case errors.Is(err, errRetired):
+		return errors.Join(err, intent.withdrawn())
+	}
+	recordError := intent.unresolved()
+	if _, died := errors.AsType[*errHostDied](err); died {
+		// Hidden from the recovery on purpose: a PIN that may have cost a try is not sent again by itself.
+		err = unavailable("logging in to %s: %v; whether the PIN arrived is not known", d.describeToken(), err)
+	}
+	return errors.Join(err, recordError)
+}
+
+// aboutPIN tells return values that mean the PIN itself.
+func aboutPIN(code uint) bool {
+	switch code {
+	case ckrPINIncorrect, ckrPINInvalid, ckrPINLenRange, ckrPINExpired, ckrPINLocked:
+		return true
+	default:
+		return false
+	}
+}
+
+// refusedPIN records that the token did not take a PIN, and makes the error with the tries that the token says are left.
+func (d *Device) refusedPIN(ctx context.Context, a *attachment, intent *attempt, code uint) error {
+	recordError := intent.wrong()
+	var flags hsm.PINState
+	if seen, err := d.look(ctx, a.host); err == nil {
+		flags = pinState(seen.Token.Flags)
+	}
+	flags.Locked = flags.Locked || code == ckrPINLocked
+	refusal := &hsm.PINError{TriesLeft: triesLeft(flags)}
+	what := "refused the PIN"
+	switch {
+	case flags.Locked:
+		what = "is locked now"
+	case code == ckrPINLenRange:
+		what = "takes no PIN of that length, which costs no try on most tokens"
+	case code == ckrPINExpired:
+		what = "says that the PIN has expired; change it with pkcs11-tool --change-pin"
+	}
+	next := "this PIN is not sent again from this machine; " + nextStep
+	switch {
+	case flags.Locked:
+		next = "no PIN works until the SO-PIN has unblocked it (pkcs11-tool --login --login-type so --init-pin); after that, " + nextStep
+	case flags.FinalTry:
+		next = "ONE try is left before it locks; " + next
+	}
+	refusal.Detail = fmt.Sprintf("%s %s (C_Login: %s); %s", d.describeToken(), what, codeName(code), next)
+	if recordError != nil {
+		return errors.Join(refusal, recordError)
+	}
+	return refusal
+}
+
+// ChangePIN implements [hsm.PINChanger]. Where the module dies during the change, which PIN the token now has is not
+// known: the error says so, and the bar asks the token's count of tries before either is sent again.
+func (d *Device) ChangePIN(ctx context.Context, pin []byte) error {
+	during := "changing the PIN of " + d.describeToken()
+	if len(pin) == 0 {
+		return fmt.Errorf("%s: an empty PIN is not possible", during)
+	}
+	// The log-in proves the old PIN, and meets the bar where that is wrong.
+	_, a, err := d.runAt(ctx, operation{during: during, op: wire.OpMechanisms, private: true, idempotent: true, build: slot})
+	if err != nil {
+		return err
+	}
+	result := make(chan error, 1)
+	fresh := bytes.Clone(pin) // the caller may be gone, and have wiped it, before the token has it
+	// As with a log-in, what comes of it has to reach the ledger even where the caller has gone meanwhile.
+	if !d.module.goWaitedFor(func() {
+		defer clear(fresh)
+		result <- d.setPIN(ctx, a, fresh)
+	}) {
+		return fmt.Errorf("%s: %w", during, ErrClosed)
+	}
+	select {
+	case err := <-result:
+		if err != nil {
+			return fmt.Errorf("%s: %w", during, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s: it may or may not have happened: %w", during, ctx.Err())
+	}
+}
+
+// setPIN calls C_SetPIN and makes the new PIN the device's own.
+func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
+	old, err := d.takePIN()
+	if err != nil {
+		return err
+	}
+	defer clear(old)
+	both := append(append(make([]byte, 0, len(old)+len(pin)), old...), pin...)
+	defer clear(both)
+
+	release, err := a.token.queue.acquire(ctx, d.config.Owner)
+	if err != nil {
+		return err
+	}
+	defer release()
+	seen, err := d.look(ctx, a.host)
+	if err != nil {
+		return plain(err)
+	}
+	// The old PIN was right a moment ago, but another process may have changed it since: hence an intent for it as well.
+	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, old, pinState(seen.Token.Flags))
+	if err != nil {
+		return err
+	}
+	ctx = context.WithoutCancel(ctx)
+	_, err = a.host.call(ctx, request{
+		op: wire.OpSetPIN, meta: wire.SetPINRequest{Slot: a.slot, OldLen: len(old)}, data: both,
+		token: a.token.identity, limit: d.config.DecryptLimit,
+	})
+	failed, answered := errors.AsType[*wire.Error](err)
+	switch {
+	case err == nil:
+	case answered && (failed.Code == ckrPINIncorrect || failed.Code == ckrPINLocked):
+		return d.refusedPIN(ctx, a, intent, failed.Code)
+	case answered && judge(failed.Code) != verdictBroken, errors.Is(err, errRetired):
+		// The new PIN is too short, too long or too weak, or the token was not there: the old one holds.
+		return errors.Join(plain(err), intent.withdrawn())
+	default:
+		err = errors.Join(unknownOutcome(plain(err)), intent.unresolved())
+		d.module.replace(a.host, err)
+		return err
+	}
+
+	d.mu.Lock()
+	clear(d.pin)
+	d.pin = bytes.Clone(pin)
+	d.mu.Unlock()
+	// A module may keep the old PIN to log in again by itself, which would cost a try: the host must not be used any more.
+	d.module.succeeded(a.host)
+	d.module.replace(a.host, errors.New("the PIN was changed"))
+	// The old PIN is a wrong one from now on, and other mounts that still hold it must not send it.
+	if err := intent.wrong(); err != nil {
+		d.manager.logger.Warn("the PIN was changed, but the PIN ledger could not record it", "token", d.describeToken(), "error", err)
+		return nil
+	}
+	intent, err = d.manager.ledger.attempt(ctx, a.token.identity, pin, hsm.PINState{})
+	if err == nil {
+		err = intent.succeeded()
+	}
+	if err != nil {
+		d.manager.logger.Warn("the PIN was changed, but the PIN ledger could not record the new one", "token", d.describeToken(), "error", err)
+	}
+	return nil
+}
+
+// Unbar implements [hsm.PINChanger].
+func (d *Device) Unbar(ctx context.Context) error {
+	t := d.known()
+	if t == nil { // the bar is filed under the token's serial, which only the token itself tells
+		if _, err := d.Info(ctx); err != nil {
+			return fmt.Errorf("lifting the PIN bar: %w", err)
+		}
+		t = d.known()
+	}
+	if err := d.manager.ledger.unbar(t.identity); err != nil {
+		return fmt.Errorf("lifting the PIN bar of %s: %w", d.describeToken(), err)
+	}
+	return nil
+}
