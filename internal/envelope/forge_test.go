@@ -130,6 +130,13 @@ func plainContext() Context { return Context{Use: UseWrap, Key: "prod", Version:
 
 // referenceMAC is docs/envelope.md's HMAC, written anew.
 func referenceMAC(key *AuthKey, c Context, payload []byte) []byte {
+	mac := hmac.New(sha256.New, key[:])
+	mac.Write(macInput(c, payload))
+	return mac.Sum(nil)
+}
+
+// macInput is the input of that HMAC.
+func macInput(c Context, payload []byte) []byte {
 	var input []byte
 	add := func(field []byte) {
 		input = binary.BigEndian.AppendUint32(input, uint32(len(field)))
@@ -144,9 +151,7 @@ func referenceMAC(key *AuthKey, c Context, payload []byte) []byte {
 	add(binary.BigEndian.AppendUint64(nil, c.Generation))
 	add(c.Caller)
 	add(payload)
-	mac := hmac.New(sha256.New, key[:])
-	mac.Write(input)
-	return mac.Sum(nil)
+	return input
 }
 
 // agreeAndWrap is the sender's side of ECDH-ES+A256KW.
