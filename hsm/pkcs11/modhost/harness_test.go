@@ -7,18 +7,25 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 )
 
 func TestMain(m *testing.M) {
 	RunIfStarted()
+	if play != nil {
+		play()
+	}
 	os.Exit(m.Run())
 }
+
+// play does not return if this binary was started to be something else than a test.
+var play func()
 
 // patience is how long a test waits for what happens at once.
 const patience = 20 * time.Second
@@ -41,6 +48,12 @@ type host struct {
 // startHost starts this test binary as a module host. It ends with the test.
 func startHost(t testing.TB, env ...string) *host {
 	t.Helper()
+	return startHostAs(t, []string{wire.HostArgv0}, env...)
+}
+
+// startHostAs is startHost with other arguments. Where they are not simply a host's, it runs without privileges.
+func startHostAs(t testing.TB, args []string, env ...string) *host {
+	t.Helper()
 	requests, write, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -51,8 +64,11 @@ func startHost(t testing.TB, env ...string) *host {
 	}
 	h := &host{t: t, write: write, read: read, exited: make(chan struct{}), pending: make(map[uint64]chan wire.Frame)}
 	h.command = &exec.Cmd{
-		Path: "/proc/self/exe", Args: []string{wire.HostArgv0}, Env: append([]string{"GOCOVERDIR=" + t.TempDir()}, env...),
+		Path: "/proc/self/exe", Args: args, Env: append([]string{"GOCOVERDIR=" + t.TempDir()}, env...),
 		ExtraFiles: []*os.File{requests, answers}, Stderr: &h.stderr,
+	}
+	if args[0] != wire.HostArgv0 {
+		unprivileged(h.command)
 	}
 	if err := h.command.Start(); err != nil {
 		t.Fatal(err)
@@ -198,73 +214,48 @@ func (h *host) hello(module string) (reply wire.HelloReply, err error) {
 	return reply, err
 }
 
-const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
-
-// token is a throw-away SoftHSM token.
-type token struct {
-	env    string
-	label  string
-	pin    string
-	module string
-}
-
-func newToken(t testing.TB) *token {
-	t.Helper()
-	if _, err := os.Stat(softHSM); err != nil {
-		t.Fatalf("SoftHSM is needed (apt-get install softhsm2 opensc): %v", err)
+// environment is what a host needs to see the token.
+func environment(k *pkcs11test.Token) []string {
+	env := make([]string, len(k.Env))
+	for i, name := range k.Env {
+		env[i] = name + "=" + os.Getenv(name)
 	}
-	dir := t.TempDir()
-	conf := filepath.Join(dir, "softhsm2.conf")
-	if err := os.WriteFile(conf, []byte("directories.tokendir = "+dir+"\nobjectstore.backend = file\nlog.level = ERROR\n"), 0o600); err != nil {
-		t.Fatal(err)
+	return env
+}
+
+const nobody = 65534
+
+// unprivileged makes a command run without CAP_IPC_LOCK.
+func unprivileged(command *exec.Cmd) {
+	if os.Getuid() == 0 {
+		command.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 	}
-	k := &token{env: "SOFTHSM2_CONF=" + conf, label: "modhost test", pin: "648219", module: softHSM}
-	k.tool(t, "softhsm2-util", "--init-token", "--free", "--label", k.label, "--pin", k.pin, "--so-pin", "3537363231383830")
-	return k
 }
 
-// tool runs a program on the token and returns what it printed.
-func (k *token) tool(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	command := exec.CommandContext(t.Context(), name, args...)
-	command.Env = append(os.Environ(), k.env)
-	out, err := command.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
-	}
-	return string(out)
-}
-
-// pkcs11Tool runs OpenSC's tool, logged in.
-func (k *token) pkcs11Tool(t testing.TB, args ...string) string {
-	t.Helper()
-	return k.tool(t, "pkcs11-tool", append([]string{"--module", softHSM, "--token-label", k.label, "--login", "--pin", k.pin}, args...)...)
-}
-
-// slot returns the slot of the token as the host sees it.
-func (k *token) slot(h *host) uint {
+// slotOf returns the slot of a token as the host sees it.
+func slotOf(h *host, k *pkcs11test.Token) uint {
 	h.t.Helper()
 	var slots wire.Slots
 	h.must(wire.OpSlots, nil, nil, &slots)
 	for _, slot := range slots.Slots {
-		if slot.Token.Label == k.label {
+		if slot.Token.Serial == k.Serial {
 			return slot.ID
 		}
 	}
-	h.t.Fatalf("no token %q in %+v", k.label, slots)
+	h.t.Fatalf("no token %q in %+v", k.Serial, slots)
 	return 0
 }
 
-// openToken starts a host with a token that is logged in.
-func openToken(t testing.TB) (*host, *token, uint) {
+// openToken starts a host with a token of SoftHSM, logged in.
+func openToken(t testing.TB) (*host, *pkcs11test.Token, uint) {
 	t.Helper()
-	k := newToken(t)
-	h := startHost(t, k.env)
-	if _, err := h.hello(softHSM); err != nil {
+	k := pkcs11test.SoftHSM(t)
+	h := startHost(t, environment(k)...)
+	if _, err := h.hello(k.Module); err != nil {
 		t.Fatal(err)
 	}
-	slot := k.slot(h)
-	h.must(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.pin), nil)
+	slot := slotOf(h, k)
+	h.must(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.PIN), nil)
 	return h, k, slot
 }
 

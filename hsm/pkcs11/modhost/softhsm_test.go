@@ -67,7 +67,7 @@ func TestRSAKeys(t *testing.T) {
 			}
 		})
 	}
-	list := k.pkcs11Tool(t, "--list-objects")
+	list := k.Tool(t, "--list-objects")
 	for _, want := range []string{"sensitive, always sensitive, never extractable, local", "Usage:      decrypt\n", "Usage:      encrypt\n"} {
 		if strings.Count(list, want) != 3 {
 			t.Errorf("pkcs11-tool does not show %q three times:\n%s", want, list)
@@ -116,7 +116,7 @@ func TestECKeys(t *testing.T) {
 			t.Logf("%d shared secrets began with a zero byte", zeros)
 		})
 	}
-	list := k.pkcs11Tool(t, "--list-objects")
+	list := k.Tool(t, "--list-objects")
 	if strings.Count(list, "sensitive, always sensitive, never extractable, local") != 2 || strings.Count(list, "Usage:      derive\n") != 2 {
 		t.Errorf("pkcs11-tool shows other keys than wanted:\n%s", list)
 	}

@@ -1,0 +1,5 @@
+//go:build !race
+
+package modhost
+
+const raceEnabled = false

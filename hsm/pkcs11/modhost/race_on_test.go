@@ -1,0 +1,6 @@
+//go:build race
+
+package modhost
+
+// raceEnabled: the race detector's shadow memory counts as resident.
+const raceEnabled = true

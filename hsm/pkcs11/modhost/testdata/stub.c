@@ -1,0 +1,65 @@
+/* A PKCS#11 module that can hardly do anything, and that with the faults chosen by -D:
+ * LIST_FAILS, NO_LIST, VERSION=n, HOLE: what its C_GetFunctionList does;
+ * INITIALIZE=code: what C_Initialize answers;
+ * SLOTS=hang|crash|refuse: what C_GetSlotList does. */
+#include <stddef.h>
+#include <unistd.h>
+#include "../cryptoki.h"
+
+static CK_RV refuse(void) { return 0x54; } /* CKR_FUNCTION_NOT_SUPPORTED */
+
+static CK_RV hang(void) {
+	for (;;)
+		pause();
+}
+
+static CK_RV crash(void) { return *(volatile CK_RV *)8; }
+
+#ifndef INITIALIZE
+#define INITIALIZE 0
+#endif
+static CK_RV initialize(void *args) { return args == NULL ? 0x7 : INITIALIZE; }
+
+static CK_RV info(CK_BYTE *out) {
+	for (int i = 0; i < 88; i++) /* CK_INFO, of which a NUL is what some vendors pad with */
+		out[i] = 0;
+	out[0] = 2;
+	out[1] = 40;
+	out[2] = 'M';
+	return 0;
+}
+
+static CK_FUNCTION_LIST list;
+
+#ifndef NO_SYMBOL
+CK_RV C_GetFunctionList(CK_FUNCTION_LIST **out) {
+	void **end = (void **)(&list + 1);
+	for (void **f = &list.C_Initialize; f < end; f++)
+		*f = (void *)refuse;
+	list.C_Initialize = (void *)initialize;
+	list.C_GetInfo = (void *)info;
+#ifdef SLOTS
+	list.C_GetSlotList = (void *)SLOTS;
+#endif
+	(void)hang, (void)crash;
+	list.version.major = 2;
+#ifdef VERSION
+	list.version.major = VERSION;
+#endif
+#ifdef HOLE
+	list.C_DeriveKey = NULL;
+#endif
+#ifdef LIST_FAILS
+	return 0x5; /* CKR_GENERAL_ERROR, and nothing in *out */
+#endif
+#ifndef NO_LIST
+	*out = &list;
+#endif
+	return 0;
+}
+#endif
+
+#ifdef MISSING
+extern CK_RV nobody_has_this(void);
+CK_RV needs_it(void) { return nobody_has_this(); }
+#endif
