@@ -190,14 +190,45 @@ func (k *Token) WriteObject(t testing.TB, application, label string, value []byt
 // prints.
 func (k *Token) Tool(t testing.TB, args ...string) string {
 	t.Helper()
+	return k.tool(t, k.lib, args)
+}
+
+// ToolThrough is Tool through the token's own module.
+func (k *Token) ToolThrough(t testing.TB, args ...string) string {
+	t.Helper()
+	return k.tool(t, k.Module, args)
+}
+
+func (k *Token) tool(t testing.TB, module string, args []string) string {
+	t.Helper()
 	// By slot, because another token may have the same label.
-	whole := append([]string{"--module", k.lib, "--slot", strconv.FormatUint(uint64(k.Slot(t)), 10), "--login", "--pin", k.PIN}, args...)
+	slot := strconv.FormatUint(uint64(k.Slot(t)), 10)
+	whole := append([]string{"--module", module, "--slot", slot, "--login", "--pin", k.PIN}, args...)
 	return run(t, k.environment(), "pkcs11-tool", whole...)
 }
 
 // environment is this process's, with the token's own configuration: another token of the same test may have set its own.
 func (k *Token) environment() []string {
 	return append(os.Environ(), "SOFTHSM2_CONF="+k.conf)
+}
+
+// untilPatience bounds [Until].
+const untilPatience = 30 * time.Second
+
+// Until waits until something is so, and fails the test where it does not come to be.
+func Until(t testing.TB, what string, so func() bool) {
+	t.Helper()
+	late := time.NewTimer(untilPatience)
+	defer late.Stop()
+	again := time.NewTicker(2 * time.Millisecond)
+	defer again.Stop()
+	for !so() {
+		select {
+		case <-again.C:
+		case <-late.C:
+			t.Fatalf("waited %v in vain until %s", untilPatience, what)
+		}
+	}
 }
 
 // run runs a command to its end and returns its output; a failure is the test's.
@@ -209,7 +240,7 @@ func run(t testing.TB, env []string, name string, args ...string) string {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), toolPatience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // a test runs the tools that it names
+	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env = env
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
