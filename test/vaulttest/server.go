@@ -321,12 +321,19 @@ func (s *Server) client(t testing.TB, token string) *api.Client {
 // env holds NAME=VALUE for the plugin's process.
 func (s *Server) Register(t testing.TB, binary Binary, args, env []string) {
 	t.Helper()
-	command := Name + "-" + binary.Version
-	copyFile(t, binary.Path, filepath.Join(s.PluginDir, command))
+	command := s.Install(t, binary)
 	must(t, s.Client(t).Sys().RegisterPluginWithContext(context.Background(), &api.RegisterPluginInput{
 		Name: Name, Type: api.PluginTypeSecrets, Version: binary.Version, Command: command,
 		SHA256: binary.SHA256, Args: args, Env: env,
 	}))
+}
+
+// Install copies the binary into the plugin directory and returns its name there.
+func (s *Server) Install(t testing.TB, binary Binary) string {
+	t.Helper()
+	command := Name + "-" + binary.Version
+	copyFile(t, binary.Path, filepath.Join(s.PluginDir, command))
+	return command
 }
 
 // Enable mounts the plugin.

@@ -1,8 +1,9 @@
 // Command rawdecrypt measures what an HSM's module does by itself: C_DecryptInit and one C_Decrypt with a buffer, in a
 // loop, in one session, with nothing of this project in between. The benchmarks compare everything else with it.
 //
-// It is told what to use by one line of JSON on stdin, [Setup]. Then each line is a number N: it decrypts N times and
-// prints N durations in nanoseconds, blank-separated, on one line.
+// It is told what to use by one line of JSON on stdin, [Setup]. Then each line is "N CLIENTS": so many goroutines, each
+// with a session of its own, decrypt N times each. The answer is one line of durations in nanoseconds, separated by
+// blanks: first that of the whole, then that of each operation.
 package main
 
 /*
@@ -15,17 +16,19 @@ typedef struct { ulong_t type; void *value; ulong_t len; } attribute;
 typedef struct { ulong_t mechanism; void *parameter; ulong_t len; } mechanism;
 typedef struct { ulong_t hash, mgf, source; void *data; ulong_t len; } oaep;
 
-static ulong_t session, key;
+static ulong_t key;
+static ulong_t (*open_session)(ulong_t, ulong_t, void *, void *, ulong_t *);
 static ulong_t (*decrypt_init)(ulong_t, mechanism *, ulong_t);
 static ulong_t (*decrypt)(ulong_t, unsigned char *, ulong_t, unsigned char *, ulong_t *);
 
 // open_key logs in to the slot and finds the private key with the id. 0 is success, else the CKR_ code.
 static ulong_t open_key(const char *path, ulong_t slot, char *pin, ulong_t pin_len, void *id, ulong_t id_len) {
+	ulong_t session;
 	void *module = dlopen(path, RTLD_NOW);
 	if (module == NULL)
 		return ~0UL;
 	ulong_t (*initialize)(void *) = dlsym(module, "C_Initialize");
-	ulong_t (*open_session)(ulong_t, ulong_t, void *, void *, ulong_t *) = dlsym(module, "C_OpenSession");
+	open_session = dlsym(module, "C_OpenSession");
 	ulong_t (*login)(ulong_t, ulong_t, char *, ulong_t) = dlsym(module, "C_Login");
 	ulong_t (*find_init)(ulong_t, attribute *, ulong_t) = dlsym(module, "C_FindObjectsInit");
 	ulong_t (*find)(ulong_t, ulong_t *, ulong_t, ulong_t *) = dlsym(module, "C_FindObjects");
@@ -37,15 +40,19 @@ static ulong_t open_key(const char *path, ulong_t slot, char *pin, ulong_t pin_l
 
 	ulong_t rv, found = 0, private_key = 3; // CKO_PRIVATE_KEY
 	attribute query[] = {{0x000, &private_key, sizeof private_key}, {0x102, id, id_len}}; // CKA_CLASS, CKA_ID
-	if ((rv = initialize(NULL)) || (rv = open_session(slot, 4, NULL, NULL, &session)) || // CKF_SERIAL_SESSION
+	ulong_t flags = 2; // CKF_OS_LOCKING_OK: several threads will call
+	void *arguments[6] = {NULL, NULL, NULL, NULL, (void *)flags, NULL};
+	if ((rv = initialize(arguments)) || (rv = open_session(slot, 4, NULL, NULL, &session)) || // CKF_SERIAL_SESSION
 	    (rv = login(session, 1, pin, pin_len)) || (rv = find_init(session, query, 2)) ||
 	    (rv = find(session, &key, 1, &found)) || (rv = find_final(session)))
 		return rv;
 	return found == 1 ? 0 : 0x82; // CKR_OBJECT_HANDLE_INVALID
 }
 
+static ulong_t new_session(ulong_t slot, ulong_t *session) { return open_session(slot, 4, NULL, NULL, session); }
+
 // once decrypts one RSA-OAEP block with SHA-1, which is what SoftHSM has.
-static ulong_t once(unsigned char *in, ulong_t in_len, unsigned char *out, ulong_t out_len) {
+static ulong_t once(ulong_t session, unsigned char *in, ulong_t in_len, unsigned char *out, ulong_t out_len) {
 	oaep parameter = {0x220, 1, 1, NULL, 0}; // CKM_SHA_1, CKG_MGF1_SHA1, CKZ_DATA_SPECIFIED
 	mechanism m = {9, &parameter, sizeof parameter}; // CKM_RSA_PKCS_OAEP
 	ulong_t rv = decrypt_init(session, &m, key);
@@ -59,8 +66,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 )
@@ -98,23 +105,59 @@ func serve() error {
 		return fmt.Errorf("opening the key: 0x%x", uint64(rv))
 	}
 
-	out := make([]byte, len(setup.Ciphertext))
-	in, to := (*C.uchar)(&setup.Ciphertext[0]), (*C.uchar)(&out[0])
 	for lines.Scan() {
-		n, err := strconv.Atoi(lines.Text())
+		var n, clients int
+		if _, err := fmt.Sscan(lines.Text(), &n, &clients); err != nil {
+			return fmt.Errorf("reading %q: %w", lines.Text(), err)
+		}
+		durations, err := measure(setup, n, clients)
 		if err != nil {
 			return err
 		}
-		durations := make([]string, n)
-		for i := range durations {
-			began := time.Now()
-			rv := C.once(in, C.ulong_t(len(setup.Ciphertext)), to, C.ulong_t(len(out)))
-			durations[i] = strconv.FormatInt(time.Since(began).Nanoseconds(), 10)
-			if rv != 0 {
-				return fmt.Errorf("C_Decrypt: 0x%x", uint64(rv))
-			}
-		}
-		fmt.Println(strings.Join(durations, " "))
+		fmt.Println(strings.Trim(fmt.Sprint(durations), "[]"))
 	}
 	return lines.Err()
+}
+
+// measure returns nanoseconds: of the whole, then of each operation.
+func measure(setup Setup, n, clients int) ([]int64, error) {
+	durations := make([]int64, 1+n*clients)
+	failures := make(chan error, clients)
+	var group sync.WaitGroup
+	began := time.Now()
+	for client := range clients {
+		group.Go(func() {
+			mine := durations[1+client*n:][:n]
+			if err := loop(setup, mine); err != nil {
+				failures <- err
+			}
+		})
+	}
+	group.Wait()
+	durations[0] = time.Since(began).Nanoseconds()
+	select {
+	case err := <-failures:
+		return nil, err
+	default:
+		return durations, nil
+	}
+}
+
+// loop decrypts as often as there are durations to fill in.
+func loop(setup Setup, durations []int64) error {
+	var session C.ulong_t
+	if rv := C.new_session(C.ulong_t(setup.Slot), &session); rv != 0 {
+		return fmt.Errorf("C_OpenSession: 0x%x", uint64(rv))
+	}
+	out := make([]byte, len(setup.Ciphertext))
+	in, to := (*C.uchar)(&setup.Ciphertext[0]), (*C.uchar)(&out[0])
+	for i := range durations {
+		began := time.Now()
+		rv := C.once(session, in, C.ulong_t(len(setup.Ciphertext)), to, C.ulong_t(len(out)))
+		durations[i] = time.Since(began).Nanoseconds()
+		if rv != 0 {
+			return fmt.Errorf("C_Decrypt: 0x%x", uint64(rv))
+		}
+	}
+	return nil
 }

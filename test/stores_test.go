@@ -1,0 +1,218 @@
+package test
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/store/etcd"
+	"vault-plugin-secrets-nitrokey/internal/store/etcd/etcdtest"
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
+)
+
+const etcdPrefix = "nitroseal/test"
+
+func etcdFields(cluster *etcdtest.Cluster) vaulttest.Fields {
+	return vaulttest.Fields{
+		"type": "etcd", "endpoints": strings.Join(cluster.Endpoints, ","), "prefix": etcdPrefix,
+		"ca_cert": string(cluster.CACert), "client_cert": string(cluster.ClientCert), "client_key": string(cluster.ClientKey),
+		"request_timeout": "3s",
+	}
+}
+
+func addEtcd(t *testing.T, site *vaulttest.Site, name string, cluster *etcdtest.Cluster) {
+	t.Helper()
+	site.Write(t, "nitrokey/stores/"+name, etcdFields(cluster))
+}
+
+// openEtcd is another client of the same etcd: an attacker, or a restored backup.
+func openEtcd(t *testing.T, cluster *etcdtest.Cluster) store.Store {
+	t.Helper()
+	opened, err := etcd.Open(etcd.Config{
+		Endpoints: cluster.Endpoints, Prefix: etcdPrefix,
+		CACert: cluster.CACert, ClientCert: cluster.ClientCert, ClientKey: cluster.ClientKey,
+	})
+	must(t, err)
+	t.Cleanup(func() { _ = opened.Close() })
+	return opened
+}
+
+// TestMainJob is the demo's path: wrap, unwrap, keep in etcd, keep on the token, restart, open.
+func TestMainJob(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{})
+	addEtcd(t, site, "etcd", cluster)
+	site.Write(t, "nitrokey/stores/token", vaulttest.Fields{"type": "object", "device": "hsm"})
+
+	stores := map[string]string{"etcd": "in-etcd", "token": "on-token"}
+	for name, item := range stores {
+		putMaterial(t, site, name, "eu", item)
+		openMaterial(t, site, "eu", item)
+	}
+	if names := site.List(t, "nitrokey/material/eu"); len(names) != 2 {
+		t.Errorf("the cluster lists %v", names)
+	}
+	if objects := site.Token.Tool(t, "--list-objects", "--type", "data"); strings.Count(objects, "Data object") != 1 {
+		t.Errorf("the token holds\n%s", objects)
+	}
+	if held := everything(t, openEtcd(t, cluster)); strings.Contains(held, vaulttest.Base64(materialFields["key_1"])) ||
+		strings.Contains(held, materialFields["key_2"]) || !strings.Contains(held, "nitroseal+jwe") && !strings.Contains(held, "protected") {
+		t.Errorf("etcd holds\n%s", held)
+	}
+
+	site.Restart(t)
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	for _, item := range stores {
+		openMaterial(t, site, "eu", item)
+	}
+	log := site.Log(t)
+	for _, never := range []string{site.Token.PIN, secret, vaulttest.Base64(secret), materialFields["key_1"] + `"`} {
+		if strings.Contains(log, never) {
+			t.Errorf("Vault's log holds %q", never)
+		}
+	}
+}
+
+// everything is all that the store holds.
+func everything(t *testing.T, held store.Store) string {
+	t.Helper()
+	names, err := held.List(context.Background(), "")
+	must(t, err)
+	var all strings.Builder
+	for _, name := range names {
+		entry, err := held.Get(context.Background(), name)
+		must(t, err)
+		all.WriteString(name + "=" + string(entry.Value) + "\n")
+	}
+	return all.String()
+}
+
+func TestEtcdOnABadDay(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{})
+	addEtcd(t, site, "etcd", cluster)
+	putMaterial(t, site, "etcd", "eu", "shares")
+
+	t.Run("a certificate that the members refuse", func(t *testing.T) {
+		fields := etcdFields(cluster)
+		fields["client_cert"], fields["client_key"] = string(cluster.ForeignCert), string(cluster.ForeignKey)
+		site.Write(t, "nitrokey/stores/foreign", fields)
+		encoded := map[string]string{"a": "Yg=="}
+		site.Refused(t, "nitrokey/material/eu/other", vaulttest.Fields{"key": "prod", "store": "foreign", "fields": encoded},
+			http.StatusServiceUnavailable)
+	})
+	t.Run("members that our CA did not sign", func(t *testing.T) {
+		fields := etcdFields(cluster)
+		fields["ca_cert"] = string(cluster.ForeignCACert)
+		fields["check"] = true
+		if _, err := site.Try(t, "nitrokey/stores/impostor", fields); err == nil {
+			t.Error("a store of impostors passed its check")
+		}
+	})
+	t.Run("the leader killed in the middle of writes", func(t *testing.T) {
+		const writes = 30
+		type result struct {
+			path string
+			err  error
+		}
+		results := make(chan result)
+		client := site.Client(t)
+		go func() { // ends with the last write
+			defer close(results)
+			for i := range writes {
+				path := fmt.Sprintf("nitrokey/material/eu/item-%d", i)
+				fields := map[string]string{"n": vaulttest.Base64(path)}
+				_, err := client.Logical().Write(path, vaulttest.Fields{"key": "prod", "store": "etcd", "fields": fields})
+				results <- result{path, err}
+			}
+		}()
+		var acknowledged []string
+		seen := 0
+		for r := range results {
+			if seen++; seen == writes/3 {
+				cluster.Kill(t, cluster.Leader(t)) // the next write is under way
+			}
+			if r.err == nil {
+				acknowledged = append(acknowledged, r.path)
+			}
+		}
+		for _, path := range acknowledged {
+			answer := site.Write(t, path+"/open", nil)
+			if got := answer["fields"].(map[string]any)["n"]; got != vaulttest.Base64(path) {
+				t.Errorf("%s opened as %v", path, got)
+			}
+		}
+		if len(acknowledged) < writes/2 {
+			t.Errorf("only %d of %d writes succeeded", len(acknowledged), writes)
+		}
+	})
+	t.Run("all members down: 503, and what needs no store goes on", func(t *testing.T) {
+		for member := range 3 {
+			cluster.Kill(t, member)
+		}
+		site.Refused(t, "nitrokey/material/eu/shares/open", nil, http.StatusServiceUnavailable)
+		site.MustUnwrap(t, "prod", wrapped, secret)
+		for member := range 3 {
+			cluster.RestartWithoutWaiting(t, member)
+		}
+		cluster.WaitReady(t)
+		vaulttest.Eventually(t, limit, "the store to be back", func() error {
+			_, err := site.Try(t, "nitrokey/material/eu/shares/open", nil)
+			return err
+		})
+	})
+}
+
+// Whoever can write the store knows the public keys as well. It helps them nothing.
+func TestWhoeverCanWriteEtcdCannotMakeUsOpenSomethingElse(t *testing.T) {
+	ctx := context.Background()
+	cluster := etcdtest.Start(t, 1)
+	site, _ := newSite(t, vaulttest.SiteOptions{})
+	addEtcd(t, site, "etcd", cluster)
+	putMaterial(t, site, "etcd", "eu", "shares")
+	putMaterial(t, site, "etcd", "eu", "other")
+	attacker := openEtcd(t, cluster)
+
+	names, err := attacker.List(ctx, "")
+	must(t, err)
+	var shares, other string
+	for _, name := range names {
+		switch {
+		case strings.Contains(name, "eu/shares"):
+			shares = name
+		case strings.Contains(name, "eu/other"):
+			other = name
+		}
+	}
+	if shares == "" || other == "" {
+		t.Fatalf("etcd holds %v", names)
+	}
+
+	t.Run("an envelope moved to another name", func(t *testing.T) {
+		from, err := attacker.Get(ctx, shares)
+		must(t, err)
+		to, err := attacker.Get(ctx, other)
+		must(t, err)
+		moved, err := attacker.Put(ctx, other, from.Value, to.Revision)
+		must(t, err)
+		site.Refused(t, "nitrokey/material/eu/other/open", nil, http.StatusConflict, "other")
+		_, err = attacker.Put(ctx, other, to.Value, moved)
+		must(t, err)
+		openMaterial(t, site, "eu", "other")
+	})
+	t.Run("an older generation put back", func(t *testing.T) {
+		old, err := attacker.Get(ctx, shares)
+		must(t, err)
+		putMaterial(t, site, "etcd", "eu", "shares")
+		now, err := attacker.Get(ctx, shares)
+		must(t, err)
+		_, err = attacker.Put(ctx, shares, old.Value, now.Revision)
+		must(t, err)
+		site.Refused(t, "nitrokey/material/eu/shares/open", nil, http.StatusConflict, "accept-generation")
+		site.Write(t, "nitrokey/material/eu/shares/accept-generation", vaulttest.Fields{"generation": 1})
+		openMaterial(t, site, "eu", "shares")
+	})
+}

@@ -1,0 +1,133 @@
+package test
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
+)
+
+func TestAWrongPINIsSentOnce(t *testing.T) {
+	card := pkcs11test.Card(t)
+	card.GenerateKey(t, "rsa:2048", "seal", "01")
+	site := vaulttest.StartSite(t, vaulttest.SiteOptions{Token: &card.Token})
+	const wrong = "000000"
+	device := vaulttest.Fields{"type": "pkcs11", "module": card.Module, "token_label": card.Label, "pin": wrong}
+	site.Write(t, "nitrokey/devices/hsm", device)
+	adopt := vaulttest.Fields{"device": "hsm", "key_label": "seal"}
+
+	refused := func(t *testing.T, mount string) {
+		t.Helper()
+		_, err := site.Try(t, mount+"/keys/prod", adopt)
+		if err == nil {
+			t.Fatal("a key was adopted with a wrong PIN")
+		}
+		if strings.Contains(err.Error(), wrong) {
+			t.Errorf("the error shows the PIN: %v", err)
+		}
+		if sent := card.WrongPINs(t); sent != 1 {
+			t.Errorf("the card was sent %d wrong PINs; its error: %v", sent, err)
+		}
+	}
+	refused(t, "nitrokey")
+	refused(t, "nitrokey")
+	t.Run("a restart does not forget it", func(t *testing.T) {
+		site.Restart(t)
+		refused(t, "nitrokey")
+	})
+	t.Run("nor does a SIGKILL", func(t *testing.T) {
+		for _, plugin := range site.Plugins() {
+			plugin.Kill(t)
+		}
+		refused(t, "nitrokey")
+	})
+	t.Run("nor another mount", func(t *testing.T) {
+		site.Enable(t, "second", "")
+		site.Write(t, "second/devices/hsm", device)
+		refused(t, "second")
+	})
+	t.Run("an operator gives the right one", func(t *testing.T) {
+		// The token shows that a try is gone, so the right PIN wants a person's word.
+		site.Write(t, "nitrokey/devices/hsm/pin", vaulttest.Fields{"new_pin": card.PIN, "on_token": false})
+		site.Write(t, "nitrokey/keys/prod", adopt)
+		site.MustUnwrap(t, "prod", site.Wrap(t, "prod", secret), secret)
+		if sent := card.WrongPINs(t); sent != 1 {
+			t.Errorf("the card was sent %d wrong PINs", sent)
+		}
+	})
+}
+
+func TestThePINMayComeFromAFile(t *testing.T) {
+	site := vaulttest.StartSite(t, vaulttest.SiteOptions{})
+	file := filepath.Join(site.SecretsDir, "pin")
+	must(t, os.WriteFile(file, []byte(site.Token.PIN+"\n"), 0o600))
+	site.Write(t, "nitrokey/devices/hsm", vaulttest.Fields{
+		"type": "pkcs11", "module": site.Token.Module, "serial": site.Token.Serial, "pin_file": file,
+	})
+	site.AddKey(t, "prod", "hsm", "ecdh-p256")
+	site.MustUnwrap(t, "prod", site.Wrap(t, "prod", secret), secret)
+	shown := fmt.Sprint(site.Read(t, "nitrokey/devices/hsm"))
+	if strings.Contains(shown, site.Token.PIN) {
+		t.Errorf("the device shows the PIN: %s", shown)
+	}
+}
+
+func TestATokenThatWasTakenAwayIsUsedAgainWithoutARestart(t *testing.T) {
+	plug := pkcs11test.Unpluggable(t)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{Token: &plug.Token})
+	plug.Unplug(t)
+	site.Refused(t, "nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": wrapped}, http.StatusServiceUnavailable)
+	site.Wrap(t, "prod", secret) // needs no token
+	plug.Replug(t)
+	eventuallyUnwraps(t, site, wrapped)
+}
+
+func TestTwoMountsShareAToken(t *testing.T) {
+	site, wrapped := newSite(t, vaulttest.SiteOptions{})
+	site.Enable(t, "second", "")
+	device := vaulttest.Fields{
+		"type": "pkcs11", "module": site.Token.Module, "token_label": site.Token.Label, "pin": site.Token.PIN, "parallel": 8,
+	}
+	site.Write(t, "second/devices/hsm", device)
+	label := "shared"
+	site.Token.GenerateKey(t, "rsa:2048", label, "77")
+	site.Write(t, "second/keys/prod", vaulttest.Fields{"device": "hsm", "key_label": label})
+	answer := site.Write(t, "second/wrap/prod", vaulttest.Fields{"plaintext": vaulttest.Base64(secret)})
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	if opened := site.Write(t, "second/unwrap/prod", vaulttest.Fields{"ciphertext": answer["ciphertext"]}); opened["plaintext"] != vaulttest.Base64(secret) {
+		t.Errorf("the second mount opened %v", opened)
+	}
+	if plugins, hosts := len(site.Plugins()), len(site.Hosts()); plugins != 1 || hosts != 1 {
+		t.Errorf("two mounts run %d plugins and %d module hosts", plugins, hosts)
+	}
+
+	// A wrong PIN at one mount harms that mount alone.
+	device["pin"] = "111111"
+	site.Write(t, "second/devices/hsm", device)
+	if _, err := site.Try(t, "second/unwrap/prod", vaulttest.Fields{"ciphertext": answer["ciphertext"]}); err == nil {
+		t.Error("a mount with a wrong PIN used the other mount's log-in")
+	}
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	must(t, site.Client(t).Sys().Unmount("second"))
+	site.MustUnwrap(t, "prod", wrapped, secret)
+}
+
+func TestTwoVaultNodesShareAToken(t *testing.T) {
+	site, wrapped := newSite(t, vaulttest.SiteOptions{})
+	// The second node has the same plugin file; what is registered comes to it through raft.
+	second := vaulttest.Start(t, vaulttest.Options{Join: site.Server})
+	second.Install(t, vaulttest.Build{}.Binary(t))
+	site.MustUnwrap(t, "prod", wrapped, secret)
+
+	must(t, site.Client(t).Sys().StepDown())
+	second.WaitActive(t)
+	standby := *site
+	standby.Server = second
+	eventuallyUnwraps(t, &standby, wrapped)
+	standby.MustUnwrap(t, "prod", standby.Wrap(t, "prod", secret), secret)
+}
