@@ -391,6 +391,40 @@ func TestEveryKindOfDamageIsTheSameErrDecrypt(t *testing.T) {
 	}
 }
 
+func TestAKeyBlockOfAnotherSizeThanTheModulusNeverReachesTheHSM(t *testing.T) {
+	own, larger := load(t, rsa2048, ""), load(t, rsa3072, "")
+	f := wrapForger("payload", own)
+	f.block = func(contentKey []byte, _ party) []byte { return forgeBlock(t, larger, contentKey) }
+	refuse(t, forge(t, f), plainContext(), own, testAuth, ErrDecrypt, 0)
+}
+
+func TestSeventeenForgedRecipientsAreRefused(t *testing.T) {
+	own := load(t, ecP256, "")
+	to := []party{own}
+	for range MaxRecipients - 1 {
+		to = append(to, party{Recipient: named(t, ephemeral(t, "P-256"))})
+	}
+	if payload, err := open(t, forge(t, wrapForger("payload", to...)), plainContext(), own); err != nil || string(payload) != "payload" {
+		t.Fatalf("sixteen: %q, %v", payload, err)
+	}
+	to = append(to, party{Recipient: named(t, ephemeral(t, "P-256"))})
+	refuse(t, forge(t, wrapForger("payload", to...)), plainContext(), own, testAuth, ErrMalformed, 0)
+}
+
+// Such an envelope says everything twice, and a JOSE library may open it.
+func TestASingleRecipientInTheGeneralSerialisationIsRefused(t *testing.T) {
+	own := load(t, rsa2048, "")
+	raw := forge(t, wrapForger("payload", own))
+	key := member(t, raw, "encrypted_key")
+	for _, element := range []string{
+		`{"header":{"alg":"RSA-OAEP-256","kid":"` + own.KID + `"},"encrypted_key":"` + key + `"}`,
+		`{"encrypted_key":"` + key + `"}`,
+	} {
+		general := strings.Replace(string(raw), `"encrypted_key":"`+key+`"`, `"recipients":[`+element+`]`, 1)
+		refuse(t, []byte(general), plainContext(), own, testAuth, ErrMalformed, 0)
+	}
+}
+
 func TestPartsOfTwoEnvelopesDoNotFitTogether(t *testing.T) {
 	for _, name := range []string{rsa2048, ecP256} {
 		own := load(t, name, "")

@@ -2,6 +2,7 @@ package envelope
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -65,4 +66,23 @@ func TestEveryAlgorithmOpensAloneAndAmongOthers(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestOneParsedEnvelopeOpensInManyGoroutines(t *testing.T) {
+	own := load(t, ecP256, "")
+	e, err := Parse(mustSeal(t, wrapContext(), []byte("payload"), own))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group sync.WaitGroup
+	for range 8 {
+		group.Go(func() {
+			payload, err := e.Open(t.Context(), e.Context(), own.Recipient, own.key, testAuth)
+			if err != nil || string(payload) != "payload" {
+				t.Errorf("opening gave %q, %v", payload, err)
+			}
+			clear(payload)
+		})
+	}
+	group.Wait()
 }

@@ -22,7 +22,8 @@ const (
 	maxProtected = 8 << 10
 )
 
-// Envelope is a parsed envelope. What it tells about itself is what its maker wrote: trust it after Open.
+// Envelope is a parsed envelope. What it tells about itself is what its maker wrote: trust it after Open. It does not
+// change, and may be used by several goroutines.
 type Envelope struct {
 	raw        string
 	context    Context
