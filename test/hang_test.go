@@ -29,12 +29,14 @@ func frozenSite(t *testing.T) (site *vaulttest.Site, card *pkcs11test.SmartCard,
 func TestAHangingModuleHoldsUpNobody(t *testing.T) {
 	for name, act := range map[string]func(t *testing.T, site *vaulttest.Site){
 		"the plugin is killed": func(t *testing.T, site *vaulttest.Site) {
+			t.Helper()
 			for _, plugin := range site.Plugins() {
 				plugin.Kill(t)
 			}
 		},
 		"the plugin is reloaded": reload,
 		"the plugin's file is replaced, and the plugin killed": func(t *testing.T, site *vaulttest.Site) {
+			t.Helper()
 			installed := filepath.Join(site.PluginDir, vaulttest.Name+"-"+vaulttest.DefaultVersion)
 			must(t, os.Rename(installed, installed+".old"))
 			site.Install(t, vaulttest.Build{}.Binary(t))
@@ -42,7 +44,8 @@ func TestAHangingModuleHoldsUpNobody(t *testing.T) {
 				plugin.Kill(t)
 			}
 		},
-		"the mount is disabled and Vault sealed": func(t *testing.T, site *vaulttest.Site) {
+		"Vault is sealed and unsealed": func(t *testing.T, site *vaulttest.Site) {
+			t.Helper()
 			site.Seal(t)
 			site.Unseal(t)
 		},

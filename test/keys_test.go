@@ -121,8 +121,10 @@ func TestBadRequestsAreAnsweredWithWhatToDo(t *testing.T) {
 		words  []string
 	}{
 		"an unknown field": {
-			"wrap/prod", vaulttest.Fields{"plaintext": "aGk=", "plain_text": "aGk="},
-			http.StatusBadRequest, []string{"plain_text"},
+			"wrap/prod",
+			vaulttest.Fields{"plaintext": "aGk=", "plain_text": "aGk="},
+			http.StatusBadRequest,
+			[]string{"plain_text"},
 		},
 		"no base64":               {"wrap/prod", vaulttest.Fields{"plaintext": "no base64"}, http.StatusBadRequest, []string{"base64"}},
 		"no plaintext":            {"wrap/prod", nil, http.StatusBadRequest, []string{"plaintext"}},
