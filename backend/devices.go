@@ -1,0 +1,203 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
+)
+
+// deviceRecord is what "devices/<name>" holds in the mount's storage.
+type deviceRecord struct {
+	Config device.Config `json:"config"`
+	// NextPIN is a PIN that is being set on the token. It is recorded before the token hears of it: a crash in between
+	// leaves both, and the next use finds out which one the token took.
+	NextPIN string `json:"next_pin,omitempty"`
+}
+
+// errNoDevice is wrapped where a name is not configured.
+var errNoDevice = errors.New("the device is not configured in this mount")
+
+// deviceShelf keeps the handles of the mount's devices.
+type deviceShelf struct {
+	// writing is held while a record is read, changed and written.
+	writing sync.Mutex
+
+	mu      sync.Mutex // guards what follows
+	handles map[string]*device.Handle
+	drops   int // counts drops, so that a handle made from a record read before one is not kept
+}
+
+// Device implements the keyring's and the stores' view of the devices.
+func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
+	for {
+		handle, err := b.handle(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		opened, err := handle.Device(ctx)
+		if errors.Is(err, device.ErrClosed) && ctx.Err() == nil && b.closing.Err() == nil {
+			continue // its configuration was changed between the two calls
+		}
+		return opened, err
+	}
+}
+
+// handle returns the handle of a configured device; the HSM is not touched.
+func (b *backend) handle(ctx context.Context, name string) (*device.Handle, error) {
+	for {
+		b.devices.mu.Lock()
+		handle, drops := b.devices.handles[name], b.devices.drops
+		b.devices.mu.Unlock()
+		if handle != nil {
+			return handle, nil
+		}
+		record, err := b.readDevice(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		if record == nil {
+			return nil, fmt.Errorf("device %q: %w; write devices/%s first", name, errNoDevice, name)
+		}
+		if record.NextPIN != "" {
+			if err := b.settlePIN(ctx, name); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		handle, err = b.options.Devices.Open(b.mount, name, record.Config)
+		if err != nil {
+			return nil, err
+		}
+		if b.devices.keep(name, handle, drops) {
+			return handle, nil
+		}
+		if err := handle.Close(); err != nil {
+			b.logger.Warn("closing a device", "device", name, "error", err)
+		}
+	}
+}
+
+// keep puts a handle on the shelf, unless another is there already or its record may have changed meanwhile.
+func (s *deviceShelf) keep(name string, handle *device.Handle, drops int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.drops != drops || s.handles[name] != nil {
+		return false
+	}
+	if s.handles == nil {
+		s.handles = map[string]*device.Handle{}
+	}
+	s.handles[name] = handle
+	return true
+}
+
+// dropDevice closes a device; the next use opens it from its record. Operations in flight on it fail with an error that
+// tells clients to try again.
+func (b *backend) dropDevice(name string) {
+	b.dropStores(name)
+	b.devices.mu.Lock()
+	handle := b.devices.handles[name]
+	delete(b.devices.handles, name)
+	b.devices.drops++
+	b.devices.mu.Unlock()
+	if handle == nil {
+		return
+	}
+	if err := handle.Close(); err != nil {
+		b.logger.Warn("closing a device", "device", name, "error", err)
+	}
+}
+
+func (b *backend) dropAllDevices() {
+	b.devices.mu.Lock()
+	var names []string
+	for name := range b.devices.handles {
+		names = append(names, name)
+	}
+	b.devices.mu.Unlock()
+	for _, name := range names {
+		b.dropDevice(name)
+	}
+}
+
+// readDevice returns a device's record, nil where there is none.
+func (b *backend) readDevice(ctx context.Context, name string) (*deviceRecord, error) {
+	entry, err := b.storage.Get(ctx, devicesPrefix+name)
+	if err != nil {
+		return nil, fmt.Errorf("reading the record of device %q: %w", name, err)
+	}
+	if entry == nil {
+		return nil, nil //nolint:nilnil // "absent" is an ordinary answer, and Vault's own: a nil response is 404
+	}
+	record := new(deviceRecord)
+	if err := json.Unmarshal(entry.Value, record); err != nil {
+		return nil, fmt.Errorf("reading the record of device %q: it is damaged; write the device again", name) // no %w: it may quote a PIN
+	}
+	return record, nil
+}
+
+// writeDevice stores a record and closes the device that was opened from the old one.
+func (b *backend) writeDevice(ctx context.Context, name string, record *deviceRecord) error {
+	defer b.dropDevice(name)
+	return b.putDevice(ctx, name, record)
+}
+
+// putDevice stores a record; the device stays open.
+func (b *backend) putDevice(ctx context.Context, name string, record *deviceRecord) error {
+	entry, err := logical.StorageEntryJSON(devicesPrefix+name, record)
+	if err != nil {
+		return fmt.Errorf("encoding the record of device %q: %w", name, err)
+	}
+	entry.SealWrap = true
+	if err := b.storage.Put(ctx, entry); err != nil {
+		return fmt.Errorf("writing the record of device %q: %w", name, err)
+	}
+	return nil
+}
+
+// settlePIN finds out which of two PINs a token took, where a change of it was cut short, and records that one. The new
+// one is tried first: a change is far more often cut short after the token did it. One that it did not do costs one try,
+// which the right PIN gives back at once.
+func (b *backend) settlePIN(ctx context.Context, name string) error {
+	b.devices.writing.Lock()
+	defer b.devices.writing.Unlock()
+	record, err := b.readDevice(ctx, name)
+	if err != nil || record == nil || record.NextPIN == "" {
+		return err
+	}
+	b.logger.Warn("a change of the PIN was cut short; finding out which one the token took", "device", name)
+	next := record.Config
+	next.PIN = record.NextPIN
+	pinError := (*hsm.PINError)(nil)
+	switch err := b.logIn(ctx, name, next); {
+	case err == nil:
+		record.Config = next
+	case !errors.As(err, &pinError) || pinError.Barred:
+		return fmt.Errorf("finding out which PIN device %q has since a change of it was cut short; write devices/%s with the right pin "+
+			"to settle it: %w", name, name, err)
+	}
+	record.NextPIN = ""
+	return b.writeDevice(ctx, name, record)
+}
+
+// logIn proves that a configuration's PIN is right, with a handle of its own.
+func (b *backend) logIn(ctx context.Context, name string, config device.Config) (err error) {
+	handle, err := b.options.Devices.Open(b.mount, name, config)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, handle.Close()) }()
+	opened, err := handle.Device(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = opened.FindKeys(ctx, hsm.KeyQuery{}) // private keys are seen by those only who are logged in
+	return err
+}

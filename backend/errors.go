@@ -1,0 +1,138 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/transit"
+)
+
+// retryAfter is the pause that a 503 asks for. It reaches clients of a mount that was tuned with
+// -allowed-response-headers=Retry-After.
+const retryAfter = 2 * time.Second
+
+// statusError is an error whose HTTP code the handler chose itself.
+type statusError struct {
+	code int
+	err  error
+}
+
+func (e *statusError) Error() string { return e.err.Error() }
+func (e *statusError) Unwrap() error { return e.err }
+
+// mistake is an error of the user: 400 with a sentence that says what to do.
+func mistake(format string, args ...any) error {
+	return &statusError{http.StatusBadRequest, fmt.Errorf(format, args...)}
+}
+
+// absent is 404. Only for writes: a read answers 404 by a nil response.
+func absent(format string, args ...any) error {
+	return &statusError{http.StatusNotFound, fmt.Errorf(format, args...)}
+}
+
+// status is the HTTP code of an error.
+func status(err error) int {
+	if chosen := (*statusError)(nil); errors.As(err, &chosen) {
+		return chosen.code
+	}
+	for _, group := range statuses {
+		for _, sentinel := range group.errors {
+			if errors.Is(err, sentinel) {
+				return group.code
+			}
+		}
+	}
+	if pin := (*hsm.PINError)(nil); errors.As(err, &pin) {
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusInternalServerError
+}
+
+// statuses is read from the top: an error that joins several, as one of a key with two HSMs does, gets the first code
+// that fits. So "one HSM is away" wins over "and the other cannot open it": a repeat may succeed.
+//
+// A client repeats what failed with 5xx. That is harmless for every error here: what was begun before it is either
+// undone or resumed by the repeated request.
+var statuses = []struct {
+	code   int
+	errors []error
+}{
+	{http.StatusServiceUnavailable, []error{
+		context.DeadlineExceeded, context.Canceled,
+		hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
+	}},
+	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, store.ErrNotFound}},
+	{http.StatusConflict, []error{store.ErrAmbiguous}},
+	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
+	{http.StatusBadRequest, []error{
+		device.ErrConfig, transit.ErrMalformed,
+		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrNotAuthentic, envelope.ErrDecrypt, envelope.ErrNotRecipient,
+		envelope.ErrTooLarge, envelope.ErrInvalid,
+		hsm.ErrCiphertext, hsm.ErrExists,
+		store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,
+		keyring.ErrInvalid, keyring.ErrKeyExists, keyring.ErrVersionTooOld, keyring.ErrVersionUnknown, keyring.ErrNotReady,
+		keyring.ErrDeleting, keyring.ErrWeakKey, keyring.ErrUnusableKey, keyring.ErrSameKey, keyring.ErrInUse,
+		keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMalformed, keyring.ErrRecordMismatch,
+		keyring.ErrTooLarge,
+	}},
+	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, or is locked.
+	{http.StatusServiceUnavailable, []error{
+		hsm.ErrLocked, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
+		store.ErrDenied, keyring.ErrNoDevice,
+	}},
+}
+
+// fail turns an error into what Vault makes the right HTTP answer of. Errors cross to Vault's process by their type, and
+// a wrapped sentinel arrives as a bare 500: what goes out is one of Vault's own values, unwrapped.
+func (b *backend) fail(ctx context.Context, req *logical.Request, err error) (*logical.Response, error) {
+	if errors.Is(err, logical.ErrReadOnly) {
+		return nil, logical.ErrReadOnly // Vault forwards the request to a node that may write
+	}
+	code := status(err)
+	if code != http.StatusBadRequest && code != http.StatusNotFound {
+		b.logger.Warn("answering with an error", "path", req.Path, "operation", string(req.Operation), "status", code, "error", err)
+	}
+	switch code {
+	case http.StatusBadRequest:
+		return logical.ErrorResponse("%s", err.Error()), logical.ErrInvalidRequest
+	case http.StatusServiceUnavailable:
+		text := err.Error()
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			text = "the request was not done within the mount's request_timeout: " + text
+		}
+		return &logical.Response{Headers: map[string][]string{
+			"Retry-After": {strconv.Itoa(int(retryAfter / time.Second))},
+		}}, logical.CodedError(code, text)
+	case http.StatusInternalServerError:
+		return nil, errors.New(err.Error()) //nolint:errorlint // deliberately unwrapped, see above
+	default:
+		return nil, logical.CodedError(code, err.Error())
+	}
+}
+
+// describeFailures adds to an operation's documentation what every operation may answer.
+func describeFailures(operation *framework.PathOperation) {
+	if operation.Responses == nil {
+		operation.Responses = map[int][]framework.Response{}
+	}
+	for code, description := range map[int]string{
+		http.StatusBadRequest:         "The request is wrong; the error says what to do.",
+		http.StatusServiceUnavailable: "An HSM or a store did not answer in time, or cannot be used now. Repeating the request is harmless.",
+	} {
+		if operation.Responses[code] == nil {
+			operation.Responses[code] = []framework.Response{{Description: description}}
+		}
+	}
+}

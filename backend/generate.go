@@ -1,0 +1,124 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+)
+
+// The kinds of journal entry. Vault hands one back, when it is old enough, until its rollback succeeds.
+const (
+	walGenerate = "generate" // an HSM key is being made
+	walRewrap   = "rewrap"   // stored material is being sealed anew
+)
+
+// beginGeneration journals that an HSM key is about to be made, lets begin record the intent in the keyring, and makes
+// the key in the background: a card takes half a minute and more, longer than a request may last.
+//
+// The intent in the keyring is what a repeated request finds; the journal is what makes Vault ask us again where this
+// process dies in between.
+func (b *backend) beginGeneration(ctx context.Context, name string, begin func() (*keyring.Key, error)) (*keyring.Key, error) {
+	entry, err := framework.PutWAL(ctx, b.storage, walGenerate, map[string]any{"key": name})
+	if err != nil {
+		return nil, fmt.Errorf("journalling that an HSM key for %q is to be made: %w", name, err)
+	}
+	key, err := begin()
+	if err != nil || key.Pending == nil {
+		// Nothing was begun, or a repeated request finds it done. An entry that cannot be removed does no harm: its
+		// rollback finds nothing to do.
+		b.commit(ctx, entry)
+		return key, err
+	}
+	b.generate(name, entry)
+	return key, nil
+}
+
+// generate makes the HSM key of an intent in the background. The journal entries are removed once it is made; where it
+// cannot be, they stay, and Vault's rollback tries again.
+func (b *backend) generate(name string, entries ...string) {
+	b.jobs.start(b.closing, walGenerate+" "+name, func(ctx context.Context) {
+		if _, err := b.keys.Finish(ctx, name); err != nil {
+			b.logger.Warn("making an HSM key; it is tried again", "key", name, "error", err)
+			return
+		}
+		for _, entry := range entries {
+			b.commit(ctx, entry)
+		}
+		b.rewrapMaterial(ctx, name)
+	})
+}
+
+// commit removes a journal entry.
+func (b *backend) commit(ctx context.Context, entry string) {
+	if entry == "" {
+		return
+	}
+	if err := framework.DeleteWAL(ctx, b.storage, entry); err != nil {
+		b.logger.Warn("removing a journal entry; it is found to be done later", "entry", entry, "error", err)
+	}
+}
+
+// resumeGeneration goes on with every HSM key whose making an earlier process had begun.
+func (b *backend) resumeGeneration(ctx context.Context) {
+	names, err := b.keys.List(ctx)
+	if err != nil {
+		b.logger.Warn("looking for HSM keys whose making was cut short", "error", err)
+		return
+	}
+	for _, name := range names {
+		if key, err := b.keys.Get(ctx, name); err != nil {
+			b.logger.Warn("looking for HSM keys whose making was cut short", "key", name, "error", err)
+		} else if key.State == keyring.StateGenerating {
+			b.generate(name)
+		}
+	}
+}
+
+// rollback is called by Vault for a journal entry of some age. It returns nil when the entry's business is settled, and
+// an error to be asked again.
+func (b *backend) rollback(ctx context.Context, _ *logical.Request, kind string, data any) error {
+	fields, _ := data.(map[string]any)
+	name, _ := fields["key"].(string)
+	switch kind {
+	case walGenerate:
+		return b.rollbackGeneration(ctx, name)
+	case walRewrap:
+		return b.rollbackRewrap(ctx, name)
+	default:
+		return fmt.Errorf("journal entry of the unknown kind %q: was it written by a newer version of the plugin?", kind)
+	}
+}
+
+func (b *backend) rollbackGeneration(ctx context.Context, name string) error {
+	if b.jobs.isRunning(walGenerate + " " + name) {
+		return fmt.Errorf("the HSM key for %q is still being made", name)
+	}
+	key, err := b.keys.Get(ctx, name)
+	switch {
+	case errors.Is(err, keyring.ErrKeyNotFound):
+		return nil // the intent was never recorded, or undone
+	case err != nil:
+		return err
+	case key.State == keyring.StateAbandoning:
+		return b.keys.Abandon(ctx, name)
+	case key.State != keyring.StateGenerating:
+		return nil
+	}
+	_, err = b.keys.Finish(ctx, name)
+	if err != nil && hopeless(err) {
+		b.logger.Warn("an HSM key cannot be made; undoing the request", "key", name, "error", err)
+		return b.keys.Abandon(ctx, name)
+	}
+	return err
+}
+
+// hopeless tells whether making an HSM key failed for a reason that trying again does not mend.
+func hopeless(err error) bool {
+	return errors.Is(err, hsm.ErrFull) || errors.Is(err, hsm.ErrUnsupported) || errors.Is(err, keyring.ErrUnusableKey)
+}

@@ -1,0 +1,409 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/plugin/pb"
+	"go.uber.org/goleak"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
+	"vault-plugin-secrets-nitrokey/internal/device"
+)
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m)
+}
+
+const (
+	testModule = "/usr/lib/test/module.so"
+	rightPIN   = "648219"
+	ownCluster = "9f4c1c6e-own-cluster"
+)
+
+// rack is the HSMs that exist in a test: what an opener finds by serial. Each checks the PIN as a token would, and counts
+// the wrong ones it was sent.
+type rack struct {
+	mu     sync.Mutex
+	tokens map[string]*testToken
+}
+
+type testToken struct {
+	*hsmtest.Memory
+	wrong int
+}
+
+func newRack() *rack { return &rack{tokens: map[string]*testToken{}} }
+
+func (r *rack) add(serial string) *testToken {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	token := &testToken{Memory: hsmtest.NewMemory()}
+	r.tokens[serial] = token
+	return token
+}
+
+// open is a device.Opener. As the provider does, it logs in with the first operation, not when it is opened.
+func (r *rack) open(_ context.Context, _ string, config device.Config, pin []byte) (hsm.Device, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	token := r.tokens[config.Serial]
+	if token == nil {
+		return nil, fmt.Errorf("no token has the serial number %q: %w", config.Serial, hsm.ErrUnavailable)
+	}
+	return &session{Memory: token.Attach(), rack: r, token: token, pin: string(pin)}, nil
+}
+
+// session is a device that was opened with a PIN.
+type session struct {
+	*hsmtest.Memory
+	rack  *rack
+	token *testToken
+	pin   string
+}
+
+func (s *session) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, error) {
+	if s.pin != s.token.PIN() {
+		s.rack.mu.Lock()
+		defer s.rack.mu.Unlock()
+		s.token.wrong++
+		return nil, &hsm.PINError{TriesLeft: 2, Detail: "the PIN is wrong (CKR_PIN_INCORRECT); write the right one"}
+	}
+	return s.Memory.FindKeys(ctx, query)
+}
+
+func (s *session) ChangePIN(ctx context.Context, pin []byte) error {
+	if err := s.Memory.ChangePIN(ctx, pin); err != nil {
+		return err
+	}
+	s.pin = string(pin)
+	return nil
+}
+
+// mount is a backend as Vault sees it: requests and answers go through what carries them between the two processes.
+type mount struct {
+	*backend
+	t       *testing.T
+	rack    *rack
+	storage *faultyStorage
+	secrets string // -secrets-dir
+	state   string // -state-dir
+}
+
+// newMount makes a mount with storage of its own.
+func newMount(t *testing.T) *mount {
+	t.Helper()
+	return mountOn(t, &faultyStorage{Storage: new(logical.InmemStorage)}, newRack(), t.TempDir(), t.TempDir())
+}
+
+// remount is the same mount in a new process: the plugin was restarted.
+func (m *mount) remount() *mount {
+	m.t.Helper()
+	m.Cleanup(context.Background())
+	return mountOn(m.t, m.storage, m.rack, m.secrets, m.state)
+}
+
+func mountOn(t *testing.T, storage *faultyStorage, tokens *rack, secrets, state string) *mount {
+	t.Helper()
+	registry := device.New(device.Options{
+		Openers: map[string]device.Opener{device.TypePKCS11: tokens.open},
+		Secrets: device.SecretFiles{Dir: secrets},
+	})
+	config := logical.TestBackendConfig()
+	config.StorageView = storage
+	config.System = &logical.StaticSystemView{
+		PluginEnvironment: &logical.PluginEnvironment{VaultVersion: "1.21.0"}, ClusterUUID: ownCluster,
+	}
+	config.BackendUUID = "3f2c0d4e-mount"
+	config.Logger = hclog.NewNullLogger()
+	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, config)
+	if err != nil {
+		t.Fatalf("making the backend: %v", err)
+	}
+	t.Cleanup(func() { b.Cleanup(context.Background()) })
+	if err := b.Initialize(context.Background(), &logical.InitializationRequest{Storage: storage}); err != nil {
+		t.Fatalf("initialising the backend: %v", err)
+	}
+	return &mount{backend: b, t: t, rack: tokens, storage: storage, secrets: secrets, state: state}
+}
+
+// faultyStorage is the mount's storage, which can be made to fail.
+type faultyStorage struct {
+	logical.Storage
+
+	mu       sync.Mutex
+	failPut  error
+	failGet  error
+	readOnly bool
+}
+
+func (s *faultyStorage) fail(put, get error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failPut, s.failGet = put, get
+}
+
+func (s *faultyStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	s.mu.Lock()
+	err := s.failGet
+	s.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	return s.Storage.Get(ctx, key)
+}
+
+func (s *faultyStorage) Put(ctx context.Context, entry *logical.StorageEntry) error {
+	s.mu.Lock()
+	err := s.failPut
+	if s.readOnly {
+		err = logical.ErrReadOnly
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.Storage.Put(ctx, entry)
+}
+
+// reply is an answer as an HTTP client sees it.
+type reply struct {
+	status   int
+	message  string // of an error
+	data     map[string]any
+	warnings []string
+	headers  map[string][]string
+}
+
+type fields = map[string]any
+
+func (m *mount) read(path string) reply { return m.do(logical.ReadOperation, path, nil) }
+func (m *mount) list(path string) reply { return m.do(logical.ListOperation, path, nil) }
+func (m *mount) delete(path string, data fields) reply {
+	return m.do(logical.DeleteOperation, path, data)
+}
+func (m *mount) write(path string, data fields) reply {
+	return m.do(logical.UpdateOperation, path, data)
+}
+
+// do sends a request as Vault does: an existence check chooses between create and update, everything crosses the border
+// between two processes, and the answer is turned into a status as Vault's HTTP layer does. Successful answers must fit
+// the documented schema.
+func (m *mount) do(operation logical.Operation, path string, data fields) reply {
+	m.t.Helper()
+	request := m.carry(&logical.Request{
+		ID: "test-request", Operation: operation, Path: path, Data: data, DisplayName: "token-test", EntityID: "e-1",
+	})
+	if operation == logical.UpdateOperation {
+		found, exists, err := m.HandleExistenceCheck(context.Background(), request)
+		if err != nil {
+			return reply{status: http.StatusInternalServerError, message: err.Error()}
+		}
+		if found && !exists {
+			request.Operation = logical.CreateOperation
+		}
+	}
+	response, err := m.HandleRequest(context.Background(), request)
+	if response != nil && !response.IsError() && err == nil {
+		m.checkSchema(request, response)
+	}
+	return m.receive(request, response, err)
+}
+
+// carry takes a request over to the plugin's process.
+func (m *mount) carry(request *logical.Request) *logical.Request {
+	m.t.Helper()
+	message, err := pb.LogicalRequestToProtoRequest(request)
+	if err != nil {
+		m.t.Fatalf("encoding the request %s %s: %v", request.Operation, request.Path, err)
+	}
+	carried, err := pb.ProtoRequestToLogicalRequest(message)
+	if err != nil {
+		m.t.Fatalf("decoding the request %s %s: %v", request.Operation, request.Path, err)
+	}
+	carried.Storage = m.storage
+	return carried
+}
+
+func (m *mount) receive(request *logical.Request, response *logical.Response, failure error) reply {
+	m.t.Helper()
+	message, err := pb.LogicalResponseToProtoResponse(response)
+	if err != nil {
+		m.t.Fatalf("encoding the answer to %s %s: %v", request.Operation, request.Path, err)
+	}
+	if response, err = pb.ProtoResponseToLogicalResponse(message); err != nil {
+		m.t.Fatalf("decoding the answer to %s %s: %v", request.Operation, request.Path, err)
+	}
+	failure = pb.ProtoErrToErr(pb.ErrToProtoErr(failure))
+
+	received := reply{status: http.StatusOK}
+	if response != nil {
+		received.data, received.warnings, received.headers = response.Data, response.Warnings, response.Headers
+	}
+	code, failure := logical.RespondErrorCommon(request, response, failure)
+	if failure != nil {
+		logical.AdjustErrorStatusCode(&code, failure)
+		received.message = failure.Error()
+		received.data = nil
+	}
+	switch {
+	case code != 0:
+		received.status = code
+	case response == nil || response.Data == nil && response.Warnings == nil:
+		received.status = http.StatusNoContent
+	}
+	return m.unpack(received)
+}
+
+// unpack takes a raw body apart, as a client does.
+func (m *mount) unpack(received reply) reply {
+	m.t.Helper()
+	raw, ok := received.data[logical.HTTPRawBody]
+	if !ok {
+		return received
+	}
+	switch code := received.data[logical.HTTPStatusCode].(type) {
+	case int:
+		received.status = code
+	case float64:
+		received.status = int(code)
+	case json.Number:
+		number, _ := code.Int64()
+		received.status = int(number)
+	default:
+		m.t.Fatalf("the status of a raw answer is a %T", code)
+	}
+	text, ok := raw.(string)
+	if !ok {
+		m.t.Fatalf("the raw body is a %T", raw)
+	}
+	var body struct {
+		Errors   []string
+		Warnings []string
+		Data     map[string]any
+	}
+	if err := json.Unmarshal([]byte(text), &body); err != nil {
+		m.t.Fatalf("the raw body is no JSON: %v: %s", err, text)
+	}
+	received.message, received.warnings, received.data = strings.Join(body.Errors, "; "), body.Warnings, body.Data
+	return received
+}
+
+func (m *mount) checkSchema(request *logical.Request, response *logical.Response) {
+	m.t.Helper()
+	path := m.Route(request.Path)
+	if path == nil {
+		m.t.Fatalf("no route to %s", request.Path)
+	}
+	if response.Data == nil || path.Pattern == "^.*$" {
+		return
+	}
+	schema.ValidateResponse(m.t, schema.GetResponseSchema(m.t, path, request.Operation), response, true)
+}
+
+// want fails where the answer has another status, and returns it.
+func (r reply) want(t *testing.T, status int) reply {
+	t.Helper()
+	if r.status != status {
+		t.Fatalf("status %d, want %d; message %q, data %v", r.status, status, r.message, r.data)
+	}
+	return r
+}
+
+// ok fails where the answer is an error.
+func (r reply) ok(t *testing.T) reply {
+	t.Helper()
+	if r.status != http.StatusOK && r.status != http.StatusNoContent {
+		t.Fatalf("status %d: %s", r.status, r.message)
+	}
+	return r
+}
+
+// says fails where an error's message lacks a part.
+func (r reply) says(t *testing.T, parts ...string) reply {
+	t.Helper()
+	for _, part := range parts {
+		if !strings.Contains(r.message, part) {
+			t.Errorf("message %q does not say %q", r.message, part)
+		}
+	}
+	return r
+}
+
+// text returns a field of the answer as it is printed.
+func (r reply) text(field string) string { return fmt.Sprint(r.data[field]) }
+
+// addDevice puts an HSM into the rack and configures it.
+func (m *mount) addDevice(name string) *testToken {
+	m.t.Helper()
+	token := m.rack.add("SN-" + name)
+	m.write("devices/"+name, fields{"module": testModule, "serial": "SN-" + name, "pin": rightPIN}).ok(m.t)
+	return token
+}
+
+// addKey configures a device with one RSA key, and adopts that.
+func (m *mount) addKey(name string) *testToken {
+	m.t.Helper()
+	token := m.addDevice(name + "-hsm")
+	token.AddRSA(m.t, "label-"+name, "01", 2048)
+	m.write("keys/"+name, fields{"device": name + "-hsm", "key_label": "label-" + name}).ok(m.t)
+	return token
+}
+
+// awaitState polls a key until it has a state.
+func (m *mount) awaitState(name, state string) reply {
+	m.t.Helper()
+	var last reply
+	deadline := time.Now().Add(20 * time.Second)
+	for time.Now().Before(deadline) {
+		if last = m.read("keys/" + name); last.text("state") == state {
+			return last
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	m.t.Fatalf("key %s is not %q after 20 s: %v", name, state, last.data)
+	return last
+}
+
+// secretFile writes a file into -secrets-dir.
+func (m *mount) secretFile(name, content string) {
+	m.t.Helper()
+	if err := os.WriteFile(filepath.Join(m.secrets, name), []byte(content), 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// stored dumps the mount's whole storage.
+func (m *mount) stored() map[string]string {
+	m.t.Helper()
+	all := map[string]string{}
+	err := logical.ScanView(context.Background(), m.storage, func(path string) {
+		entry, err := m.storage.Get(context.Background(), path)
+		if err == nil && entry != nil {
+			all[path] = string(entry.Value)
+		}
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return all
+}
+
+func keysOf[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+var errStorage = errors.New("storage: the disk is on fire")

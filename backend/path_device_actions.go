@@ -1,0 +1,372 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
+)
+
+// deviceActionPaths are what can be done with one device besides configuring it.
+func (b *backend) deviceActionPaths() []*framework.Path {
+	pattern := "devices/" + framework.GenericNameRegex("name")
+	name := nameField("The name of the device.")
+	onlyName := map[string]*framework.FieldSchema{"name": name}
+	display := &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device"}
+	write := func(handle framework.OperationFunc, verb, summary, done string) map[logical.Operation]framework.OperationHandler {
+		return map[logical.Operation]framework.OperationHandler{
+			logical.UpdateOperation: &framework.PathOperation{
+				Callback:                    handle,
+				Summary:                     summary,
+				DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: verb},
+				Responses:                   noContent(done),
+				ForwardPerformanceStandby:   true,
+				ForwardPerformanceSecondary: true,
+			},
+		}
+	}
+	return []*framework.Path{
+		{
+			Pattern:      pattern + "/status",
+			Fields:       onlyName,
+			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device-status"},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ReadOperation: &framework.PathOperation{
+					Callback:  b.deviceStatus,
+					Summary:   "Find out whether a device works, with one operation in the HSM.",
+					Responses: answer(http.StatusOK, "How the device fares.", statusAnswer()),
+				},
+			},
+			HelpSynopsis: "Whether a device works.",
+			HelpDescription: "The answer comes from the HSM itself: what it is, its PIN flags, its keys, and how long one private-key " +
+				"operation took. It is 200 also where the device cannot be used: read usable and error. Results are reused for " +
+				"five seconds.",
+		},
+		{
+			Pattern:      pattern + "/keys/?$",
+			Fields:       onlyName,
+			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device-keys"},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ListOperation: &framework.PathOperation{
+					Callback: b.deviceKeys,
+					Summary:  "List the key pairs on the HSM.",
+					Responses: listAnswer("The ids of the keys; a key without an id, or with one that another has, is listed by its fingerprint.",
+						"Label, id, fingerprint and traits of each key."),
+				},
+			},
+			HelpSynopsis:    "The key pairs on an HSM.",
+			HelpDescription: "Use a key's label or id to adopt it: write keys/<name> with device and key_label or key_id.",
+		},
+		{
+			Pattern: pattern + "/unlock",
+			Fields: map[string]*framework.FieldSchema{
+				"name": name,
+				"passphrase": {
+					Type: framework.TypeString, Description: "The passphrase that unlocks the HSM.", Required: true,
+					DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+				},
+			},
+			DisplayAttrs:    display,
+			Operations:      write(b.deviceUnlock, "unlock", "Unlock an HSM that starts locked.", "The HSM is unlocked."),
+			HelpSynopsis:    "Unlock an HSM that starts locked.",
+			HelpDescription: "PKCS#11 tokens have no such lock: they log in with the PIN by themselves.",
+		},
+		{
+			Pattern:         pattern + "/lock",
+			Fields:          onlyName,
+			DisplayAttrs:    display,
+			Operations:      write(b.deviceLock, "lock", "Lock an HSM.", "The HSM is locked."),
+			HelpSynopsis:    "Lock an HSM until its passphrase is given again.",
+			HelpDescription: "PKCS#11 tokens have no such lock.",
+		},
+		{
+			Pattern:      pattern + "/unbar",
+			Fields:       onlyName,
+			DisplayAttrs: display,
+			Operations: write(b.deviceUnbar, "unbar", "Lift the bar that a wrong PIN left on this machine.",
+				"The bar is lifted; the next operation logs in once."),
+			HelpSynopsis: "Let a barred PIN be tried once more.",
+			HelpDescription: "A PIN that was wrong once is not sent again from this machine, because a token locks after three wrong " +
+				"ones. Where the PIN is right after all (it was set to it, or the bar hit a PIN that only looks like a wrong one, 1 in " +
+				"1,024), lift the bar: one try is then spent where it is wrong. The better way is to write the right PIN.",
+		},
+		{
+			Pattern: pattern + "/pin",
+			Fields: map[string]*framework.FieldSchema{
+				"name": name,
+				"new_pin": {
+					Type: framework.TypeString, Description: "The new user PIN.", Required: true,
+					DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+				},
+				"on_token": {
+					Type: framework.TypeBool, Default: true,
+					Description: "True, the default, changes the PIN on the token and stores it. False replaces the stored PIN only, where " +
+						"the token has the new one already: it is tried once, and the old one is kept where the new one is wrong.",
+				},
+			},
+			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device-pin"},
+			Operations:   write(b.devicePIN, "change", "Change a token's PIN, or the stored one.", "The PIN was changed."),
+			HelpSynopsis: "Change the PIN on the token, or replace the stored one.",
+			HelpDescription: "The new PIN is recorded before the token hears of it, so that a crash in between loses neither. A device " +
+				"with pin_file keeps its PIN in the file: change it on the token with the vendor's tool, then in the file.",
+		},
+	}
+}
+
+func statusAnswer() map[string]*framework.FieldSchema {
+	return map[string]*framework.FieldSchema{
+		"usable":        {Type: framework.TypeBool, Description: "Whether the device can be used now.", Required: true},
+		"error":         {Type: framework.TypeString, Description: "Why it cannot be used; empty where it can."},
+		"state":         {Type: framework.TypeString, Description: "operational, locked, unprovisioned, absent or failed; empty where nothing answers."},
+		"vendor":        {Type: framework.TypeString, Description: "The maker of the HSM."},
+		"model":         {Type: framework.TypeString, Description: "Its model."},
+		"serial":        {Type: framework.TypeString, Description: "Its serial number."},
+		"label":         {Type: framework.TypeString, Description: "The label of the token."},
+		"firmware":      {Type: framework.TypeString, Description: "Its firmware version."},
+		"pin_count_low": {Type: framework.TypeBool, Description: "A wrong PIN was sent since the last right one."},
+		"pin_final_try": {Type: framework.TypeBool, Description: "The next wrong PIN locks the token."},
+		"pin_locked":    {Type: framework.TypeBool, Description: "The PIN is locked; the SO PIN unlocks it."},
+		"keys":          {Type: framework.TypeInt, Description: "How many key pairs were found."},
+		"round_trip_ms": {Type: framework.TypeFloat, Description: "How long one private-key operation took; 0 where none could be tried."},
+		"mechanisms":    {Type: framework.TypeStringSlice, Description: "What the HSM can do, in its provider's words."},
+		"notes":         {Type: framework.TypeStringSlice, Description: "What an operator should know."},
+		"checked":       {Type: framework.TypeString, Description: "When this was found out, RFC 3339.", Required: true},
+	}
+}
+
+// knownDevice returns the handle of the device that a request names; 404 where it is not configured.
+func (b *backend) knownDevice(ctx context.Context, data *framework.FieldData) (string, *device.Handle, error) {
+	name := data.Get("name").(string)
+	handle, err := b.handle(ctx, name)
+	if errors.Is(err, errNoDevice) {
+		return name, nil, absent("%w", err)
+	}
+	return name, handle, err
+}
+
+func (b *backend) deviceStatus(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	_, handle, err := b.knownDevice(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	return &logical.Response{Data: showStatus(handle.Status(ctx))}, nil
+}
+
+func showStatus(status device.Status) map[string]any {
+	shown := map[string]any{
+		"usable":        status.Err == nil,
+		"error":         "",
+		"state":         string(status.Info.State),
+		"vendor":        status.Info.Vendor,
+		"model":         status.Info.Model,
+		"serial":        status.Info.Serial,
+		"label":         status.Info.Label,
+		"firmware":      status.Info.Firmware,
+		"pin_count_low": status.Info.PIN.CountLow,
+		"pin_final_try": status.Info.PIN.FinalTry,
+		"pin_locked":    status.Info.PIN.Locked,
+		"keys":          len(status.Keys),
+		"round_trip_ms": float64(status.RoundTrip) / float64(time.Millisecond),
+		"mechanisms":    status.Info.Mechanisms,
+		"notes":         status.Info.Notes,
+		"checked":       stamp(status.Checked),
+	}
+	if status.Err != nil {
+		shown["error"] = status.Err.Error()
+	}
+	return shown
+}
+
+func (b *backend) deviceKeys(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name, _, err := b.knownDevice(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := opened.FindKeys(ctx, hsm.KeyQuery{})
+	if err != nil {
+		return nil, fmt.Errorf("listing the keys on device %q: %w", name, err)
+	}
+	seen := map[string]int{}
+	for _, key := range keys {
+		seen[key.Ref().ID]++
+	}
+	var names []string
+	info := map[string]any{}
+	for _, key := range keys {
+		ref, traits := key.Ref(), key.Traits()
+		listed := ref.ID
+		if listed == "" || seen[listed] > 1 {
+			listed = ref.Fingerprint
+		}
+		names = append(names, listed)
+		info[listed] = map[string]any{
+			"key_label": ref.Label, "key_id": ref.ID, "fingerprint": ref.Fingerprint,
+			"sensitive": traits.Sensitive, "extractable": traits.Extractable, "also_usable_for": traits.AlsoUsableFor,
+		}
+	}
+	slices.Sort(names)
+	return logical.ListResponseWithInfo(names, info), nil
+}
+
+// unlocker returns the device as one that has a lock.
+func (b *backend) unlocker(ctx context.Context, data *framework.FieldData) (string, hsm.Unlocker, error) {
+	name, _, err := b.knownDevice(ctx, data)
+	if err != nil {
+		return name, nil, err
+	}
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return name, nil, err
+	}
+	unlocker, ok := opened.(hsm.Unlocker)
+	if !ok {
+		return name, nil, mistake("device %q is a PKCS#11 token: it has no lock of its own, the PIN opens it; to stop its use, delete the device", name)
+	}
+	return name, unlocker, nil
+}
+
+func (b *backend) deviceUnlock(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name, unlocker, err := b.unlocker(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	passphrase := []byte(data.Get("passphrase").(string))
+	defer clear(passphrase)
+	if len(passphrase) == 0 {
+		return nil, mistake("passphrase is missing")
+	}
+	if err := unlocker.Unlock(ctx, passphrase); err != nil {
+		return nil, fmt.Errorf("unlocking device %q: %w", name, err)
+	}
+	return nil, nil
+}
+
+func (b *backend) deviceLock(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name, unlocker, err := b.unlocker(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	if err := unlocker.Lock(ctx); err != nil {
+		return nil, fmt.Errorf("locking device %q: %w", name, err)
+	}
+	return nil, nil
+}
+
+// pinChanger returns the device as one that has a PIN.
+func (b *backend) pinChanger(ctx context.Context, name string) (hsm.PINChanger, error) {
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	changer, ok := opened.(hsm.PINChanger)
+	if !ok {
+		return nil, mistake("device %q has no PIN", name)
+	}
+	return changer, nil
+}
+
+func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name, _, err := b.knownDevice(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	changer, err := b.pinChanger(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := changer.Unbar(ctx); err != nil {
+		return nil, fmt.Errorf("lifting the bar of device %q: %w", name, err)
+	}
+	b.logger.Info("PIN bar lifted", "device", name, "by", by(req))
+	return nil, nil
+}
+
+func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name, _, err := b.knownDevice(ctx, data) // finishes a change that was cut short
+	if err != nil {
+		return nil, err
+	}
+	pin := data.Get("new_pin").(string)
+	if pin == "" {
+		return nil, mistake("new_pin is missing")
+	}
+	b.devices.writing.Lock()
+	defer b.devices.writing.Unlock()
+	record, err := b.readDevice(ctx, name)
+	switch {
+	case err != nil:
+		return nil, err
+	case record == nil:
+		return nil, absent("device %q: %w", name, errNoDevice)
+	case record.Config.PINFile != "":
+		return nil, mistake("the PIN of device %q comes from the file %s: change it on the token with the vendor's tool (pkcs11-tool "+
+			"--change-pin), then in the file", name, record.Config.PINFile)
+	}
+	if data.Get("on_token").(bool) {
+		err = b.changePIN(ctx, name, record, pin)
+	} else {
+		err = b.replacePIN(ctx, name, record, pin)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b.logger.Info("PIN changed", "device", name, "on_token", data.Get("on_token").(bool), "by", by(req))
+	return nil, nil
+}
+
+// changePIN changes the PIN on the token and in the record. The record holds both while the token is asked.
+func (b *backend) changePIN(ctx context.Context, name string, record *deviceRecord, pin string) error {
+	changer, err := b.pinChanger(ctx, name)
+	if err != nil {
+		return err
+	}
+	record.NextPIN = pin
+	if err := b.putDevice(ctx, name, record); err != nil {
+		return err
+	}
+	change := []byte(pin)
+	defer clear(change)
+	err = changer.ChangePIN(ctx, change)
+	switch pinError := (*hsm.PINError)(nil); {
+	case err == nil:
+		record.Config.PIN = pin
+	case errors.Is(err, hsm.ErrUnavailable), ctx.Err() != nil:
+		b.dropDevice(name)
+		return fmt.Errorf("changing the PIN of device %q: it is not known whether the token took the new one; both are kept and the next "+
+			"use of the device finds out: %w", name, err)
+	case errors.As(err, &pinError):
+		err = &statusError{http.StatusBadRequest, fmt.Errorf("changing the PIN of device %q: %w", name, err)}
+	default: // the token refused the new PIN: too short, for example
+		err = &statusError{http.StatusBadRequest, fmt.Errorf("changing the PIN of device %q: the token refused: %w", name, err)}
+	}
+	record.NextPIN = ""
+	return errors.Join(err, b.writeDevice(ctx, name, record))
+}
+
+// replacePIN stores a PIN that the token has already, once it has proved right.
+func (b *backend) replacePIN(ctx context.Context, name string, record *deviceRecord, pin string) error {
+	replaced := record.Config
+	replaced.PIN = pin
+	b.dropDevice(name) // a token that is still logged in with the old PIN would not let the new one be tried
+	err := b.logIn(ctx, name, replaced)
+	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
+		return &statusError{http.StatusBadRequest, fmt.Errorf("the stored PIN of device %q was kept: %w", name, err)}
+	}
+	if err != nil {
+		return fmt.Errorf("trying the new PIN of device %q; the stored one was kept: %w", name, err)
+	}
+	record.Config = replaced
+	return b.writeDevice(ctx, name, record)
+}

@@ -1,0 +1,129 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// healthTimeout is how long one device or store gets to answer. A monitor asks often, and wants to hear of the others.
+const healthTimeout = 10 * time.Second
+
+func (b *backend) healthPaths() []*framework.Path {
+	fields := map[string]*framework.FieldSchema{
+		"usable":  {Type: framework.TypeBool, Description: "Whether at least one device can open envelopes now.", Required: true},
+		"version": {Type: framework.TypeString, Description: "The version of the plugin.", Required: true},
+		"devices": {Type: framework.TypeMap, Description: "Each device: usable, error, state, serial, keys, round_trip_ms.", Required: true},
+		"stores":  {Type: framework.TypeMap, Description: "Each store: usable, error, type.", Required: true},
+	}
+	return []*framework.Path{{
+		Pattern:      "health",
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "health"},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: &framework.PathOperation{
+				Callback: b.health,
+				Summary:  "Find out how all devices and stores of the mount fare.",
+				Responses: map[int][]framework.Response{
+					http.StatusOK: {{Description: "At least one device can open.", Fields: fields}},
+					http.StatusServiceUnavailable: {{
+						Description: "No device can open. The body holds the same data beside the errors.",
+					}},
+				},
+			},
+		},
+		HelpSynopsis: "All devices and stores at a glance.",
+		HelpDescription: "200 where at least one device can open envelopes, 503 where none can; the data says why in both cases. " +
+			"Each device performs one private-key operation, at most once in five seconds.",
+	}}
+}
+
+func (b *backend) health(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	devices, err := b.storage.List(ctx, devicesPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("listing the devices: %w", err)
+	}
+	stores, err := b.storage.List(ctx, storesPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("listing the stores: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	defer cancel()
+	data := map[string]any{
+		"version": Version,
+		"devices": askAll(devices, func(name string) map[string]any { return b.deviceHealth(ctx, name) }),
+		"stores":  askAll(stores, func(name string) map[string]any { return b.storeHealth(ctx, name) }),
+	}
+	usable := false
+	for _, device := range data["devices"].(map[string]any) {
+		usable = usable || device.(map[string]any)["usable"] == true
+	}
+	data["usable"] = usable
+	if usable {
+		return &logical.Response{Data: data}, nil
+	}
+	problem := "no device of this mount can open envelopes now"
+	if len(devices) == 0 {
+		problem = "this mount has no device; write devices/NAME first"
+	}
+	body, err := json.Marshal(map[string]any{"request_id": req.ID, "errors": []string{problem}, "data": data})
+	if err != nil {
+		return nil, fmt.Errorf("encoding the health of the mount: %w", err)
+	}
+	return &logical.Response{Data: map[string]any{
+		logical.HTTPContentType: "application/json",
+		logical.HTTPStatusCode:  http.StatusServiceUnavailable,
+		logical.HTTPRawBody:     body,
+	}}, nil
+}
+
+// askAll asks all at one time, so that one that hangs costs the others nothing.
+func askAll(names []string, ask func(name string) map[string]any) map[string]any {
+	answers := make([]map[string]any, len(names))
+	var group sync.WaitGroup
+	for i, name := range names {
+		group.Go(func() { answers[i] = ask(name) })
+	}
+	group.Wait()
+	all := map[string]any{}
+	for i, name := range names {
+		all[name] = answers[i]
+	}
+	return all
+}
+
+func (b *backend) deviceHealth(ctx context.Context, name string) map[string]any {
+	handle, err := b.handle(ctx, name)
+	if err != nil {
+		return map[string]any{"usable": false, "error": err.Error()}
+	}
+	shown := showStatus(handle.Status(ctx))
+	return map[string]any{
+		"usable": shown["usable"], "error": shown["error"], "state": shown["state"], "serial": shown["serial"],
+		"keys": shown["keys"], "round_trip_ms": shown["round_trip_ms"],
+	}
+}
+
+func (b *backend) storeHealth(ctx context.Context, name string) map[string]any {
+	record, err := b.readStore(ctx, name)
+	if err != nil || record == nil {
+		return map[string]any{"usable": false, "error": fmt.Sprint(errors.Join(err, errNoStore))}
+	}
+	shown := map[string]any{"type": record.Type, "usable": true, "error": ""}
+	opened, err := b.Store(ctx, name)
+	if err == nil {
+		_, err = opened.Get(ctx, "nitroseal-health") // reading what is not there shows that reading works
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		shown["usable"], shown["error"] = false, err.Error()
+	}
+	return shown
+}

@@ -1,0 +1,364 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/store/object"
+)
+
+func storeFields() map[string]*framework.FieldSchema {
+	return map[string]*framework.FieldSchema{
+		"name": nameField("The name of the store."),
+		"type": {
+			Type:          framework.TypeString,
+			Description:   "The kind of store: etcd, object (data objects on an HSM), vault (this mount's own storage) or file.",
+			AllowedValues: []any{storeEtcd, storeObject, storeVault, storeFile},
+		},
+		"endpoints": {Type: framework.TypeCommaStringSlice, Description: "etcd: the members' client URLs, https://host:2379."},
+		"prefix":    {Type: framework.TypeString, Description: "etcd: the folder of all keys, without a leading \"/\"; nitroseal/prod for example."},
+		"username":  {Type: framework.TypeString, Description: "etcd: the user name, where etcd asks for one."},
+		"password": {
+			Type: framework.TypeString, Description: "etcd: the password. It is never shown; a write that changes where it is sent must carry it again.",
+			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+		},
+		"ca_cert":     {Type: framework.TypeString, Description: "etcd: PEM of the authorities that sign the members' certificates."},
+		"client_cert": {Type: framework.TypeString, Description: "etcd: PEM of the client certificate."},
+		"client_key": {
+			Type: framework.TypeString, Description: "etcd: PEM of its private key. It is never shown; as password.",
+			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+		},
+		"server_name": {Type: framework.TypeString, Description: "etcd: the name in the members' certificates, where it is not the host of the endpoint."},
+		"request_timeout": {
+			Type: framework.TypeDurationSecond, Description: "etcd: how long one operation may take, at most 60 seconds. 0 means the default, 10 seconds.",
+		},
+		"device":      {Type: framework.TypeString, Description: "object: the device that holds the data objects."},
+		"application": {Type: framework.TypeString, Description: "object: CKA_APPLICATION of the data objects; nitroseal where it is left out."},
+		"dir":         {Type: framework.TypeString, Description: "file: the name of a directory under the plugin's -state-dir."},
+	}
+}
+
+// storeSecrets are the fields that are never shown.
+var storeSecrets = []string{"password", "client_key"}
+
+func storeAnswer() map[string]*framework.FieldSchema {
+	fields := storeFields()
+	delete(fields, "name")
+	for _, secret := range storeSecrets {
+		delete(fields, secret)
+		fields[secret+"_set"] = &framework.FieldSchema{Type: framework.TypeBool, Description: "etcd: whether a " + secret + " is stored here."}
+	}
+	fields["type"].Required = true
+	return fields
+}
+
+func (b *backend) storePaths() []*framework.Path {
+	fields := storeFields()
+	fields["check"] = &framework.FieldSchema{
+		Type:        framework.TypeBool,
+		Description: "Write, read back and delete a value first; where that fails, nothing is changed.",
+	}
+	fields["force"] = &framework.FieldSchema{
+		Type: framework.TypeBool, Query: true,
+		Description: "For a deletion: forget the store although stored material lies in it. The material stays where it is.",
+	}
+	write := func() *framework.PathOperation {
+		return &framework.PathOperation{
+			Callback:                    b.storeWrite,
+			Summary:                     "Configure a store.",
+			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "configure"},
+			Responses:                   noContent("The store was configured."),
+			ForwardPerformanceStandby:   true,
+			ForwardPerformanceSecondary: true,
+		}
+	}
+	return []*framework.Path{
+		listPath("stores/?$", "stores", "List the configured stores.", b.storeList),
+		{
+			Pattern:        "stores/" + framework.GenericNameRegex("name"),
+			Fields:         fields,
+			ExistenceCheck: b.storeExists,
+			DisplayAttrs:   &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "store"},
+			Operations: map[logical.Operation]framework.OperationHandler{
+				logical.ReadOperation: &framework.PathOperation{
+					Callback:  b.storeRead,
+					Summary:   "Read how a store is configured, without its secrets.",
+					Responses: answer(http.StatusOK, "The configuration.", storeAnswer()),
+				},
+				logical.CreateOperation: write(),
+				logical.UpdateOperation: write(),
+				logical.DeleteOperation: &framework.PathOperation{
+					Callback:                    b.storeDelete,
+					Summary:                     "Forget a store. What lies in it stays there.",
+					Responses:                   noContent("The store was forgotten."),
+					ForwardPerformanceStandby:   true,
+					ForwardPerformanceSecondary: true,
+				},
+			},
+			HelpSynopsis: "A place where envelopes are kept.",
+			HelpDescription: "etcd serves more than one machine; object keeps data objects on the HSM itself; file is for one machine. " +
+				"vault is this mount's own storage: what lies there is out of reach while this very Vault is sealed, so it is no " +
+				"place for the keys that unseal this Vault. Fields that a write leaves out keep their values; secrets are never shown, " +
+				"and a write that would send one somewhere else must carry it again.",
+		},
+	}
+}
+
+func (b *backend) storeList(ctx context.Context, _ *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	return b.listNames(ctx, storesPrefix)
+}
+
+func (b *backend) storeExists(ctx context.Context, _ *logical.Request, data *framework.FieldData) (bool, error) {
+	return b.exists(ctx, storesPrefix+data.Get("name").(string))
+}
+
+func (b *backend) storeRead(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	record, err := b.readStore(ctx, data.Get("name").(string))
+	if err != nil || record == nil {
+		return nil, err
+	}
+	shown := map[string]any{"type": record.Type}
+	switch record.Type {
+	case storeEtcd:
+		shown["endpoints"] = record.Endpoints
+		shown["prefix"] = record.Prefix
+		shown["username"] = record.Username
+		shown["password_set"] = record.Password != ""
+		shown["ca_cert"] = record.CACert
+		shown["client_cert"] = record.ClientCert
+		shown["client_key_set"] = record.ClientKey != ""
+		shown["server_name"] = record.ServerName
+		shown["request_timeout"] = int64(record.RequestTimeout / time.Second)
+	case storeObject:
+		shown["device"] = record.Device
+		shown["application"] = record.Application
+	case storeFile:
+		shown["dir"] = record.Dir
+	}
+	return &logical.Response{Data: shown}, nil
+}
+
+func (b *backend) storeWrite(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name := data.Get("name").(string)
+	if err := checkName("store", name); err != nil {
+		return nil, err
+	}
+	b.stores.writing.Lock()
+	defer b.stores.writing.Unlock()
+	old, err := b.readStore(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	record := new(storeRecord)
+	if old != nil {
+		*record = *old
+	}
+	if err := mergeStore(record, data); err != nil {
+		return nil, err
+	}
+	if old != nil {
+		if err := checkStoreDestination(*old, *record, data); err != nil {
+			return nil, err
+		}
+	}
+	if err := b.checkStoreRecord(ctx, record, data); err != nil {
+		return nil, err
+	}
+	if err := b.tryStore(ctx, name, record, data.Get("check").(bool)); err != nil {
+		return nil, err
+	}
+	if err := b.writeStore(ctx, name, record); err != nil {
+		return nil, err
+	}
+	if record.Type != storeVault {
+		return nil, nil
+	}
+	response := new(logical.Response)
+	response.AddWarning("this store is the storage of this very Vault: what lies in it cannot be opened while this Vault is sealed, so it is " +
+		"no place for the keys that unseal this Vault")
+	return response, nil
+}
+
+// mergeStore changes what the request gives and leaves the rest.
+func mergeStore(record *storeRecord, data *framework.FieldData) error {
+	if kind, given := data.GetOk("type"); given {
+		if record.Type != "" && record.Type != kind.(string) {
+			return mistake("the store is of type %q and stays so; configure another one under another name", record.Type)
+		}
+		record.Type = kind.(string)
+	}
+	if record.Type == "" {
+		return mistake("type is missing; use one of %s", strings.Join(storeTypes, ", "))
+	}
+	if endpoints, given := data.GetOk("endpoints"); given {
+		record.Endpoints = endpoints.([]string)
+	}
+	for field, target := range map[string]*string{
+		"prefix": &record.Prefix, "username": &record.Username, "password": &record.Password, "ca_cert": &record.CACert,
+		"client_cert": &record.ClientCert, "client_key": &record.ClientKey, "server_name": &record.ServerName,
+		"device": &record.Device, "application": &record.Application, "dir": &record.Dir,
+	} {
+		if value, given := data.GetOk(field); given {
+			*target = value.(string)
+		}
+	}
+	if seconds, given := data.GetOk("request_timeout"); given {
+		record.RequestTimeout = time.Duration(seconds.(int)) * time.Second
+	}
+	return nil
+}
+
+// storeTypeFields are the fields that belong to each kind of store.
+var storeTypeFields = map[string][]string{
+	storeEtcd: {
+		"endpoints", "prefix", "username", "password", "ca_cert", "client_cert", "client_key", "server_name", "request_timeout",
+	},
+	storeObject: {"device", "application"},
+	storeVault:  nil,
+	storeFile:   {"dir"},
+}
+
+// maxStoreTimeout is the longest request_timeout of a store.
+const maxStoreTimeout = time.Minute
+
+// checkStoreRecord finds what openStore does not: fields of another kind of store, and a device that is not there.
+func (b *backend) checkStoreRecord(ctx context.Context, record *storeRecord, data *framework.FieldData) error {
+	known, ok := storeTypeFields[record.Type]
+	if !ok {
+		return mistake("type %q is not known; use one of %s", record.Type, strings.Join(storeTypes, ", "))
+	}
+	for kind, fields := range storeTypeFields {
+		for _, field := range fields {
+			if _, given := data.GetOk(field); given && !slices.Contains(known, field) {
+				return mistake("%s belongs to stores of type %q, and this one is of type %q; leave it out", field, kind, record.Type)
+			}
+		}
+	}
+	if record.RequestTimeout < 0 || record.RequestTimeout > maxStoreTimeout {
+		return mistake("request_timeout %v is out of range; use 1 to %d seconds, or 0 for the default", record.RequestTimeout, maxStoreTimeout/time.Second)
+	}
+	if record.Type != storeObject {
+		return nil
+	}
+	if record.Application == "" {
+		record.Application = object.DefaultApplication
+	}
+	switch {
+	case !validName(record.Application):
+		return mistake("application %q is not a name; use letters, digits, \".\", \"_\" and \"-\"", record.Application)
+	case b.options.StateDir == "":
+		return mistake("stores of type \"object\" keep a lock file under the plugin's -state-dir, and it was registered without one; " +
+			"register it with -args=-state-dir=DIR")
+	}
+	if record.Device == "" {
+		return mistake("device is missing; name the device that holds the data objects")
+	}
+	device, err := b.readDevice(ctx, record.Device)
+	if err != nil {
+		return err
+	}
+	if device == nil {
+		return mistake("device %q is not configured in this mount; write devices/%s first", record.Device, record.Device)
+	}
+	return nil
+}
+
+// checkStoreDestination refuses a write that would send a stored secret somewhere else than before without carrying it.
+func checkStoreDestination(old, changed storeRecord, data *framework.FieldData) error {
+	var fields []string
+	note := func(field string, differs bool) {
+		if differs {
+			fields = append(fields, field)
+		}
+	}
+	note("endpoints", !slices.Equal(old.Endpoints, changed.Endpoints))
+	note("ca_cert", old.CACert != changed.CACert)
+	note("server_name", old.ServerName != changed.ServerName)
+	note("username", old.Username != changed.Username)
+	if len(fields) == 0 {
+		return nil
+	}
+	for field, kept := range map[string]bool{
+		"password":   old.Password != "" && changed.Password != "",
+		"client_key": old.ClientKey != "" && changed.ClientKey != "",
+	} {
+		if _, given := data.GetOk(field); kept && !given {
+			return mistake("this write changes %s, and %s would be used somewhere else than before; give %s in the same write; nothing was changed",
+				strings.Join(fields, " and "), field, field)
+		}
+	}
+	return nil
+}
+
+// tryStore opens a store as its record says, and checks it where that is asked for. Without a check the HSM of an object
+// store may lie in a drawer.
+func (b *backend) tryStore(ctx context.Context, name string, record *storeRecord, check bool) error {
+	if record.Type == storeObject && !check {
+		return nil
+	}
+	opened, err := b.openStore(ctx, name, record)
+	if err != nil {
+		return err
+	}
+	defer b.closeStore(name, opened)
+	if !check {
+		return nil
+	}
+	if err := checkStore(ctx, opened); err != nil {
+		return storeCheckError(name, err)
+	}
+	return nil
+}
+
+// storeCheckError says that a check failed. What the store refused is for the user to mend.
+func storeCheckError(name string, err error) error {
+	err = fmt.Errorf("checking store %q; nothing was changed: %w", name, err)
+	if errors.Is(err, store.ErrDenied) {
+		return &statusError{http.StatusBadRequest, err}
+	}
+	return err
+}
+
+func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	name := data.Get("name").(string)
+	b.stores.writing.Lock()
+	defer b.stores.writing.Unlock()
+	record, err := b.readStore(ctx, name)
+	if err != nil || record == nil {
+		return nil, err
+	}
+	if !data.Get("force").(bool) {
+		items, err := b.itemsInStore(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		if len(items) > 0 {
+			return nil, mistake("store %q holds %s; delete the material first, or forget the store with force=true: the material stays where it is "+
+				"and is out of reach until the store is configured again", name, summarise(items))
+		}
+	}
+	err = b.storage.Delete(ctx, storesPrefix+name)
+	b.dropStore(name)
+	if err != nil {
+		return nil, fmt.Errorf("deleting the record of store %q: %w", name, err)
+	}
+	return nil, nil
+}
+
+// summarise names the first few of a list.
+func summarise(names []string) string {
+	const shown = 5
+	if len(names) <= shown {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:shown], ", "), len(names)-shown)
+}
