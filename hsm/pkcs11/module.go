@@ -14,7 +14,7 @@ import (
 const (
 	// greetLimit is how long a host may take to load its module and initialise it.
 	greetLimit = 20 * time.Second
-	// The pause before another start after one that led to nothing. It doubles up to the longest, which is short enough
+	// The pause before another start after two in a row that led to nothing. It doubles up to the longest, which is short enough
 	// for a returned token to be in use again about a second later.
 	firstPause, longestPause = 50 * time.Millisecond, 800 * time.Millisecond
 	// staleAfter is how old a host has to be before the absence of a token is checked with a new one. A module should see
@@ -246,8 +246,11 @@ func (m *module) dropLocked(h *host, cause error) {
 
 // failedLocked counts a host that led to nothing. The caller holds mu.
 func (m *module) failedLocked(cause error) {
-	pause := min(firstPause<<min(m.failures, 10), longestPause)
-	pause = pause/2 + rand.N(pause/2) //nolint:gosec // spreads load, guards nothing
+	var pause time.Duration // none after the first: a token that was lost at that moment is back in use at once
+	if m.failures > 0 {
+		pause = min(firstPause<<min(m.failures-1, 10), longestPause)
+		pause = pause/2 + rand.N(pause/2) //nolint:gosec // spreads load, guards nothing
+	}
 	m.failures++
 	m.notBefore, m.lastErr = time.Now().Add(pause), cause
 	if m.failures == 1 {

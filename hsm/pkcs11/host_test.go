@@ -1,0 +1,229 @@
+package pkcs11
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
+)
+
+// waits runs f in a goroutine and returns how to get its error, so that several operations are on their way at once.
+func waits(t *testing.T, f func() error) func() error {
+	t.Helper()
+	result := make(chan error, 1)
+	var done sync.WaitGroup
+	done.Go(func() { result <- f() })
+	t.Cleanup(done.Wait)
+	return func() error { return <-result }
+}
+
+func TestAFrozenTokenCostsACallerItsDeadlineAndNobodyElseAnything(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	k := key(t, d)
+	thaw := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		return r.Op == wire.OpDecryptOAEP && !h.hang(thaw)
+	})
+	before := f.count(wire.OpDecryptOAEP)
+
+	inside := waits(t, func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		return f.decrypts(ctx, k)
+	})
+	eventually(t, "the first operation is inside", func() bool { return f.count(wire.OpDecryptOAEP) == before+1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	begun := time.Now()
+	queued := f.decrypts(ctx, k)
+	if !errors.Is(queued, context.DeadlineExceeded) || time.Since(begun) > 5*time.Second {
+		t.Errorf("the queued caller gets %v after %v, want its own deadline", queued, time.Since(begun))
+	}
+	if err := inside(); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the caller inside gets %v, want its own deadline", err)
+	}
+	close(thaw)
+	if err := f.decrypts(patient(t), k); err != nil {
+		t.Errorf("after the thaw: %v", err)
+	}
+	if got := f.count(wire.OpDecryptOAEP) - before; got != 2 {
+		t.Errorf("%d decryptions reached the module, want 2: the queued one was given up", got)
+	}
+	if got := f.born(); got != 1 {
+		t.Errorf("%d hosts were born, want 1: nobody's impatience is a reason to kill one", got)
+	}
+}
+
+func TestAHangingHostIsKilledAndOnlyTheOldestOperationFails(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module, func(c *Config) { c.Parallel, c.DecryptLimit = 2, 150*time.Millisecond })
+	k := key(t, d)
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		return h.number == 1 && r.Op == wire.OpDecryptOAEP && !h.hang(nil)
+	})
+	oldest := waits(t, func() error { return f.decrypts(patient(t), k) })
+	eventually(t, "the first is inside", func() bool { return f.count(wire.OpDecryptOAEP) == 1 })
+	younger := waits(t, func() error { return f.decrypts(patient(t), k) })
+	if err := oldest(); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the oldest gets %v, want ErrUnavailable", err)
+	}
+	if err := younger(); err != nil {
+		t.Errorf("the younger gets %v, want a second run on a new host", err)
+	}
+	if f.born() != 2 || f.count(wire.OpDecryptOAEP) != 3 {
+		t.Errorf("%d hosts and %d decryptions, want 2 and 3", f.born(), f.count(wire.OpDecryptOAEP))
+	}
+}
+
+func TestReturnsKeepAHostAliveAndAGenerationHoldsTheWatchdogBack(t *testing.T) {
+	f, m, module := newFake(t)
+	const limit = 300 * time.Millisecond
+	d := f.open(t, m, module, func(c *Config) { c.Parallel, c.DecryptLimit, c.GenerateLimit = 2, limit, time.Minute })
+	k := key(t, d)
+	release := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		return (r.Op == wire.OpGenerateKey || r.Op == wire.OpDecryptOAEP) && !h.hang(release)
+	})
+	generated := waits(t, func() error {
+		_, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"})
+		return err
+	})
+	eventually(t, "the generation is inside", func() bool { return f.count(wire.OpGenerateKey) == 1 })
+	decrypted := waits(t, func() error { return f.decrypts(patient(t), k) })
+	time.Sleep(2 * limit) // longer than a decryption alone would be left inside
+	close(release)
+	if err := errors.Join(generated(), decrypted()); err != nil {
+		t.Error(err)
+	}
+	if f.born() != 1 {
+		t.Errorf("%d hosts were born: a decryption behind a generation is not stuck", f.born())
+	}
+}
+
+func TestACrashFailsTheOperationThatItHappenedIn(t *testing.T) {
+	f, m, module := newFake(t)
+	k := key(t, f.open(t, m, module))
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		if r.Op != wire.OpDecryptOAEP || h.number > 1 {
+			return false
+		}
+		h.die()
+		return true
+	})
+	if err := f.decrypts(patient(t), k); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the operation gets %v, want ErrUnavailable", err)
+	}
+	if f.count(wire.OpDecryptOAEP) != 1 {
+		t.Errorf("it was sent %d times, want once: it may be what crashes the module", f.count(wire.OpDecryptOAEP))
+	}
+	if err := f.decrypts(patient(t), k); err != nil {
+		t.Errorf("the next operation: %v", err)
+	}
+}
+
+func TestAGenerationIsNeverRepeated(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module, func(c *Config) { c.Parallel = 2 })
+	k := key(t, d)
+	var both sync.WaitGroup
+	both.Add(2)
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		switch {
+		case h.number > 1:
+			return false
+		case r.Op == wire.OpDecryptOAEP:
+			both.Done()
+			both.Wait() // until the generation is inside as well
+			h.die()
+			return true
+		case r.Op == wire.OpGenerateKey:
+			both.Done()
+			return !h.hang(nil)
+		}
+		return false
+	})
+	decrypted := waits(t, func() error { return f.decrypts(patient(t), k) })
+	eventually(t, "the decryption is inside", func() bool { return f.count(wire.OpDecryptOAEP) == 1 })
+	_, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"})
+	if !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the generation gets %v, want ErrUnavailable", err)
+	}
+	if f.count(wire.OpGenerateKey) != 1 {
+		t.Errorf("it was sent %d times", f.count(wire.OpGenerateKey))
+	}
+	if err := decrypted(); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the oldest gets %v, want ErrUnavailable", err)
+	}
+}
+
+func TestALargeWriteToAStoppedHostKeepsItsDeadline(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module, func(c *Config) { c.DecryptLimit = time.Second })
+	if err := func() error { _, err := d.Objects(patient(t), "a"); return err }(); err != nil {
+		t.Fatal(err)
+	}
+	stopped := make(chan struct{})
+	// The reader of a stopped host takes nothing: here the lock that it needs is held.
+	f.mu.Lock()
+	go func() { <-stopped; f.mu.Unlock() }()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	begun := time.Now()
+	err := d.WriteObject(ctx, hsm.ObjectRef{Application: "a", Label: "l"}, bytes.Repeat([]byte{1}, 512<<10))
+	close(stopped)
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) > 800*time.Millisecond {
+		t.Errorf("the write gets %v after %v, want its deadline", err, time.Since(begun))
+	}
+}
+
+func TestABadAnswerIsTheEndOfTheHost(t *testing.T) {
+	for name, garble := range map[string]func(h *fakeHost){
+		"bytes that are no frame":    func(h *fakeHost) { _, _ = h.answers.Write(bytes.Repeat([]byte{0xff}, 64)) },
+		"an answer to no question":   func(h *fakeHost) { h.answer(wire.Frame{ID: 1 << 40, Op: wire.OpRandom}, nil, []byte("x")) },
+		"a frame that is cut short":  func(h *fakeHost) { _, _ = h.answers.Write([]byte{0, 0, 0, 40, 1}); h.die() },
+		"the end of the pipe alone":  func(h *fakeHost) { _ = h.answers.Close() },
+		"an answer's Meta that lies": func(h *fakeHost) { h.send(wire.Frame{ID: 1, Failed: true, Meta: []byte("{")}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			k := key(t, f.open(t, m, module))
+			f.follow(func(h *fakeHost, r wire.Frame) bool {
+				if h.number > 1 || r.Op != wire.OpDecryptOAEP {
+					return false
+				}
+				garble(h)
+				return true
+			})
+			if err := f.decrypts(patient(t), k); !errors.Is(err, hsm.ErrUnavailable) {
+				t.Errorf("the operation gets %v, want ErrUnavailable", err)
+			}
+			if err := f.decrypts(patient(t), k); err != nil {
+				t.Errorf("the next operation: %v", err)
+			}
+		})
+	}
+}
+
+func TestClosingEndsAHangingHost(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	k := key(t, d)
+	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpDecryptOAEP && !h.hang(nil) })
+	inside := waits(t, func() error { return f.decrypts(patient(t), k) })
+	eventually(t, "the operation is inside", func() bool { return f.count(wire.OpDecryptOAEP) == 1 })
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := inside(); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the operation inside gets %v, want ErrUnavailable", err)
+	}
+	if _, err := d.FindKeys(patient(t), hsm.KeyQuery{}); !errors.Is(err, ErrClosed) {
+		t.Errorf("a closed device answers %v", err)
+	}
+}

@@ -1,0 +1,210 @@
+package pkcs11
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
+)
+
+func otherPIN(c *Config) { c.PIN, c.Owner = []byte("111111"), "other" }
+
+// pinError fails the test unless err is a PINError.
+func pinError(t *testing.T, err error) *hsm.PINError {
+	t.Helper()
+	pin, ok := errors.AsType[*hsm.PINError](err)
+	if !ok {
+		t.Fatalf("got %v, want a *hsm.PINError", err)
+	}
+	return pin
+}
+
+func list(t *testing.T, d *Device) error {
+	t.Helper()
+	_, err := d.FindKeys(patient(t), hsm.KeyQuery{})
+	return err
+}
+
+func TestALogInIsSharedOnlyByWhoHasThePIN(t *testing.T) {
+	f, m, module := newFake(t)
+	first, second, stranger := f.open(t, m, module), f.open(t, m, module), f.open(t, m, module, otherPIN)
+	if err := errors.Join(list(t, first), list(t, second)); err != nil {
+		t.Fatal(err)
+	}
+	if pin := pinError(t, list(t, stranger)); !pin.Barred {
+		t.Errorf("another PIN gives %+v, want Barred", pin)
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d log-ins, want 1: nothing is sent for another PIN", n)
+	}
+}
+
+func TestAWrongPINIsSentOnceAndBarsItsMountAlone(t *testing.T) {
+	f, m, module := newFake(t)
+	stranger, d := f.open(t, m, module, otherPIN), f.open(t, m, module)
+	if err := list(t, d); err != nil { // so that this PIN is known to be good
+		t.Fatal(err)
+	}
+	f.follow(func(h *fakeHost, r wire.Frame) bool { // one loss, so that the next log-in is the stranger's
+		return h.number == 1 && r.Op == wire.OpFindKeys && h.fail(r, ckrSessionHandleInvalid)
+	})
+	if pin := pinError(t, list(t, stranger)); !pin.Barred {
+		t.Errorf("beside a log-in another PIN gives %+v", pin)
+	}
+	m.modules[mustResolve(t, module)].replace(m.modules[mustResolve(t, module)].current, errors.New("a loss"))
+	if pin := pinError(t, list(t, stranger)); pin.Barred || pin.TriesLeft != -1 {
+		t.Errorf("a wrong PIN gives %+v, want one that was sent", pin)
+	}
+	for range 3 {
+		if pin := pinError(t, list(t, stranger)); !pin.Barred {
+			t.Errorf("the same PIN again gives %+v, want Barred", pin)
+		}
+	}
+	if n := f.count(wire.OpLogin); n != 2 {
+		t.Errorf("%d PINs were sent, want the right one and the wrong one once", n)
+	}
+	if err := list(t, d); err != nil {
+		t.Errorf("the other mount's good PIN: %v", err)
+	}
+}
+
+func mustResolve(t *testing.T, module string) string {
+	t.Helper()
+	path, err := resolveModule(module, []string{module})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestReturnValuesOfALogIn(t *testing.T) {
+	for name, test := range map[string]struct {
+		code  uint
+		flags uint // that the token shows afterwards
+		tries int
+	}{
+		"a first wrong PIN":    {code: ckrPINIncorrect, flags: ckfUserPINCountLow, tries: -1},
+		"a second":             {code: ckrPINIncorrect, flags: ckfUserPINCountLow | ckfUserPINFinalTry, tries: 1},
+		"the last":             {code: ckrPINLocked, flags: ckfUserPINLocked, tries: 0},
+		"a length not allowed": {code: ckrPINLenRange, tries: -1},
+		"an expired PIN":       {code: ckrPINExpired, tries: -1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			f.follow(func(h *fakeHost, r wire.Frame) bool {
+				if r.Op != wire.OpLogin {
+					return false
+				}
+				h.do(func() { h.flags |= test.flags })
+				return h.fail(r, test.code)
+			})
+			err := list(t, d)
+			pin := pinError(t, err)
+			if pin.TriesLeft != test.tries || pin.Barred {
+				t.Errorf("got %+v, want %d tries", pin, test.tries)
+			}
+			if errors.Is(err, hsm.ErrLocked) != (test.tries == 0) {
+				t.Errorf("ErrLocked is wrong for %v", err)
+			}
+			if again := pinError(t, list(t, d)); !again.Barred || f.count(wire.OpLogin) != 1 {
+				t.Errorf("the same PIN again gives %+v after %d log-ins", again, f.count(wire.OpLogin))
+			}
+		})
+	}
+}
+
+func TestALogInThatItsCallerLeftIsNotLost(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	release := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpLogin && !h.hang(release) })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := d.FindKeys(ctx, hsm.KeyQuery{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the caller gets %v, want its deadline", err)
+	}
+	close(release)
+	if err := list(t, d); err != nil {
+		t.Errorf("the next caller gets %v", err)
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d log-ins, want 1", n)
+	}
+}
+
+func TestALogInThatKillsTheHostIsNotSentAgainByItself(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		if r.Op != wire.OpLogin {
+			return false
+		}
+		if h.number == 1 {
+			h.do(func() { h.flags |= ckfUserPINCountLow }) // the PIN arrived, and was wrong
+		}
+		h.die()
+		return true
+	})
+	if err := list(t, d); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the log-in gives %v, want ErrUnavailable", err)
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d PINs were sent, want 1", n)
+	}
+	if pin := pinError(t, list(t, d)); !pin.Barred {
+		t.Errorf("with fewer tries shown the next log-in gives %+v, want Barred", pin)
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d PINs were sent, want 1", n)
+	}
+	f.follow(nil)
+	if err := d.Unbar(patient(t)); err != nil {
+		t.Fatalf("Unbar: %v", err)
+	}
+	if err := list(t, d); err != nil {
+		t.Errorf("after Unbar: %v", err)
+	}
+}
+
+func TestNoPINIsNeverSentAsAnEmptyOne(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module, func(c *Config) { c.PIN = nil })
+	if pin := pinError(t, list(t, d)); !pin.Barred || f.count(wire.OpLogin) != 0 {
+		t.Errorf("no PIN gives %+v after %d log-ins", pin, f.count(wire.OpLogin))
+	}
+}
+
+func TestChangingThePIN(t *testing.T) {
+	f, m, module := newFake(t)
+	d, old := f.open(t, m, module), f.open(t, m, module)
+	if err := d.ChangePIN(patient(t), []byte("777777")); err != nil {
+		t.Fatal(err)
+	}
+	if f.pin != "777777" {
+		t.Errorf("the token's PIN is %q", f.pin)
+	}
+	if err := list(t, d); err != nil {
+		t.Errorf("with the new PIN: %v", err)
+	}
+	if f.born() != 2 {
+		t.Errorf("%d hosts, want 2: a module that remembers the old PIN would send it", f.born())
+	}
+	if pin := pinError(t, list(t, old)); !pin.Barred {
+		t.Errorf("a mount with the old PIN gets %+v, want Barred", pin)
+	}
+	if n := f.count(wire.OpLogin); n != 2 {
+		t.Errorf("%d log-ins, want 2", n)
+	}
+
+	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpSetPIN && h.fail(r, ckrPINLenRange) })
+	if err := d.ChangePIN(patient(t), []byte("1")); err == nil {
+		t.Error("a PIN of one digit was taken")
+	}
+	if err := list(t, d); err != nil {
+		t.Errorf("after a change that was refused: %v", err)
+	}
+}
