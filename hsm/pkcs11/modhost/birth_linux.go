@@ -25,7 +25,7 @@ func birth() (notes []string, _ *secrets, _ error) {
 
 	secrets := &secrets{}
 	if err := guard(); err != nil {
-		return nil, secrets, &wire.Error{Function: "module host", Code: wire.CodeLoad, Detail: err.Error()}
+		return nil, secrets, unfit(err.Error())
 	}
 	if hungUp(requestsFD) {
 		os.Exit(0) // died before guard asked for its death to be told
@@ -92,11 +92,15 @@ func mayLockAll() bool {
 // checkEnvironment refuses what makes a well-known module write secrets to a log, and notes what does so on purpose.
 func checkEnvironment() (notes []string, _ error) {
 	if _, set := os.LookupEnv("OPENSC_DEBUG"); set {
-		return nil, &wire.Error{Function: "module host", Code: wire.CodeLoad,
-			Detail: "OPENSC_DEBUG is set, and OpenSC's debug log contains decrypted plaintext: take it out of the -module-env of the plugin"}
+		return nil, unfit("OPENSC_DEBUG is set, and OpenSC's debug log contains decrypted plaintext: take it out of the plugin's -module-env")
 	}
 	if _, set := os.LookupEnv("PKCS11SPY"); set {
 		notes = append(notes, "PKCS11SPY is set: its log holds the PIN and every plaintext. Use it with throw-away tokens only.")
 	}
 	return notes, nil
+}
+
+// unfit says why this process must not load a module.
+func unfit(why string) error {
+	return &wire.Error{Function: "module host", Code: wire.CodeLoad, Detail: why}
 }

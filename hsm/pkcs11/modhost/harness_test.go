@@ -195,16 +195,34 @@ func (h *host) must(op wire.Op, meta any, data []byte, answer any) []byte {
 }
 
 // wantCode fails unless err is a *wire.Error with that code.
-func wantCode(t testing.TB, err error, code uint) *wire.Error {
+func wantCode(t testing.TB, err error, code uint) {
+	t.Helper()
+	if failure := asFailure(t, err); failure.Code != code {
+		t.Errorf("got %v, want the code 0x%x", failure, code)
+	}
+}
+
+// asFailure returns the *wire.Error that err must be.
+func asFailure(t testing.TB, err error) *wire.Error {
 	t.Helper()
 	var failure *wire.Error
 	if !errors.As(err, &failure) {
-		t.Fatalf("got %v, want an error with the code 0x%x", err, code)
-	}
-	if failure.Code != code {
-		t.Errorf("got %v, want the code 0x%x", failure, code)
+		t.Fatalf("got %v, want an error of the host", err)
 	}
 	return failure
+}
+
+// eventually waits until a condition holds.
+func eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); <-tick.C {
+		if holds() {
+			return
+		}
+	}
+	t.Fatalf("after %v: %s", patience, what)
 }
 
 // hello loads a module.

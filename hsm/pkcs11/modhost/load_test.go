@@ -51,7 +51,7 @@ func TestModulesThatCannotBeLoaded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := startHost(t)
 			_, err := h.hello(c.module)
-			if failure := wantCode(t, err, c.code); !strings.Contains(failure.Detail, c.detail) {
+			if failure := asFailure(t, err); failure.Code != c.code || !strings.Contains(failure.Detail, c.detail) {
 				t.Errorf("%v does not say %q", failure, c.detail)
 			}
 			// The host is alive, and waits for its end.
@@ -92,11 +92,11 @@ func TestAModuleThatRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := h.call(wire.OpSlots, nil, nil, nil)
-	if failure := wantCode(t, err, 0x54); failure.Function != "C_GetSlotList" {
+	if failure := asFailure(t, err); failure.Code != 0x54 || failure.Function != "C_GetSlotList" {
 		t.Errorf("got %v", failure)
 	}
 	_, err = h.call(wire.OpLogin, wire.SlotRequest{}, []byte("123456"), nil)
-	if failure := wantCode(t, err, 0x54); failure.Function != "C_OpenSession" {
+	if failure := asFailure(t, err); failure.Code != 0x54 || failure.Function != "C_OpenSession" {
 		t.Errorf("got %v", failure)
 	}
 }

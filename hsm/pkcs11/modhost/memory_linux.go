@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -40,7 +39,7 @@ func (s *secrets) alloc(n int) ([]byte, error) {
 	if s.pages == nil {
 		s.pages = make(map[*byte][]byte)
 	}
-	s.pages[unsafe.SliceData(pages)] = pages
+	s.pages[&pages[0]] = pages
 	return pages[:n], nil
 }
 
@@ -52,12 +51,12 @@ func cannotLock(doing string, n int, err error) error {
 // free wipes b and gives back the pages that alloc made for it. b is what alloc returned, or any other memory.
 func (s *secrets) free(b []byte) {
 	clear(b)
-	if s.everything {
+	if s.everything || len(b) == 0 {
 		return
 	}
 	s.mu.Lock()
-	pages, mine := s.pages[unsafe.SliceData(b)]
-	delete(s.pages, unsafe.SliceData(b))
+	pages, mine := s.pages[&b[0]]
+	delete(s.pages, &b[0])
 	s.mu.Unlock()
 	if mine {
 		_ = unix.Munmap(pages) // fails for what is not mapped only, and this is

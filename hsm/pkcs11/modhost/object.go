@@ -37,11 +37,11 @@ func (m *module) findObject(session pkcs11.SessionHandle, r wire.ObjectRequest) 
 	case 1:
 		return handles[0], nil
 	case 0:
-		return 0, &wire.Error{Function: "C_FindObjects", Code: wire.CodeNotFound,
-			Detail: fmt.Sprintf("no data object %q of application %q", r.Label, r.Application)}
+		detail := fmt.Sprintf("no data object %q of application %q", r.Label, r.Application)
+		return 0, &wire.Error{Function: "C_FindObjects", Code: wire.CodeNotFound, Detail: detail}
 	default:
-		return 0, &wire.Error{Function: "C_FindObjects", Code: wire.CodeAmbiguous,
-			Detail: fmt.Sprintf("%d data objects %q of application %q", len(handles), r.Label, r.Application)}
+		detail := fmt.Sprintf("%d data objects %q of application %q", len(handles), r.Label, r.Application)
+		return 0, &wire.Error{Function: "C_FindObjects", Code: wire.CodeAmbiguous, Detail: detail}
 	}
 }
 

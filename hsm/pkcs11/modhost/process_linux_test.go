@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -39,7 +40,7 @@ func init() {
 			if err := child.Start(); err != nil {
 				panic(err)
 			}
-			fmt.Println(child.Process.Pid)
+			_, _ = fmt.Fprintln(os.Stdout, child.Process.Pid)
 			select {}
 		case playLimited:
 			limit, err := strconv.ParseUint(os.Args[1], 10, 64)
@@ -133,7 +134,7 @@ func TestBirth(t *testing.T) {
 
 func TestADebugLogIsRefused(t *testing.T) {
 	_, err := startHost(t, "OPENSC_DEBUG=3").hello(stub(t))
-	if failure := wantCode(t, err, wire.CodeLoad); !strings.Contains(failure.Detail, "OPENSC_DEBUG") {
+	if failure := asFailure(t, err); failure.Code != wire.CodeLoad || !strings.Contains(failure.Detail, "OPENSC_DEBUG") {
 		t.Errorf("got %v", failure)
 	}
 }
@@ -232,18 +233,16 @@ func TestTheEndOfThePipeEndsTheHost(t *testing.T) {
 // waitInside waits until a thread of the process sleeps in pause(2), as hang in stub.c does.
 func waitInside(t *testing.T, pid int) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	eventually(t, "the module was not reached", func() bool {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", pid))
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, thread := range threads {
-			if text, err := os.ReadFile(thread); err == nil && strings.HasPrefix(string(text), fmt.Sprint(unix.SYS_PAUSE)+" ") {
-				return
-			}
-		}
-	}
-	t.Fatal("the module was not reached")
+		return slices.ContainsFunc(threads, func(thread string) bool {
+			text, err := os.ReadFile(thread)
+			return err == nil && strings.HasPrefix(string(text), fmt.Sprint(unix.SYS_PAUSE)+" ")
+		})
+	})
 }
 
 func TestTheDeathOfTheParentEndsTheHost(t *testing.T) {
@@ -283,10 +282,10 @@ func TestTheDeathOfTheParentEndsTheHost(t *testing.T) {
 	}
 	_ = parent.Process.Kill()
 	_ = parent.Wait()
-	gone := make(chan error, 1)
+	gone := make(chan struct{})
 	go func() {
-		_, err := wire.ReadFrame(read)
-		gone <- err
+		defer close(gone)
+		_, _ = wire.ReadFrame(read) // its end is what is waited for
 	}()
 	select {
 	case <-gone:
@@ -335,7 +334,7 @@ func giveToNobody(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil { //nolint:gosec // the parent of a throw-away directory
+	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -364,7 +363,7 @@ func TestSecretsAreLockedOneByOneWhereAllMemoryMayNotBe(t *testing.T) {
 			_, loginErr := h.call(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.PIN), nil)
 			got, randomErr := h.call(wire.OpRandom, random, nil, nil)
 			if !c.locked {
-				if failure := wantCode(t, loginErr, wire.CodeLockMemory); !strings.Contains(failure.Detail, "RLIMIT_MEMLOCK") {
+				if failure := asFailure(t, loginErr); failure.Code != wire.CodeLockMemory || !strings.Contains(failure.Detail, "RLIMIT_MEMLOCK") {
 					t.Errorf("got %v", failure)
 				}
 				wantCode(t, randomErr, wire.CodeLockMemory)
@@ -377,13 +376,9 @@ func TestSecretsAreLockedOneByOneWhereAllMemoryMayNotBe(t *testing.T) {
 				h.must(wire.OpRandom, random, nil, nil)
 			}
 			// All that is left is the buffer for answers; the last secret goes after its answer was sent.
-			locked := 0
-			for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-				if locked = status(t, h.command.Process.Pid, "VmLck"); locked == scratchSize>>10 {
-					return
-				}
-			}
-			t.Errorf("after 100 secrets %d kB are locked, want %d", locked, scratchSize>>10)
+			eventually(t, "more is locked than the buffer for answers", func() bool {
+				return status(t, h.command.Process.Pid, "VmLck") == scratchSize>>10
+			})
 		})
 	}
 }

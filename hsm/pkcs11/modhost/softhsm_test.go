@@ -23,6 +23,12 @@ func rsaPublic(key wire.Key) *rsa.PublicKey {
 	return &rsa.PublicKey{N: new(big.Int).SetBytes(key.Modulus), E: int(new(big.Int).SetBytes(key.Exponent).Int64())}
 }
 
+// rawEncrypt is the bare RSA operation with a public key.
+func rawEncrypt(public *rsa.PublicKey, block []byte) []byte {
+	raised := new(big.Int).Exp(new(big.Int).SetBytes(block), big.NewInt(int64(public.E)), public.N)
+	return raised.FillBytes(make([]byte, public.Size()))
+}
+
 func TestRSAKeys(t *testing.T) {
 	h, k, slot := openToken(t)
 	for _, bits := range []int{2048, 3072, 4096} {
@@ -60,9 +66,8 @@ func TestRSAKeys(t *testing.T) {
 			// A block that begins with zeros, as padded ones do.
 			block := make([]byte, public.Size())
 			copy(block[3:], secret)
-			raised := new(big.Int).Exp(new(big.Int).SetBytes(block), big.NewInt(int64(public.E)), public.N)
 			request.Hash = 0
-			if got := h.must(wire.OpDecryptRaw, request, raised.FillBytes(make([]byte, public.Size())), nil); !bytes.Equal(got, block) {
+			if got := h.must(wire.OpDecryptRaw, request, rawEncrypt(public, block), nil); !bytes.Equal(got, block) {
 				t.Errorf("raw: got  %x\nwant %x", got, block)
 			}
 		})
@@ -148,7 +153,7 @@ func TestAFailedDecryptHarmsNoOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = h.call(wire.OpDecryptOAEP, request, block, nil)
-	if failure := wantCode(t, err, pkcs11.CKR_ARGUMENTS_BAD); failure.Function != "C_DecryptInit" {
+	if failure := asFailure(t, err); failure.Code != pkcs11.CKR_ARGUMENTS_BAD || failure.Function != "C_DecryptInit" {
 		t.Errorf("got %v, want it of C_DecryptInit", failure)
 	}
 }

@@ -73,7 +73,7 @@ func WriteFrameIn(w io.Writer, f Frame, scratch []byte) error {
 	if f.Failed {
 		buf[13] = 1
 	}
-	binary.BigEndian.PutUint32(buf[14:], uint32(len(f.Meta)))
+	binary.BigEndian.PutUint32(buf[14:], uint32(len(f.Meta))) //nolint:gosec // no longer than MaxFrame
 	copy(buf[4+header:], f.Meta)
 	copy(buf[4+header+len(f.Meta):], f.Data)
 	_, err := w.Write(buf)
