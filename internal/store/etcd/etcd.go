@@ -165,7 +165,7 @@ func (s *Store) read(ctx context.Context, ask request) error {
 	defer cancel()
 	begin := time.Now()
 	err := s.try(ctx, readAttempt, ask)
-	for pause := firstPause; errors.Is(err, store.ErrUnavailable) && ctx.Err() == nil && time.Since(begin) < patience; {
+	for pause := firstPause; worthRepeating(err) && ctx.Err() == nil && time.Since(begin) < patience; {
 		select {
 		case <-time.After(pause):
 			pause = min(2*pause, longPause)
@@ -174,6 +174,10 @@ func (s *Store) read(ctx context.Context, ask request) error {
 		}
 	}
 	return err
+}
+
+func worthRepeating(err error) bool {
+	return errors.Is(err, store.ErrUnavailable) && !errors.Is(err, errClosed)
 }
 
 // write sends one transaction, once.

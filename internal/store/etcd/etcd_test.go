@@ -170,7 +170,7 @@ func TestWrongCertificatesAreSaidToBeThat(t *testing.T) {
 func TestEtcdThatIsDownIsUnavailable(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	config := config(t, cluster)
-	config.RequestTimeout = 2 * time.Second
+	config.RequestTimeout = 500 * time.Millisecond
 	s := open(t, config)
 	revision, err := s.Put(t.Context(), "a", []byte("x"), store.NoRevision)
 	if err != nil {
@@ -187,6 +187,9 @@ func TestEtcdThatIsDownIsUnavailable(t *testing.T) {
 		t.Errorf("Delete = %v, want ErrUnavailable", err)
 	}
 	cluster.Restart(t, 0)
+	s.Close()
+	config.RequestTimeout = 0 // the default
+	s = open(t, config)
 	entry, err := s.Get(t.Context(), "a")
 	if err != nil || string(entry.Value) != "x" || entry.Revision != revision {
 		t.Errorf("Get from the returned etcd = %q, %v", entry.Value, err)
