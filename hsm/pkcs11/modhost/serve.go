@@ -3,6 +3,7 @@ package modhost
 import (
 	"fmt"
 	"io"
+	"path/filepath"
 	"sync"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
@@ -149,6 +150,10 @@ func (s *server) hello(request wire.Frame, reply *response) error {
 	}
 	if hello.MaxSessions < 1 || hello.MaxSessions > maxSessions {
 		return badRequest("%d sessions: 1 to %d can be had", hello.MaxSessions, maxSessions)
+	}
+	if !filepath.IsAbs(hello.Module) {
+		// dlopen takes a bare name for a library in the system's path, and no name for this program itself.
+		return badRequest("the module %q is no absolute path", hello.Module)
 	}
 	s.mu.Lock()
 	again := s.greeted
