@@ -36,8 +36,6 @@ var (
 	ErrDeletionNotAllowed = errors.New("deletion is not allowed")
 	// ErrRequestReused: a request id came again with another request.
 	ErrRequestReused = errors.New("the request id was used for another request")
-	// ErrNoDevice: none of the recipients' devices is configured here.
-	ErrNoDevice = errors.New("no device that could open it is configured")
 	// ErrRecordMalformed: the record is not one of ours, or damaged.
 	ErrRecordMalformed = errors.New("malformed key record")
 	// ErrRecordMismatch: the key record is not the one whose SHA-256 was confirmed.

@@ -215,7 +215,9 @@ func (oddKey) Public() crypto.PublicKey {
 func (oddKey) Ref() hsm.KeyRef    { return hsm.KeyRef{Label: "ec", ID: "01"} }
 func (oddKey) Traits() hsm.Traits { return hsm.Traits{Sensitive: true} }
 
-func (oddDevice) FindKeys(context.Context, hsm.KeyQuery) ([]hsm.Key, error) { return []hsm.Key{oddKey{}}, nil }
+func (oddDevice) FindKeys(context.Context, hsm.KeyQuery) ([]hsm.Key, error) {
+	return []hsm.Key{oddKey{}}, nil
+}
 
 func TestAWeakKeyIsAdoptedWhenSomebodyAcceptsIt(t *testing.T) {
 	f := newFixture(t)

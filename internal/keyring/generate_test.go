@@ -1,0 +1,302 @@
+package keyring
+
+import (
+	"context"
+	"crypto/ecdh"
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+)
+
+func generateRequest() GenerateRequest {
+	return GenerateRequest{Device: "one", Algorithm: hsm.ECDHP384, By: "alice"}
+}
+
+func (f *fixture) begin(request GenerateRequest) *Key {
+	f.t.Helper()
+	key, err := f.Begin(f.t.Context(), "prod", request)
+	if err != nil {
+		f.t.Fatalf("beginning: %v", err)
+	}
+	return key
+}
+
+func (f *fixture) finish() *Key {
+	f.t.Helper()
+	key, err := f.Finish(f.t.Context(), "prod")
+	if err != nil {
+		f.t.Fatalf("finishing: %v", err)
+	}
+	return key
+}
+
+func TestAnHSMKeyIsAnnouncedBeforeItIsMade(t *testing.T) {
+	f := newFixture(t)
+	key := f.begin(generateRequest())
+	if key.State != StateGenerating || key.LatestVersion != 0 || key.RecordSHA256 != "" {
+		t.Fatalf("begun as %+v", key)
+	}
+	if p := key.Pending; p.Version != 1 || len(p.ID) != 32 || p.Label != "nitroseal-prod-v1" || p.By != "alice" {
+		t.Errorf("pending %+v", p)
+	}
+	if f.one.Generations() != 0 {
+		t.Error("the HSM made a key before Finish")
+	}
+	for _, purpose := range []Purpose{PurposeWrap, PurposeEncrypt} {
+		if err := f.Ready(t.Context(), "prod", purpose); !errors.Is(err, ErrGenerating) {
+			t.Errorf("ready for %s: %v, want ErrGenerating", purpose, err)
+		}
+	}
+	if _, err := f.Wrap(t.Context(), "prod", envelope.UseWrap, nil, nil); !errors.Is(err, ErrGenerating) {
+		t.Errorf("wrapping: %v, want ErrGenerating", err)
+	}
+	if _, err := f.Backup(t.Context(), "prod", "carol"); !errors.Is(err, ErrGenerating) {
+		t.Errorf("reading the key record: %v, want ErrGenerating", err)
+	}
+	if _, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "two", Label: "ec"}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("adding a recipient: %v, want ErrGenerating", err)
+	}
+	if _, err := f.Adopt(t.Context(), "prod", AdoptRequest{Device: "two", Label: "ec"}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("adopting: %v, want ErrGenerating", err)
+	}
+	if _, err := f.Configure(t.Context(), "prod", Settings{BackupConfirmed: ptr(true)}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("confirming the backup of nothing: %v, want ErrGenerating", err)
+	}
+	if err := f.Delete(t.Context(), "prod", DeleteRequest{}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("deleting: %v, want ErrGenerating", err)
+	}
+
+	made := f.finish()
+	if made.State != StateReady || made.Versions[0].Recipients[0].ID != key.Pending.ID ||
+		made.Versions[0].Recipients[0].Kind != hsm.ECDHP384 || made.Versions[0].CreatedBy != "alice" {
+		t.Errorf("made %+v", made)
+	}
+	if f.unwrapped(f.wrap("secret")) != "secret" {
+		t.Error("it does not work")
+	}
+	for range 3 {
+		f.finish()
+	}
+	if f.one.Generations() != 1 {
+		t.Errorf("the HSM made %d keys", f.one.Generations())
+	}
+}
+
+func TestRepeatedRequestsResumeAndOthersAreRefused(t *testing.T) {
+	f := newFixture(t)
+	request := generateRequest()
+	request.RequestID = "r1"
+	id := f.begin(request).Pending.ID
+
+	if again := f.begin(request); again.Pending.ID != id {
+		t.Error("a repeat chose another id")
+	}
+	resent := generateRequest() // the same without a request id
+	if again := f.begin(resent); again.Pending.ID != id {
+		t.Error("a repeat without request id chose another id")
+	}
+	for name, test := range map[string]struct {
+		change func(*GenerateRequest)
+		want   error
+	}{
+		"the request id with another algorithm": {func(r *GenerateRequest) { r.Algorithm = hsm.ECDHP256 }, ErrRequestReused},
+		"another request id and algorithm": {func(r *GenerateRequest) { r.Algorithm, r.RequestID = hsm.ECDHP256, "r2" },
+			ErrGenerating},
+		"another device":       {func(r *GenerateRequest) { r.Device, r.RequestID = "two", "" }, ErrGenerating},
+		"no device":            {func(r *GenerateRequest) { r.Device = "" }, ErrInvalid},
+		"an unknown algorithm": {func(r *GenerateRequest) { r.Algorithm = "dsa" }, ErrInvalid},
+	} {
+		other := request
+		test.change(&other)
+		if _, err := f.Begin(t.Context(), "prod", other); !errors.Is(err, test.want) {
+			t.Errorf("%s: %v, want %v", name, err, test.want)
+		}
+	}
+	f.finish()
+	if again := f.begin(request); again.State != StateReady || again.LatestVersion != 1 {
+		t.Errorf("a repeat after the end answers %+v", again)
+	}
+	if _, err := f.Begin(t.Context(), "prod", generateRequest()); !errors.Is(err, ErrKeyExists) {
+		t.Errorf("a new request for a key that exists: %v, want ErrKeyExists", err)
+	}
+}
+
+func TestARotationWorksWithTheOldVersionUntilItIsFinished(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	request := generateRequest()
+	request.RequestID = "r1"
+	rotation := RotateRequest{Generate: &request}
+	key, err := f.Rotate(t.Context(), "prod", rotation)
+	if err != nil || key.State != StateGenerating || key.Pending.Version != 2 || key.LatestVersion != 1 {
+		t.Fatalf("rotating: %+v, %v", key, err)
+	}
+	if f.unwrapped(f.wrap("meanwhile")) != "meanwhile" {
+		t.Error("the old version does not work")
+	}
+	f.configure(Settings{AcceptSingleHSM: ptr(true)})
+	if _, err := f.Rotate(t.Context(), "prod", RotateRequest{Adopt: &AdoptRequest{Device: "two", Label: "ec"}}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("another rotation: %v, want ErrGenerating", err)
+	}
+	if got := f.finish(); got.LatestVersion != 2 || got.AcceptSingleHSM == nil || got.State != StateReady {
+		t.Errorf("finished as %+v", got)
+	}
+	for range 3 {
+		if key, err := f.Rotate(t.Context(), "prod", rotation); err != nil || key.LatestVersion != 2 || key.Pending != nil {
+			t.Errorf("a repeat after the end: %+v, %v", key, err)
+		}
+	}
+	for name, bad := range map[string]RotateRequest{
+		"neither": {}, "both": {Adopt: &AdoptRequest{Device: "one", Label: "ec"}, Generate: &request},
+	} {
+		if _, err := f.Rotate(t.Context(), "prod", bad); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%s: %v, want ErrInvalid", name, err)
+		}
+	}
+	if _, err := f.Rotate(t.Context(), "nobody", rotation); !errors.Is(err, ErrKeyNotFound) {
+		t.Errorf("a key that does not exist: %v, want ErrKeyNotFound", err)
+	}
+}
+
+func TestAFailureToMakeAKeyCanBeReadAndTriedAgain(t *testing.T) {
+	f := newFixture(t)
+	f.begin(generateRequest())
+	f.one.SetCapacity(2)
+	if _, err := f.Finish(t.Context(), "prod"); !errors.Is(err, hsm.ErrFull) {
+		t.Fatalf("a full HSM: %v, want ErrFull", err)
+	}
+	key, err := f.Get(t.Context(), "prod")
+	if err != nil || key.State != StateGenerating || key.Pending.LastError == "" || len(key.Warnings) == 0 {
+		t.Errorf("nobody can read why: %+v, %v", key, err)
+	}
+	f.one.SetCapacity(-1)
+	if key := f.finish(); key.State != StateReady || key.Pending != nil {
+		t.Errorf("finished as %+v", key)
+	}
+}
+
+func TestABeginForAnHSMThatIsNotThereBeginsNothing(t *testing.T) {
+	f := newFixture(t)
+	request := generateRequest()
+	request.Device = "three"
+	if _, err := f.Begin(t.Context(), "prod", request); !errors.Is(err, hsm.ErrNotFound) {
+		t.Errorf("got %v", err)
+	}
+	if names, _ := f.List(t.Context()); len(names) != 0 {
+		t.Errorf("left %v", names)
+	}
+}
+
+func TestAKeyOfAnotherKindUnderTheChosenIDIsNotTaken(t *testing.T) {
+	f := newFixture(t)
+	id := f.begin(generateRequest()).Pending.ID
+	f.one.AddRSA(t, "foreign", id, 2048)
+	if _, err := f.Finish(t.Context(), "prod"); !errors.Is(err, ErrUnusableKey) {
+		t.Errorf("got %v, want ErrUnusableKey", err)
+	}
+}
+
+func TestAbandoningUndoesARotationAndKeepsTheKey(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	request := generateRequest()
+	if _, err := f.Rotate(t.Context(), "prod", RotateRequest{Generate: &request}); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := f.Abandon(t.Context(), "prod"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := f.Get(t.Context(), "prod")
+	if err != nil || key.State != StateReady || key.LatestVersion != 1 {
+		t.Errorf("left %+v, %v", key, err)
+	}
+	if got := hsmKeys(t, f.one); !slices.Equal(got, []string{"01", "02"}) {
+		t.Errorf("HSM keys left: %v", got)
+	}
+	if err := f.Abandon(t.Context(), "nobody"); err != nil {
+		t.Errorf("abandoning what is not there: %v", err)
+	}
+}
+
+func TestAbandoningNeverDeletesAnHSMKeyThatSomebodyAdopted(t *testing.T) {
+	f := newFixture(t)
+	id := f.begin(generateRequest()).Pending.ID
+	f.one.AddEC(t, "made", id, ecdh.P384()) // Finish crashed after this
+	if _, err := f.Adopt(t.Context(), "other", AdoptRequest{Device: "one", ID: id}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Abandon(t.Context(), "prod"); err != nil {
+		t.Fatal(err)
+	}
+	if got := hsmKeys(t, f.one); !slices.Contains(got, id) {
+		t.Errorf("HSM keys left: %v, without the adopted %s", got, id)
+	}
+}
+
+func TestAnIntentOnADeadHSMCanBeForgotten(t *testing.T) {
+	f := newFixture(t)
+	f.begin(generateRequest())
+	f.one.SetError(hsm.ErrUnavailable)
+	if err := f.Abandon(t.Context(), "prod"); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("abandoning without the HSM: %v", err)
+	}
+	if key, err := f.Get(t.Context(), "prod"); err != nil || key.State != StateAbandoning {
+		t.Errorf("left %+v, %v", key, err)
+	}
+	if _, err := f.Begin(t.Context(), "prod", generateRequest()); !errors.Is(err, ErrGenerating) {
+		t.Errorf("beginning anew meanwhile: %v, want ErrGenerating", err)
+	}
+	if err := f.AbandonWithoutHSM(t.Context(), "prod"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Get(t.Context(), "prod"); !errors.Is(err, ErrKeyNotFound) {
+		t.Errorf("left: %v", err)
+	}
+}
+
+func TestASlowHSMDoesNotKeepOthersFromAnAnswer(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	raw := f.wrap("secret")
+	request := generateRequest()
+	request.Device = "two"
+	if _, err := f.Rotate(t.Context(), "prod", RotateRequest{Generate: &request}); err != nil {
+		t.Fatal(err)
+	}
+	f.two.Delay(time.Hour)
+	ctx, cancel := context.WithCancel(t.Context())
+	finished := make(chan error, 1)
+	go func() {
+		_, err := f.Finish(ctx, "prod")
+		finished <- err
+	}()
+	defer func() {
+		cancel()
+		if err := <-finished; !errors.Is(err, context.Canceled) {
+			t.Errorf("a Finish whose caller left: %v", err)
+		}
+	}()
+	quick, stop := context.WithTimeout(t.Context(), 20*time.Second)
+	defer stop()
+	if _, err := f.Rotate(quick, "prod", RotateRequest{Generate: &request}); err != nil {
+		t.Errorf("a repeat of the request: %v", err)
+	}
+	if opened, err := f.Unwrap(quick, "prod", envelope.UseWrap, raw, []byte("ctx")); err != nil || string(opened.Payload) != "secret" {
+		t.Errorf("unwrapping: %v", err)
+	}
+	if _, err := f.Configure(quick, "prod", Settings{DeletionAllowed: ptr(true)}); err != nil {
+		t.Errorf("configuring: %v", err)
+	}
+	if _, err := f.AddRecipient(quick, "prod", AdoptRequest{Device: "two", Label: "ec"}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("adding a recipient: %v, want ErrGenerating", err)
+	}
+	if err := f.Delete(quick, "prod", DeleteRequest{}); !errors.Is(err, ErrGenerating) {
+		t.Errorf("deleting: %v, want ErrGenerating", err)
+	}
+}
