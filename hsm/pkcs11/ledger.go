@@ -67,7 +67,7 @@ func (l *ledger) attempt(ctx context.Context, serial string, pin []byte, flags h
 // begin decides and writes the intent. The caller holds the token's lock.
 func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
 	var damaged *damagedError
-	print, key, err := l.files.fingerprint(serial, pin)
+	mark, key, err := l.files.fingerprint(serial, pin)
 	if errors.As(err, &damaged) {
 		return nil, barredByDamage(serial, err, flags)
 	}
@@ -81,7 +81,7 @@ func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt,
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
-	known, again, refusal := before.admit(print, key, flags)
+	known, again, refusal := before.admit(mark, key, flags)
 	if refusal != nil {
 		if len(known.Barred) > len(before.Barred) {
 			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
@@ -90,7 +90,7 @@ func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt,
 		return nil, refusal.error(serial, flags)
 	}
 	a := &attempt{ledger: l, serial: serial, known: known}
-	a.intent = intent{Print: print, At: l.now().UTC().Truncate(time.Second), Again: again}
+	a.intent = intent{Mark: mark, At: l.now().UTC().Truncate(time.Second), Again: again}
 	if err := l.files.write(serial, known.resolved(&a.intent)); err != nil {
 		return nil, l.noIntent(serial, err)
 	}
@@ -109,7 +109,7 @@ func (l *ledger) noIntent(serial string, err error) error {
 func (a *attempt) succeeded() error {
 	defer a.unlock()
 	after := a.known.resolved(nil)
-	after.Good = &a.intent.Print
+	after.Good = &a.intent.Mark
 	if err := a.ledger.files.write(a.serial, after); err != nil {
 		return fmt.Errorf("recording that the log-in to the token %q worked, in %q: %w", a.serial, a.ledger.files.dir, err)
 	}
@@ -120,7 +120,7 @@ func (a *attempt) succeeded() error {
 // intent stays, which bars the PIN as long as the token shows fewer than all its tries.
 func (a *attempt) wrong() error {
 	defer a.unlock()
-	after := a.known.resolved(nil).bar(bar{Print: a.intent.Print, At: a.intent.At, Rejected: true})
+	after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Rejected: true})
 	if err := a.ledger.files.write(a.serial, after); err != nil {
 		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
 			"is mended: %w", a.serial, a.ledger.files.dir, err)
@@ -211,7 +211,7 @@ type record struct {
 
 // bar is a PIN that is not sent.
 type bar struct {
-	Print fingerprint `json:"pin"`
+	Mark fingerprint `json:"pin"`
 	// At is when it was sent.
 	At time.Time `json:"at"`
 	// Rejected is true where the token said so, false where the log-in ended without an answer and the token showed a
@@ -221,15 +221,15 @@ type bar struct {
 
 // intent is a PIN that may have been sent.
 type intent struct {
-	Print fingerprint `json:"pin"`
-	At    time.Time   `json:"at"`
+	Mark fingerprint `json:"pin"`
+	At   time.Time   `json:"at"`
 	// Again is true where the intent before this one had the same PIN and stayed unresolved as well.
 	Again bool `json:"again,omitempty"`
 }
 
 // admit decides whether a PIN may be sent. It returns what is known now, which may be more than before even where the PIN
 // is refused, and whether the intent to come follows an unresolved one of the same PIN.
-func (r record) admit(print fingerprint, key string, flags hsm.PINState) (known record, again bool, refused *refusal) {
+func (r record) admit(mark fingerprint, key string, flags hsm.PINState) (known record, again bool, refused *refusal) {
 	if flags.Locked {
 		return r, false, &refusal{why: becauseLocked}
 	}
@@ -242,18 +242,18 @@ func (r record) admit(print fingerprint, key string, flags hsm.PINState) (known 
 	allTries := !flags.CountLow && !flags.FinalTry
 	if i := r.Intent; i != nil && !allTries {
 		switch {
-		case !r.isGood(i.Print) || i.Again:
+		case !r.isGood(i.Mark) || i.Again:
 			// Barred from now on, even when somebody's right PIN restores the count later. A PIN that was good is believed
 			// to be so still, but not twice: somebody may have changed it on the token.
-			r = r.bar(bar{Print: i.Print, At: i.At})
-		case i.Print == print:
+			r = r.bar(bar{Mark: i.Mark, At: i.At})
+		case i.Mark == mark:
 			again = true
 		}
 	}
-	if i := slices.IndexFunc(r.Barred, func(b bar) bool { return b.Print == print }); i >= 0 {
+	if i := slices.IndexFunc(r.Barred, func(b bar) bool { return b.Mark == mark }); i >= 0 {
 		return r, false, &refusal{why: becauseBarred, bar: r.Barred[i]}
 	}
-	if !allTries && !r.isGood(print) && !r.Pass {
+	if !allTries && !r.isGood(mark) && !r.Pass {
 		return r, false, &refusal{why: becauseFewTries}
 	}
 	return r, again, nil
@@ -265,28 +265,28 @@ func (r record) resolved(next *intent) record {
 	return r
 }
 
-func (r record) isGood(print fingerprint) bool { return r.Good != nil && *r.Good == print }
+func (r record) isGood(mark fingerprint) bool { return r.Good != nil && *r.Good == mark }
 
 // bar returns the record with a PIN barred, good no more, and without the intent.
 func (r record) bar(b bar) record {
 	r.Intent = nil
-	if r.isGood(b.Print) {
+	if r.isGood(b.Mark) {
 		r.Good = nil
 	}
-	r.Barred = append(slices.DeleteFunc(slices.Clone(r.Barred), func(o bar) bool { return o.Print == b.Print }), b)
+	r.Barred = append(slices.DeleteFunc(slices.Clone(r.Barred), func(o bar) bool { return o.Mark == b.Mark }), b)
 	return r
 }
 
 // refusal says why a PIN is not sent.
 type refusal struct {
-	why reason
+	why refusalCause
 	bar bar
 }
 
-type reason int
+type refusalCause int
 
 const (
-	becauseLocked reason = iota + 1
+	becauseLocked refusalCause = iota + 1
 	becauseOtherKey
 	becauseBarred
 	becauseFewTries

@@ -243,19 +243,19 @@ func parseRecord(content []byte, token string) (record, error) {
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return record{}, errors.New("something follows its end")
 	}
-	prints := make([]fingerprint, 0, len(file.Barred)+2)
+	marks := make([]fingerprint, 0, len(file.Barred)+2)
 	for _, b := range file.Barred {
-		prints = append(prints, b.Print)
+		marks = append(marks, b.Mark)
 	}
 	if file.Good != nil {
-		prints = append(prints, *file.Good)
+		marks = append(marks, *file.Good)
 	}
 	if file.Intent != nil {
-		prints = append(prints, file.Intent.Print)
+		marks = append(marks, file.Intent.Mark)
 	}
-	for _, print := range prints {
-		if print >= 1<<fingerprintBits {
-			return record{}, fmt.Errorf("%d is no fingerprint", print)
+	for _, mark := range marks {
+		if mark >= 1<<fingerprintBits {
+			return record{}, fmt.Errorf("%d is no fingerprint", mark)
 		}
 	}
 	switch name, err := hex.DecodeString(file.Key); {
@@ -275,19 +275,19 @@ func (f ledgerFiles) write(serial string, r record) error {
 	if err != nil {
 		return err
 	}
-	path := f.path(serial, ".json")
-	beside := path + ".new" // one name, so that crashes do not fill the directory; the lock makes us its only writer
-	if err := os.Remove(beside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	path := f.path(serial, ".json")                                              // below -state-dir, the serial escaped
+	beside := path + ".new"                                                      // one name, so that crashes do not fill the directory; the lock makes us its only writer
+	if err := os.Remove(beside); err != nil && !errors.Is(err, fs.ErrNotExist) { //nolint:gosec // as path says
 		return err
 	}
-	file, err := os.OpenFile(beside, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	file, err := os.OpenFile(beside, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // as path says
 	if err != nil {
 		return err
 	}
 	if err := f.fill(file, append(content, '\n')); err != nil {
 		return err
 	}
-	if err := os.Rename(beside, path); err != nil {
+	if err := os.Rename(beside, path); err != nil { //nolint:gosec // as path says
 		return err
 	}
 	return f.syncDir()
