@@ -143,6 +143,17 @@ func load(path string) (functions, error) {
 	}
 }
 
+// sharedWith returns the functions that ctx itself calls, so that sessions and handles of one are valid in the other. Most
+// modules have one list of functions and give it to everybody; p11-kit's client makes a new instance, with sessions and
+// a log-in of its own, for each call of C_GetFunctionList. The package keeps its list to itself: this reads the first
+// field of its Ctx, a pointer to struct ctx {void *handle; CK_FUNCTION_LIST_PTR sym;}.
+func (f functions) sharedWith(ctx *pkcs11.Ctx) functions {
+	type miekg struct{ handle, list unsafe.Pointer }
+	inner := *(**miekg)(unsafe.Pointer(ctx))
+	f.list = (*C.CK_FUNCTION_LIST)(inner.list)
+	return f
+}
+
 // code is the error of a PKCS#11 function, nil for CKR_OK.
 func code(function string, rv C.CK_RV) error {
 	if rv == pkcs11.CKR_OK {

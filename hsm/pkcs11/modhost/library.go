@@ -31,10 +31,10 @@ func open(path string, sessions int) (library, error) {
 		return nil, &wire.Error{Function: "dlopen", Code: wire.CodeLoad, Detail: err.Error()}
 	}
 	m := &module{calls: calls, sessions: sessions, slotsByID: make(map[uint]*slot)}
-	// The library is open already, so this finds the same instance: its sessions and handles are valid in calls.
 	if m.ctx = pkcs11.New(path); m.ctx == nil {
 		return nil, &wire.Error{Function: "dlopen", Code: wire.CodeLoad, Detail: "loading " + path + " a second time"}
 	}
+	m.calls = calls.sharedWith(m.ctx)
 	if err := m.ctx.Initialize(); err != nil { // with CKF_OS_LOCKING_OK
 		return nil, failed("C_Initialize", err)
 	}
