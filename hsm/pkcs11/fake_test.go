@@ -122,7 +122,9 @@ func (f *fake) do(change func()) {
 }
 
 // follow installs a script.
-func (f *fake) follow(script func(h *fakeHost, r wire.Frame) bool) { f.do(func() { f.script = script }) }
+func (f *fake) follow(script func(h *fakeHost, r wire.Frame) bool) {
+	f.do(func() { f.script = script })
+}
 
 func (f *fake) count(op wire.Op) int {
 	f.mu.Lock()

@@ -18,8 +18,8 @@ func unpadOAEP(hash crypto.Hash, block []byte) ([]byte, error) {
 		return nil, hsm.ErrCiphertext
 	}
 	seed, db := block[1:1+size], block[1+size:]
-	maskMGF1(hash, seed, db)
 	maskMGF1(hash, db, seed)
+	maskMGF1(hash, seed, db)
 
 	labelHash := hash.New().Sum(nil) // of the empty label
 	good := subtle.ConstantTimeByteEq(block[0], 0) & subtle.ConstantTimeCompare(db[:size], labelHash)

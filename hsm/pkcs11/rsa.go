@@ -175,18 +175,18 @@ func (k *rsaKey) DecryptOAEP(ctx context.Context, hash crypto.Hash, ciphertext [
 		// is surely right tells which.
 		err := k.probe(ctx, a, hash)
 		if err == nil {
-			return fmt.Errorf("%w: %w", hsm.ErrCiphertext, cause(failed))
+			return fmt.Errorf("%w: %w", hsm.ErrCiphertext, bare(failed))
 		}
 		if refused, ok := errors.AsType[*wire.Error](err); ok && judge(refused.Code) == verdictFinal {
 			// Not even its own good ciphertext: SoftHSM says CKR_ARGUMENTS_BAD to OAEP with SHA-256.
-			return fmt.Errorf("%w: OAEP with %v: %w", hsm.ErrUnsupported, hash, cause(failed))
+			return fmt.Errorf("%w: OAEP with %v: %w", hsm.ErrUnsupported, hash, bare(failed))
 		}
 		return nil
 	})
 }
 
-// cause drops the place in the contract that an error has by its number alone, where more is known.
-func cause(err error) error {
+// bare drops the place in the contract that an error has by its number alone, where more is known.
+func bare(err error) error {
 	if f, ok := errors.AsType[*failure](err); ok {
 		return errors.New(f.text())
 	}
