@@ -208,23 +208,29 @@ func authContext(name string, number int) envelope.Context {
 
 // newRecipient finds an HSM key, judges it and proves what it can do.
 func (k *Keyring) newRecipient(ctx context.Context, request AdoptRequest) (recipient, hsm.Key, error) {
-	device, err := k.device(ctx, request.Device)
+	device, err := k.namedDevice(ctx, request.Device)
 	if err != nil {
 		return recipient{}, nil, err
 	}
-	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Label: request.Label, ID: request.ID})
+	query := hsm.KeyQuery{Label: request.Label, ID: request.ID}
+	keys, err := device.FindKeys(ctx, query)
 	if err != nil {
-		hint := ""
-		if errors.Is(err, hsm.ErrNotFound) {
-			hint = "; list the keys of the device to see what is there"
-		}
-		return recipient{}, nil, fmt.Errorf("device %q: %w%s", request.Device, err, hint)
+		return recipient{}, nil, fmt.Errorf("device %q: %w", request.Device, err)
 	}
-	rcpt, err := k.judge(ctx, device, key, request)
+	switch len(keys) { // both are the request's mistake, not the HSM's
+	case 1:
+	case 0:
+		return recipient{}, nil, fmt.Errorf("%w: device %q: looking up the key with %v: %w; list the keys of the device to see what is "+
+			"there", ErrInvalid, request.Device, query, hsm.ErrNotFound)
+	default:
+		return recipient{}, nil, fmt.Errorf("%w: device %q: looking up the key with %v: %w: %d keys have it; name one by its id as well",
+			ErrInvalid, request.Device, query, hsm.ErrAmbiguous, len(keys))
+	}
+	rcpt, err := k.judge(ctx, device, keys[0], request)
 	if err != nil {
 		return recipient{}, nil, err
 	}
-	return rcpt, key, nil
+	return rcpt, keys[0], nil
 }
 
 // judge returns the recipient that an HSM key makes, if it is good enough and proves it.

@@ -14,14 +14,20 @@ import (
 
 // device opens a device and names it in the error.
 func (k *Keyring) device(ctx context.Context, name string) (hsm.Device, error) {
-	if name == "" {
-		return nil, fmt.Errorf("%w: name the device", ErrInvalid)
-	}
 	device, err := k.devices.Device(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("device %q: %w", name, err)
 	}
 	return device, nil
+}
+
+// namedDevice opens a device that a request names: one that is not configured is the request's mistake.
+func (k *Keyring) namedDevice(ctx context.Context, name string) (hsm.Device, error) {
+	device, err := k.device(ctx, name)
+	if errors.Is(err, ErrNoDevice) {
+		return nil, fmt.Errorf("%w: %w; configure it first, or name another one", ErrInvalid, err)
+	}
+	return device, err
 }
 
 // hsmKey returns the HSM key of a recipient. What the HSM has under the recorded name must be what was recorded:

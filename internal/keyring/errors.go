@@ -36,6 +36,8 @@ var (
 	ErrDeletionNotAllowed = errors.New("deletion is not allowed")
 	// ErrRequestReused: a request id came again with another request.
 	ErrRequestReused = errors.New("the request id was used for another request")
+	// ErrNoDevice: no device of that name is configured. Implementations of [Devices] return it.
+	ErrNoDevice = errors.New("no device of that name is configured")
 	// ErrRecordMalformed: the record is not one of ours, or damaged.
 	ErrRecordMalformed = errors.New("malformed key record")
 	// ErrRecordMismatch: the key record is not the one whose SHA-256 was confirmed.

@@ -27,7 +27,7 @@ func (d *devices) Device(_ context.Context, name string) (hsm.Device, error) {
 	defer d.mu.Unlock()
 	device, ok := d.all[name]
 	if !ok {
-		return nil, fmt.Errorf("no device %q is configured: %w", name, hsm.ErrNotFound)
+		return nil, fmt.Errorf("looking it up: %w", ErrNoDevice)
 	}
 	return device, nil
 }

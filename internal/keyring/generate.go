@@ -29,7 +29,7 @@ func (k *Keyring) Begin(ctx context.Context, name string, request GenerateReques
 			return nil, err
 		}
 		// An HSM that is not there is a reason not to begin. Nothing is asked of it yet.
-		if _, err := k.device(ctx, request.Device); err != nil {
+		if _, err := k.namedDevice(ctx, request.Device); err != nil {
 			return nil, fmt.Errorf("making key %q: %w", name, err)
 		}
 		rec = k.newRecord(name, request.By)
@@ -110,7 +110,7 @@ func (k *Keyring) rotateGenerate(ctx context.Context, name string, request Gener
 		return nil, err
 	}
 	if rec.Pending == nil {
-		if _, err := k.device(ctx, request.Device); err != nil {
+		if _, err := k.namedDevice(ctx, request.Device); err != nil {
 			return nil, fmt.Errorf("rotating key %q: %w", name, err)
 		}
 	}

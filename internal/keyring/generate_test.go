@@ -183,7 +183,7 @@ func TestABeginForAnHSMThatIsNotThereBeginsNothing(t *testing.T) {
 	f := newFixture(t)
 	request := generateRequest()
 	request.Device = "three"
-	if _, err := f.Begin(t.Context(), "prod", request); !errors.Is(err, hsm.ErrNotFound) {
+	if _, err := f.Begin(t.Context(), "prod", request); !errors.Is(err, ErrNoDevice) || !errors.Is(err, ErrInvalid) {
 		t.Errorf("got %v", err)
 	}
 	if names, _ := f.List(t.Context()); len(names) != 0 {

@@ -28,7 +28,7 @@ import (
 
 // Devices opens HSMs by the names that they were configured with.
 type Devices interface {
-	// Device returns an open device, the same instance while it is good. Names that are not configured are errors.
+	// Device returns an open device, the same instance while it is good. A name that is not configured is [ErrNoDevice].
 	Device(ctx context.Context, name string) (hsm.Device, error)
 }
 

@@ -166,7 +166,7 @@ func TestAdoptionRefusesWhatItShould(t *testing.T) {
 	}{
 		{"no device named", nil, AdoptRequest{Label: "ec"}, ErrInvalid},
 		{"no key named", nil, AdoptRequest{Device: "one"}, ErrInvalid},
-		{"a device that is not configured", nil, AdoptRequest{Device: "three", Label: "ec"}, hsm.ErrNotFound},
+		{"a device that is not configured", nil, AdoptRequest{Device: "three", Label: "ec"}, ErrNoDevice},
 		{"a label that no key has", nil, AdoptRequest{Device: "one", Label: "nope"}, hsm.ErrNotFound},
 		{"a label that two keys have", func(f *fixture) { f.one.AddEC(f.t, "ec", "03", ecdh.P256()) },
 			AdoptRequest{Device: "one", Label: "ec"}, hsm.ErrAmbiguous},

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"crypto/ecdh"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -30,6 +31,19 @@ func TestEveryErrorSaysWhatToDo(t *testing.T) {
 		}},
 		{"an unknown algorithm", ErrInvalid, "take one of rsa-2048, ", func(f *fixture) error {
 			_, err := f.Begin(t.Context(), "new", GenerateRequest{Device: "one", Algorithm: "rsa"})
+			return err
+		}},
+		{"an unknown device", ErrNoDevice, "configure it first", func(f *fixture) error {
+			_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "three", Label: "ec"})
+			return err
+		}},
+		{"an unknown label", hsm.ErrNotFound, "list the keys of the device", func(f *fixture) error {
+			_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "one", Label: "nobody"})
+			return err
+		}},
+		{"a label of two keys", hsm.ErrAmbiguous, "name one by its id as well", func(f *fixture) error {
+			f.one.AddEC(t, "ec", "77", ecdh.P256())
+			_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "one", Label: "ec"})
 			return err
 		}},
 		{"an unknown key", ErrKeyNotFound, "make or adopt it first", func(f *fixture) error {
@@ -181,7 +195,7 @@ func TestEveryErrorSaysWhatToDo(t *testing.T) {
 	}
 	for _, own := range []error{
 		ErrInvalid, ErrKeyNotFound, ErrKeyExists, ErrVersionTooOld, ErrVersionUnknown, ErrNotReady, ErrGenerating, ErrDeleting,
-		ErrWeakKey, ErrUnusableKey, ErrSameKey, ErrInUse, ErrDeletionNotAllowed, ErrRequestReused, ErrRecordMalformed,
+		ErrWeakKey, ErrUnusableKey, ErrSameKey, ErrInUse, ErrNoDevice, ErrDeletionNotAllowed, ErrRequestReused, ErrRecordMalformed,
 		ErrRecordMismatch, ErrTooLarge,
 	} {
 		if !met[own] {
