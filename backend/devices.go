@@ -63,7 +63,7 @@ func (b *backend) handle(ctx context.Context, name string) (*device.Handle, erro
 			return nil, err
 		}
 		if record == nil {
-			return nil, fmt.Errorf("device %q: %w; write devices/%s first", name, errNoDevice, name)
+			return nil, fmt.Errorf("%w; write devices/%s first", errNoDevice, name)
 		}
 		if record.NextPIN != "" {
 			if err := b.settlePIN(ctx, name); err != nil {

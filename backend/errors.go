@@ -77,7 +77,7 @@ var statuses = []struct {
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
 	{http.StatusBadRequest, []error{
-		device.ErrConfig, transit.ErrMalformed,
+		errNoStore, device.ErrConfig, transit.ErrMalformed,
 		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrNotAuthentic, envelope.ErrDecrypt, envelope.ErrNotRecipient,
 		envelope.ErrTooLarge, envelope.ErrInvalid,
 		hsm.ErrCiphertext, hsm.ErrExists,
@@ -90,7 +90,7 @@ var statuses = []struct {
 	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, or is locked.
 	{http.StatusServiceUnavailable, []error{
 		hsm.ErrLocked, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
-		store.ErrDenied, keyring.ErrNoDevice,
+		store.ErrDenied, keyring.ErrNoDevice, errNoDevice,
 	}},
 }
 

@@ -35,21 +35,21 @@ func (b *backend) beginGeneration(ctx context.Context, name string, begin func()
 		b.commit(ctx, entry)
 		return key, err
 	}
-	b.generate(name, entry)
+	if !b.generate(name, entry) {
+		b.commit(ctx, entry) // it is being made already, and journalled
+	}
 	return key, nil
 }
 
-// generate makes the HSM key of an intent in the background. The journal entries are removed once it is made; where it
-// cannot be, they stay, and Vault's rollback tries again.
-func (b *backend) generate(name string, entries ...string) {
-	b.jobs.start(b.closing, walGenerate+" "+name, func(ctx context.Context) {
+// generate makes the HSM key of an intent in the background, and tells whether it began to. The journal entry, if there
+// is one, is removed once the key is made; where it cannot be, it stays, and Vault's rollback tries again.
+func (b *backend) generate(name, entry string) bool {
+	return b.jobs.start(b.closing, walGenerate+" "+name, func(ctx context.Context) {
 		if _, err := b.keys.Finish(ctx, name); err != nil {
 			b.logger.Warn("making an HSM key; it is tried again", "key", name, "error", err)
 			return
 		}
-		for _, entry := range entries {
-			b.commit(ctx, entry)
-		}
+		b.commit(ctx, entry)
 		b.rewrapMaterial(ctx, name)
 	})
 }
@@ -75,7 +75,7 @@ func (b *backend) resumeGeneration(ctx context.Context) {
 		if key, err := b.keys.Get(ctx, name); err != nil {
 			b.logger.Warn("looking for HSM keys whose making was cut short", "key", name, "error", err)
 		} else if key.State == keyring.StateGenerating {
-			b.generate(name)
+			b.generate(name, "")
 		}
 	}
 }

@@ -15,50 +15,49 @@ type jobs struct {
 
 // job is one that runs.
 type job struct {
-	done chan struct{} // closed at its end
 	// again is set where the job was asked for while it ran: what it is about may have changed, so it runs once more.
 	again bool
 }
 
-// start runs the job in a goroutine of its own, or once more where it runs already. It does nothing once ctx, the life
-// of the mount, has ended.
-func (j *jobs) start(ctx context.Context, name string, run func(context.Context)) {
+// start runs the job in a goroutine of its own, and returns true; where it runs already, it will run once more. It does
+// nothing once ctx, the life of the mount, has ended.
+func (j *jobs) start(ctx context.Context, name string, run func(context.Context)) (started bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if ctx.Err() != nil {
-		return
+		return false
 	}
 	if running := j.running[name]; running != nil {
 		running.again = true
-		return
+		return false
 	}
 	if j.running == nil {
 		j.running = map[string]*job{}
 	}
-	started := &job{done: make(chan struct{})}
-	j.running[name] = started
+	running := &job{}
+	j.running[name] = running
 	j.group.Add(1)
 	go func() {
 		defer j.group.Done()
 		for {
 			run(ctx)
-			if !j.goOn(ctx, name, started) {
+			if !j.goOn(ctx, name, running) {
 				return
 			}
 		}
 	}()
+	return true
 }
 
 // goOn tells whether the job is to run once more, and removes it where it is not.
-func (j *jobs) goOn(ctx context.Context, name string, started *job) bool {
+func (j *jobs) goOn(ctx context.Context, name string, running *job) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if started.again && ctx.Err() == nil {
-		started.again = false
+	if running.again && ctx.Err() == nil {
+		running.again = false
 		return true
 	}
 	delete(j.running, name)
-	close(started.done)
 	return false
 }
 
@@ -67,16 +66,6 @@ func (j *jobs) isRunning(name string) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.running[name] != nil
-}
-
-// ended returns a channel that is closed when the job of that name has ended, nil where none runs.
-func (j *jobs) ended(name string) <-chan struct{} {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if running := j.running[name]; running != nil {
-		return running.done
-	}
-	return nil
 }
 
 // wait returns when no job runs. The jobs' ctx must have ended.

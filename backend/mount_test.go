@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/plugin/pb"
@@ -124,14 +125,7 @@ func mountOn(t *testing.T, storage *faultyStorage, tokens *rack, secrets, state 
 		Openers: map[string]device.Opener{device.TypePKCS11: tokens.open},
 		Secrets: device.SecretFiles{Dir: secrets},
 	})
-	config := logical.TestBackendConfig()
-	config.StorageView = storage
-	config.System = &logical.StaticSystemView{
-		PluginEnvironment: &logical.PluginEnvironment{VaultVersion: "1.21.0"}, ClusterUUID: ownCluster,
-	}
-	config.BackendUUID = "3f2c0d4e-mount"
-	config.Logger = hclog.NewNullLogger()
-	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, config)
+	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, (*mount)(nil).configFor(storage))
 	if err != nil {
 		t.Fatalf("making the backend: %v", err)
 	}
@@ -140,6 +134,18 @@ func mountOn(t *testing.T, storage *faultyStorage, tokens *rack, secrets, state 
 		t.Fatalf("initialising the backend: %v", err)
 	}
 	return &mount{backend: b, t: t, rack: tokens, storage: storage, secrets: secrets, state: state}
+}
+
+// configFor is what Vault gives to the factory.
+func (*mount) configFor(storage logical.Storage) *logical.BackendConfig {
+	config := logical.TestBackendConfig()
+	config.StorageView = storage
+	config.System = &logical.StaticSystemView{
+		PluginEnvironment: &logical.PluginEnvironment{VaultVersion: "1.21.0"}, ClusterUUID: ownCluster,
+	}
+	config.BackendUUID = "3f2c0d4e-mount"
+	config.Logger = hclog.NewNullLogger()
+	return config
 }
 
 // faultyStorage is the mount's storage, which can be made to fail.
@@ -211,6 +217,9 @@ func (m *mount) do(operation logical.Operation, path string, data fields) reply 
 	})
 	if operation == logical.UpdateOperation {
 		found, exists, err := m.HandleExistenceCheck(context.Background(), request)
+		if user, ok := pb.ProtoErrToErr(pb.ErrToProtoErr(err)).(errutil.UserError); ok { //nolint:errorlint // as Vault does
+			return reply{status: http.StatusBadRequest, message: user.Error()}
+		}
 		if err != nil {
 			return reply{status: http.StatusInternalServerError, message: err.Error()}
 		}

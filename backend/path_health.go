@@ -81,7 +81,7 @@ func (b *backend) health(ctx context.Context, req *logical.Request, _ *framework
 	return &logical.Response{Data: map[string]any{
 		logical.HTTPContentType: "application/json",
 		logical.HTTPStatusCode:  http.StatusServiceUnavailable,
-		logical.HTTPRawBody:     body,
+		logical.HTTPRawBody:     string(body),
 	}}, nil
 }
 

@@ -193,9 +193,6 @@ func (b *backend) keyWrite(ctx context.Context, req *logical.Request, data *fram
 	changes, some := keySettings(req, data)
 	switch {
 	case some:
-		if key != nil && key.State == keyring.StateGenerating {
-			return nil, mistake("the HSM key of %q is being made; write the settings when its state is \"ready\"", name)
-		}
 		if key, err = b.keys.Configure(ctx, name, changes); err != nil {
 			return nil, err
 		}
@@ -304,7 +301,7 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 
 // keyResponse shows a key.
 func (b *backend) keyResponse(ctx context.Context, key *keyring.Key) (*logical.Response, error) {
-	var versions []any
+	versions := []any{}
 	for _, version := range key.Versions {
 		shown, err := showVersion(version)
 		if err != nil {

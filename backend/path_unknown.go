@@ -60,7 +60,7 @@ func (b *backend) unknown(_ context.Context, req *logical.Request, _ *framework.
 	return &logical.Response{Data: map[string]any{
 		logical.HTTPContentType: "application/json",
 		logical.HTTPStatusCode:  http.StatusNotFound,
-		logical.HTTPRawBody:     body,
+		logical.HTTPRawBody:     string(body), // a string is hashed in the audit log; bytes are not
 	}}, nil
 }
 
