@@ -6,6 +6,8 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -14,15 +16,10 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// goldenLedger has a known key and a clock that stands still.
+// goldenLedger has a clock that stands still.
 func goldenLedger(t *testing.T) *ledger {
 	t.Helper()
 	l := testLedger(t)
-	key := make([]byte, keySize)
-	for i := range key {
-		key[i] = byte(i)
-	}
-	must(t, os.WriteFile(filepath.Join(l.files.dir, "pin.key"), key, 0o600))
 	l.now = func() time.Time { return time.Date(2026, 3, 1, 3, 0, 0, 123, time.FixedZone("somewhere", 3600)) }
 	return l
 }
@@ -113,5 +110,35 @@ func TestSerialsMakeDifferentNames(t *testing.T) {
 		if filepath.Base("x"+name) != "x"+name {
 			t.Errorf("%q becomes %q, which is no single name", s, name)
 		}
+	}
+}
+
+func TestAKeyIsMadeOnceWhoeverComesFirst(t *testing.T) {
+	dir := t.TempDir()
+	names := make([]string, 8)
+	var all sync.WaitGroup
+	for i := range names {
+		all.Go(func() {
+			key, err := openLedger(dir).files.key()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			names[i] = keyName(key)
+		})
+	}
+	all.Wait()
+	if len(slices.Compact(names)) != 1 {
+		t.Errorf("several keys were made: %q", names)
+	}
+	entries, err := os.ReadDir(dir)
+	must(t, err)
+	if len(entries) != 1 {
+		t.Errorf("%d files are left, want the key alone", len(entries))
+	}
+	info, err := os.Stat(filepath.Join(dir, "pin.key"))
+	must(t, err)
+	if info.Mode().Perm() != 0o600 || info.Size() != keySize {
+		t.Errorf("the key has mode %v and %d bytes", info.Mode(), info.Size())
 	}
 }
