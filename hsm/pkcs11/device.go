@@ -154,7 +154,7 @@ func (d *Device) exchange(ctx context.Context, a *attachment, op wire.Op, meta a
 // that no longer serves the token is taken out of use here. The attachment is nil where the attempt did not get that far.
 func (d *Device) recover(ctx context.Context, o operation, h *host, a *attachment, sent bool, err error) (again bool, _ error) {
 	harmless := o.idempotent || !sent
-	if died, ok := errors.AsType[*errHostDied](err); ok {
+	if died, ok := errors.AsType[*hostDiedError](err); ok {
 		if !harmless {
 			return false, unknownOutcome(err)
 		}
@@ -175,6 +175,9 @@ func (d *Device) recover(ctx context.Context, o operation, h *host, a *attachmen
 	if sent && o.doubt != nil && (verdict == verdictBroken || failed.Code == ckrArgumentsBad) {
 		if answer := o.doubt(ctx, a, described); answer != nil {
 			return false, answer
+		}
+		if err := ctx.Err(); err != nil { // then nothing is known about the token
+			return false, err
 		}
 		verdict = verdictBroken
 	}
@@ -286,7 +289,7 @@ func plain(err error) error {
 	if failed, ok := errors.AsType[*wire.Error](err); ok {
 		return describe(failed)
 	}
-	if _, ok := errors.AsType[*errHostDied](err); ok || errors.Is(err, errRetired) {
+	if _, ok := errors.AsType[*hostDiedError](err); ok || errors.Is(err, errRetired) {
 		return fmt.Errorf("%w: %w", hsm.ErrUnavailable, err)
 	}
 	return err

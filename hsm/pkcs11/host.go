@@ -24,15 +24,15 @@ const (
 	frameOverhead = 18
 )
 
-// errHostDied says that a call got no answer because its host ended. What became of the call is unknown.
-type errHostDied struct {
+// hostDiedError says that a call got no answer because its host ended. What became of the call is unknown.
+type hostDiedError struct {
 	// culprit is true for the one call that the host most likely died of: the one inside longest, or over its limit.
 	culprit bool
 	cause   error
 }
 
-func (e *errHostDied) Error() string { return fmt.Sprintf("the module host ended: %v", e.cause) }
-func (e *errHostDied) Unwrap() error { return e.cause }
+func (e *hostDiedError) Error() string { return fmt.Sprintf("the module host ended: %v", e.cause) }
+func (e *hostDiedError) Unwrap() error { return e.cause }
 
 // errRetired says that a call was not sent because the host takes no more of them.
 var errRetired = errors.New("the module host is being replaced")
@@ -125,7 +125,7 @@ func (h *host) greet(hello wire.Hello, limit time.Duration) error {
 
 // call sends a request and waits for its answer or for ctx. A call given up before it was sent never reaches the
 // module; one given up later goes on there, and its result is wiped when it comes. An answer that reports a failure is
-// a *wire.Error, the end of the host an *errHostDied.
+// a *wire.Error, the end of the host an *hostDiedError.
 func (h *host) call(ctx context.Context, r request) (wire.Frame, error) {
 	c := &call{token: r.token, limit: r.limit, answer: make(chan result, 1), returned: r.returned}
 	if c.returned == nil {
@@ -140,7 +140,7 @@ func (h *host) call(ctx context.Context, r request) (wire.Frame, error) {
 	case h.writing <- struct{}{}:
 	case <-h.dead:
 		c.returned()
-		return wire.Frame{}, &errHostDied{cause: h.cause()}
+		return wire.Frame{}, &hostDiedError{cause: h.cause()}
 	case <-ctx.Done():
 		c.returned()
 		return wire.Frame{}, ctx.Err()
@@ -189,7 +189,7 @@ func open(answer result) (wire.Frame, error) {
 	clear(answer.frame.Data)
 	failure := new(wire.Error)
 	if err := wire.Decode(answer.frame.Meta, failure); err != nil {
-		return wire.Frame{}, &errHostDied{cause: err}
+		return wire.Frame{}, &hostDiedError{cause: err}
 	}
 	return wire.Frame{}, failure
 }
@@ -201,7 +201,7 @@ func (h *host) enter(c *call) (fits bool, err error) {
 	defer h.mu.Unlock()
 	switch {
 	case h.err != nil:
-		return false, &errHostDied{cause: h.err}
+		return false, &hostDiedError{cause: h.err}
 	case h.retired:
 		return false, errRetired
 	}
@@ -377,7 +377,7 @@ func (h *host) dieOf(culprit *call, cause error) {
 	h.process.kill()
 	for _, c := range calls {
 		c.returned()
-		c.answer <- result{err: &errHostDied{culprit: c == culprit, cause: cause}}
+		c.answer <- result{err: &hostDiedError{culprit: c == culprit, cause: cause}}
 	}
 }
 

@@ -96,7 +96,7 @@ func TestReturnsKeepAHostAliveAndAGenerationHoldsTheWatchdogBack(t *testing.T) {
 	})
 	eventually(t, "the generation is inside", func() bool { return f.count(wire.OpGenerateKey) == 1 })
 	decrypted := waits(t, func() error { return f.decrypts(patient(t), k) })
-	time.Sleep(2 * limit) // longer than a decryption alone would be left inside
+	<-time.After(2 * limit) // longer than a decryption alone would be left inside
 	close(release)
 	if err := errors.Join(generated(), decrypted()); err != nil {
 		t.Error(err)

@@ -150,7 +150,7 @@ func (d *Device) refused(ctx context.Context, a *attachment, intent *attempt, er
 		return errors.Join(err, intent.withdrawn())
 	}
 	recordError := intent.unresolved()
-	if _, died := errors.AsType[*errHostDied](err); died {
+	if _, died := errors.AsType[*hostDiedError](err); died {
 		// Hidden from the recovery on purpose: a PIN that may have cost a try is not sent again by itself.
 		err = unavailable("logging in to %s: %v; whether the PIN arrived is not known", d.describeToken(), err)
 	}

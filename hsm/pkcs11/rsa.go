@@ -104,11 +104,11 @@ func (k *rsaKey) Prove(ctx context.Context) error {
 		nextWorks := false
 		err := k.roundTrip(ctx, o.hash, func(ctx context.Context, a *attachment, failed error) error {
 			// Is it the hash, or the token? Where the next hash works, it is the hash.
-			if next == 0 || k.probe(ctx, a, next) != nil {
-				return nil
+			nextWorks = next != 0 && k.probe(ctx, a, next) == nil
+			if nextWorks {
+				return fmt.Errorf("%w: %w", hsm.ErrUnsupported, bare(failed))
 			}
-			nextWorks = true
-			return fmt.Errorf("%w: %w", hsm.ErrUnsupported, failed)
+			return nil
 		})
 		if err == nil {
 			shown[o.hash] = true
@@ -173,15 +173,20 @@ func (k *rsaKey) DecryptOAEP(ctx context.Context, hash crypto.Hash, ciphertext [
 	return k.decrypt(ctx, during, hash, ciphertext, func(ctx context.Context, a *attachment, failed error) error {
 		// CKR_GENERAL_ERROR is what a token says to a wrong ciphertext, and what it says when it is gone. A ciphertext that
 		// is surely right tells which.
-		err := k.probe(ctx, a, hash)
-		if err == nil {
+		probed := k.probe(ctx, a, hash)
+		refused, answered := errors.AsType[*wire.Error](probed)
+		_, died := errors.AsType[*hostDiedError](probed)
+		switch {
+		case probed == nil:
 			return fmt.Errorf("%w: %w", hsm.ErrCiphertext, bare(failed))
-		}
-		if refused, ok := errors.AsType[*wire.Error](err); ok && judge(refused.Code) == verdictFinal {
+		case answered && judge(refused.Code) == verdictFinal:
 			// Not even its own good ciphertext: SoftHSM says CKR_ARGUMENTS_BAD to OAEP with SHA-256.
 			return fmt.Errorf("%w: OAEP with %v: %w", hsm.ErrUnsupported, hash, bare(failed))
+		case answered || died:
+			return nil
+		default: // the probe did not get there: the caller's deadline, or a full queue
+			return fmt.Errorf("after %w: %w", bare(failed), probed)
 		}
-		return nil
 	})
 }
 
