@@ -5,12 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"sync"
 
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
 // deviceRecord is what "devices/<name>" holds in the mount's storage.
@@ -20,9 +22,6 @@ type deviceRecord struct {
 	// leaves both, and the next use finds out which one the token took.
 	NextPIN string `json:"next_pin,omitempty"`
 }
-
-// errNoDevice is wrapped where a name is not configured.
-var errNoDevice = errors.New("the device is not configured in this mount")
 
 // deviceShelf keeps the handles of the mount's devices.
 type deviceShelf struct {
@@ -34,7 +33,8 @@ type deviceShelf struct {
 	drops   int // counts drops, so that a handle made from a record read before one is not kept
 }
 
-// Device implements the keyring's and the stores' view of the devices.
+// Device implements [keyring.Devices]. A device that cannot be opened for a reason without a name of its own, as a module
+// that is not allowed, cannot be used, and no repeat mends that.
 func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 	for {
 		handle, err := b.handle(ctx, name)
@@ -44,6 +44,9 @@ func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 		opened, err := handle.Device(ctx)
 		if errors.Is(err, device.ErrClosed) && ctx.Err() == nil && b.closing.Err() == nil {
 			continue // its configuration was changed between the two calls
+		}
+		if err != nil && status(err) == http.StatusInternalServerError {
+			err = &statusError{http.StatusServiceUnavailable, err}
 		}
 		return opened, err
 	}
@@ -63,7 +66,7 @@ func (b *backend) handle(ctx context.Context, name string) (*device.Handle, erro
 			return nil, err
 		}
 		if record == nil {
-			return nil, fmt.Errorf("%w; write devices/%s first", errNoDevice, name)
+			return nil, keyring.ErrNoDevice // the caller names it
 		}
 		if record.NextPIN != "" {
 			if err := b.settlePIN(ctx, name); err != nil {
@@ -160,6 +163,30 @@ func (b *backend) putDevice(ctx context.Context, name string, record *deviceReco
 		return fmt.Errorf("writing the record of device %q: %w", name, err)
 	}
 	return nil
+}
+
+// tryDevice finds what a configuration's own check does not: a module that is not allowed, for example. Whether the HSM
+// is there does not matter: a device may be configured while it lies in a drawer.
+func (b *backend) tryDevice(ctx context.Context, name string, config device.Config) error {
+	if err := b.options.Devices.Check(config); err != nil {
+		return err
+	}
+	handle, err := b.options.Devices.Open(b.mount, name, config)
+	if err != nil {
+		return err
+	}
+	_, err = handle.Device(ctx)
+	if closing := handle.Close(); closing != nil {
+		b.logger.Warn("closing a device", "device", name, "error", closing)
+	}
+	switch {
+	case err == nil, status(err) == http.StatusServiceUnavailable && ctx.Err() == nil:
+		return nil
+	case status(err) == http.StatusInternalServerError:
+		return &statusError{http.StatusBadRequest, err}
+	default:
+		return err
+	}
 }
 
 // settlePIN finds out which of two PINs a token took, where a change of it was cut short, and records that one. The new

@@ -90,7 +90,7 @@ var statuses = []struct {
 	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, or is locked.
 	{http.StatusServiceUnavailable, []error{
 		hsm.ErrLocked, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
-		store.ErrDenied, keyring.ErrNoDevice, errNoDevice,
+		store.ErrDenied, keyring.ErrNoDevice,
 	}},
 }
 

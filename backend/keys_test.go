@@ -47,7 +47,7 @@ func TestKeyWritesThatAreRefused(t *testing.T) {
 		"that say nothing":               {fields{}, 400, "nothing to do"},
 		"that only name a device":        {fields{"device": "card"}, 400, "label or id"},
 		"that name no device":            {fields{"key_label": "unseal"}, 400, "device"},
-		"on a device that is not there":  {fields{"device": "none", "key_label": "unseal"}, 400, "not configured"},
+		"on a device that is not there":  {fields{"device": "none", "key_label": "unseal"}, 400, "no device of that name"},
 		"of a label that is not there":   {fields{"device": "card", "key_label": "none"}, 400, "not found"},
 		"of a label that two keys have":  {fields{"device": "card", "key_label": "twin"}, 400, "2 keys have it"},
 		"of a weak key":                  {fields{"device": "card", "key_label": "weak"}, 400, "accept_weak_key"},

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -72,8 +73,11 @@ func appendAttr(args []any, prefix string, attr slog.Attr) []any {
 		return args
 	}
 	held := value.Any()
-	if err, ok := held.(error); ok {
-		held = err.Error() // hclog writes a nested error's fields as JSON otherwise
+	switch typed := held.(type) { // hclog writes JSON, and that knows neither
+	case error:
+		held = typed.Error()
+	case time.Duration:
+		held = typed.String()
 	}
 	return append(args, prefix+attr.Key, held)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
@@ -21,7 +22,7 @@ func TestLogLinesReachHclogWithTheirAttributes(t *testing.T) {
 		t.Fatalf("a debug line was written at level info: %s", out.String())
 	}
 	logger.With("device", "card").WithGroup("token").Warn("reading the token",
-		"serial", "DENK01", slog.Group("pin", "tries", 3), "error", errors.New("gone"), slog.Attr{})
+		"serial", "DENK01", slog.Group("pin", "tries", 3), "took", time.Second, "error", errors.New("gone"), slog.Attr{})
 
 	var got map[string]any
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
@@ -30,7 +31,7 @@ func TestLogLinesReachHclogWithTheirAttributes(t *testing.T) {
 	delete(got, "@timestamp")
 	want := map[string]any{
 		"@level": "warn", "@message": "reading the token", "device": "card",
-		"token.serial": "DENK01", "token.pin.tries": float64(3), "token.error": "gone",
+		"token.serial": "DENK01", "token.pin.tries": float64(3), "token.error": "gone", "token.took": "1s",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("line (-want +got):\n%s", diff)

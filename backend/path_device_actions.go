@@ -13,6 +13,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
 // deviceActionPaths are what can be done with one device besides configuring it.
@@ -146,8 +147,8 @@ func statusAnswer() map[string]*framework.FieldSchema {
 func (b *backend) knownDevice(ctx context.Context, data *framework.FieldData) (string, *device.Handle, error) {
 	name := data.Get("name").(string)
 	handle, err := b.handle(ctx, name)
-	if errors.Is(err, errNoDevice) {
-		return name, nil, absent("%w", err)
+	if errors.Is(err, keyring.ErrNoDevice) {
+		return name, nil, absent("device %q: %w; write devices/%s first", name, err, name)
 	}
 	return name, handle, err
 }
@@ -175,8 +176,8 @@ func showStatus(status device.Status) map[string]any {
 		"pin_locked":    status.Info.PIN.Locked,
 		"keys":          len(status.Keys),
 		"round_trip_ms": float64(status.RoundTrip) / float64(time.Millisecond),
-		"mechanisms":    status.Info.Mechanisms,
-		"notes":         status.Info.Notes,
+		"mechanisms":    present(status.Info.Mechanisms),
+		"notes":         present(status.Info.Notes),
 		"checked":       stamp(status.Checked),
 	}
 	if status.Err != nil {
@@ -213,7 +214,7 @@ func (b *backend) deviceKeys(ctx context.Context, _ *logical.Request, data *fram
 		names = append(names, listed)
 		info[listed] = map[string]any{
 			"key_label": ref.Label, "key_id": ref.ID, "fingerprint": ref.Fingerprint,
-			"sensitive": traits.Sensitive, "extractable": traits.Extractable, "also_usable_for": traits.AlsoUsableFor,
+			"sensitive": traits.Sensitive, "extractable": traits.Extractable, "also_usable_for": present(traits.AlsoUsableFor),
 		}
 	}
 	slices.Sort(names)
@@ -309,7 +310,7 @@ func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *fra
 	case err != nil:
 		return nil, err
 	case record == nil:
-		return nil, absent("device %q: %w", name, errNoDevice)
+		return nil, absent("device %q: %w", name, keyring.ErrNoDevice)
 	case record.Config.PINFile != "":
 		return nil, mistake("the PIN of device %q comes from the file %s: change it on the token with the vendor's tool (pkcs11-tool "+
 			"--change-pin), then in the file", name, record.Config.PINFile)

@@ -178,7 +178,7 @@ func (b *backend) deviceWrite(ctx context.Context, _ *logical.Request, data *fra
 				"nothing was changed", strings.Join(changed, " and "))
 		}
 	}
-	if err := b.options.Devices.Check(record.Config); err != nil {
+	if err := b.tryDevice(ctx, name, record.Config); err != nil {
 		return nil, err
 	}
 	if pin || pinFile {

@@ -253,7 +253,7 @@ func readSource(req *logical.Request, data *framework.FieldData) (*keyring.Rotat
 
 // adoptionError makes a mistake of the user what elsewhere is trouble with an HSM: no such key, or two of that name.
 func adoptionError(err error) error {
-	for _, sentinel := range []error{hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, errNoDevice} {
+	for _, sentinel := range []error{hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, keyring.ErrNoDevice} {
 		if errors.Is(err, sentinel) && status(err) == http.StatusServiceUnavailable && !errors.Is(err, hsm.ErrUnavailable) {
 			return &statusError{http.StatusBadRequest, err}
 		}
@@ -351,8 +351,8 @@ func showVersion(version keyring.Version) (map[string]any, error) {
 			"algorithm":           string(recipient.Algorithm),
 			"kind":                string(recipient.Kind),
 			"public_key":          public,
-			"weaknesses_accepted": recipient.WeaknessesAccepted,
-			"also_usable_for":     recipient.AlsoUsableFor,
+			"weaknesses_accepted": present(recipient.WeaknessesAccepted),
+			"also_usable_for":     present(recipient.AlsoUsableFor),
 			"added":               stamp(recipient.Added),
 			"added_by":            recipient.AddedBy,
 		})

@@ -62,7 +62,7 @@ func (b *backend) random(ctx context.Context, _ *logical.Request, data *framewor
 	}
 	device, err := b.Device(ctx, name)
 	if err != nil {
-		return nil, adoptionError(err)
+		return nil, adoptionError(fmt.Errorf("device %q: %w", name, err))
 	}
 	randomer, ok := device.(hsm.Randomer)
 	if !ok {

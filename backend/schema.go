@@ -70,6 +70,14 @@ func listPath(pattern, suffix, synopsis string, list framework.OperationFunc) *f
 	}
 }
 
+// present is a list that is shown as empty, not as null.
+func present(list []string) []string {
+	if list == nil {
+		return []string{}
+	}
+	return list
+}
+
 // requestIDField is the field that makes a creating request repeatable.
 func requestIDField() *framework.FieldSchema {
 	return &framework.FieldSchema{

@@ -218,7 +218,7 @@ func (b *backend) openStore(ctx context.Context, name string, record *storeRecor
 func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.Store, error) {
 	opened, err := b.Device(ctx, record.Device)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("device %q: %w", record.Device, err)
 	}
 	info, err := opened.Info(ctx)
 	if err != nil {
@@ -227,7 +227,7 @@ func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.S
 	objects := func(ctx context.Context) (hsm.ObjectStore, error) {
 		opened, err := b.Device(ctx, record.Device)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("device %q: %w", record.Device, err)
 		}
 		objects, ok := opened.(hsm.ObjectStore)
 		if !ok {

@@ -210,7 +210,7 @@ func TestRandomBytesComeFromTheHSM(t *testing.T) {
 	m.write("random", fields{"device": "spare", "bytes": 0}).want(t, http.StatusBadRequest)
 	m.write("random", fields{"device": "spare", "bytes": 1025}).want(t, http.StatusBadRequest)
 	m.write("random", fields{"device": "spare", "format": "octal"}).want(t, http.StatusBadRequest)
-	m.write("random", fields{"device": "none"}).want(t, http.StatusBadRequest).says(t, "not configured")
+	m.write("random", fields{"device": "none"}).want(t, http.StatusBadRequest).says(t, "no device of that name")
 }
 
 func TestHealthIs503WhereNoDeviceCanOpen(t *testing.T) {
