@@ -31,7 +31,9 @@ func birth() (notes []string, _ *secrets, _ error) {
 		os.Exit(0) // died before guard asked for its death to be told
 	}
 
-	debug.FreeOSMemory() // what the initialisation of the parent's packages left behind would be locked for good
+	// What the initialisation of the plugin's packages left behind would be locked for good, and a heap of 1 MB is enough.
+	debug.SetGCPercent(25)
+	debug.FreeOSMemory()
 	secrets.everything = lockMemory() == nil
 	if !secrets.everything {
 		notes = append(notes, "The module host may not lock all of its memory, so it locks PINs and plaintexts one by one; "+

@@ -2,18 +2,16 @@ package modhost
 
 import (
 	"bytes"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
-	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 )
 
 func TestMain(m *testing.M) {
@@ -51,6 +49,12 @@ func startHost(t testing.TB, env ...string) *host {
 	return startHostAs(t, []string{wire.HostArgv0}, env...)
 }
 
+// ofTests is the environment of a process of this test binary: without it one that is built with coverage or with the
+// race detector writes to the folder that it runs in, or ends a second late.
+func ofTests(t testing.TB) []string {
+	return []string{"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}
+}
+
 // startHostAs is startHost with other arguments. Where they are not simply a host's, it runs without privileges.
 func startHostAs(t testing.TB, args []string, env ...string) *host {
 	t.Helper()
@@ -64,7 +68,7 @@ func startHostAs(t testing.TB, args []string, env ...string) *host {
 	}
 	h := &host{t: t, write: write, read: read, exited: make(chan struct{}), pending: make(map[uint64]chan wire.Frame)}
 	h.command = &exec.Cmd{
-		Path: "/proc/self/exe", Args: args, Env: append([]string{"GOCOVERDIR=" + t.TempDir()}, env...),
+		Path: "/proc/self/exe", Args: args, Env: append(ofTests(t), env...),
 		ExtraFiles: []*os.File{requests, answers}, Stderr: &h.stderr,
 	}
 	if args[0] != wire.HostArgv0 {
@@ -86,6 +90,9 @@ func startHostAs(t testing.TB, args []string, env ...string) *host {
 		h.waitExit()
 		reader.Wait()
 		_ = h.read.Close()
+		if strings.Contains(h.stderr.String(), "DATA RACE") {
+			t.Error("a data race in the host")
+		}
 		if h.stderr.Len() > 0 {
 			t.Logf("the host wrote: %s", h.stderr.String())
 		}
@@ -184,16 +191,6 @@ func (h *host) call(op wire.Op, meta any, data []byte, answer any) ([]byte, erro
 	return frame.Data, nil
 }
 
-// must is call where an error ends the test.
-func (h *host) must(op wire.Op, meta any, data []byte, answer any) []byte {
-	h.t.Helper()
-	got, err := h.call(op, meta, data, answer)
-	if err != nil {
-		h.t.Fatalf("operation %d: %v", op, err)
-	}
-	return got
-}
-
 // wantCode fails unless err is a *wire.Error with that code.
 func wantCode(t testing.TB, err error, code uint) {
 	t.Helper()
@@ -212,33 +209,11 @@ func asFailure(t testing.TB, err error) *wire.Error {
 	return failure
 }
 
-// eventually waits until a condition holds.
-func eventually(t testing.TB, what string, holds func() bool) {
-	t.Helper()
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); <-tick.C {
-		if holds() {
-			return
-		}
-	}
-	t.Fatalf("after %v: %s", patience, what)
-}
-
 // hello loads a module.
 func (h *host) hello(module string) (reply wire.HelloReply, err error) {
 	h.t.Helper()
 	_, err = h.call(wire.OpHello, wire.Hello{Version: wire.Version, Module: module, MaxSessions: 8}, nil, &reply)
 	return reply, err
-}
-
-// environment is what a host needs to see the token.
-func environment(k *pkcs11test.Token) []string {
-	env := make([]string, len(k.Env))
-	for i, name := range k.Env {
-		env[i] = name + "=" + os.Getenv(name)
-	}
-	return env
 }
 
 const nobody = 65534
@@ -248,37 +223,4 @@ func unprivileged(command *exec.Cmd) {
 	if os.Getuid() == 0 {
 		command.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 	}
-}
-
-// slotOf returns the slot of a token as the host sees it.
-func slotOf(h *host, k *pkcs11test.Token) uint {
-	h.t.Helper()
-	var slots wire.Slots
-	h.must(wire.OpSlots, nil, nil, &slots)
-	for _, slot := range slots.Slots {
-		if slot.Token.Serial == k.Serial {
-			return slot.ID
-		}
-	}
-	h.t.Fatalf("no token %q in %+v", k.Serial, slots)
-	return 0
-}
-
-// openToken starts a host with a token of SoftHSM, logged in.
-func openToken(t testing.TB) (*host, *pkcs11test.Token, uint) {
-	t.Helper()
-	k := pkcs11test.SoftHSM(t)
-	h := startHost(t, environment(k)...)
-	if _, err := h.hello(k.Module); err != nil {
-		t.Fatal(err)
-	}
-	slot := slotOf(h, k)
-	h.must(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.PIN), nil)
-	return h, k, slot
-}
-
-func randomID() string {
-	id := make([]byte, 8)
-	rand.Read(id)
-	return hex.EncodeToString(id)
 }

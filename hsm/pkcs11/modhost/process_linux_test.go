@@ -34,7 +34,7 @@ func init() {
 		switch os.Args[0] {
 		case playParent:
 			child := exec.Cmd{
-				Path: "/proc/self/exe", Args: []string{wire.HostArgv0}, Env: []string{"GOCOVERDIR=" + os.Getenv("GOCOVERDIR")},
+				Path: "/proc/self/exe", Args: []string{wire.HostArgv0}, Env: os.Environ(),
 				ExtraFiles: []*os.File{os.NewFile(3, ""), os.NewFile(4, "")},
 			}
 			if err := child.Start(); err != nil {
@@ -77,7 +77,7 @@ func beBorn(t *testing.T, limit string, env ...string) born {
 	t.Helper()
 	command := exec.CommandContext(t.Context(), "/proc/self/exe")
 	command.Args = []string{playBirth}
-	command.Env = env
+	command.Env = append(ofTests(t), env...)
 	if limit != "" {
 		command.Args = []string{playLimited, limit, playBirth}
 		unprivileged(command)
@@ -258,7 +258,7 @@ func TestTheDeathOfTheParentEndsTheHost(t *testing.T) {
 	defer func() { _ = write.Close(); _ = read.Close() }()
 	parent := exec.CommandContext(t.Context(), "/proc/self/exe")
 	parent.Args = []string{playParent}
-	parent.Env = []string{"GOCOVERDIR=" + t.TempDir()}
+	parent.Env = ofTests(t)
 	parent.ExtraFiles = []*os.File{requests, answers}
 	out, err := parent.StdoutPipe()
 	if err != nil {
@@ -304,6 +304,7 @@ func TestAHostWhoseParentIsGoneAlreadyDoesNothing(t *testing.T) {
 	_ = write.Close()
 	command := exec.CommandContext(t.Context(), "/proc/self/exe")
 	command.Args = []string{playBirth}
+	command.Env = ofTests(t)
 	command.ExtraFiles = []*os.File{requests, requests}
 	if out, err := command.Output(); err != nil || len(out) > 0 {
 		t.Errorf("it lives on: %v, %q", err, out)
@@ -313,6 +314,7 @@ func TestAHostWhoseParentIsGoneAlreadyDoesNothing(t *testing.T) {
 func TestAHostStartedByHandSaysSo(t *testing.T) {
 	command := exec.CommandContext(t.Context(), "/proc/self/exe")
 	command.Args = []string{wire.HostArgv0}
+	command.Env = ofTests(t)
 	out, err := command.CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "not by hand") {
 		t.Errorf("got %v: %s", err, out)
