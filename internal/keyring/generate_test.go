@@ -104,8 +104,10 @@ func TestRepeatedRequestsResumeAndOthersAreRefused(t *testing.T) {
 		want   error
 	}{
 		"the request id with another algorithm": {func(r *GenerateRequest) { r.Algorithm = hsm.ECDHP256 }, ErrRequestReused},
-		"another request id and algorithm": {func(r *GenerateRequest) { r.Algorithm, r.RequestID = hsm.ECDHP256, "r2" },
-			ErrGenerating},
+		"another request id and algorithm": {
+			func(r *GenerateRequest) { r.Algorithm, r.RequestID = hsm.ECDHP256, "r2" },
+			ErrGenerating,
+		},
 		"another device":       {func(r *GenerateRequest) { r.Device, r.RequestID = "two", "" }, ErrGenerating},
 		"no device":            {func(r *GenerateRequest) { r.Device = "" }, ErrInvalid},
 		"an unknown algorithm": {func(r *GenerateRequest) { r.Algorithm = "dsa" }, ErrInvalid},

@@ -168,24 +168,45 @@ func TestAdoptionRefusesWhatItShould(t *testing.T) {
 		{"no key named", nil, AdoptRequest{Device: "one"}, ErrInvalid},
 		{"a device that is not configured", nil, AdoptRequest{Device: "three", Label: "ec"}, ErrNoDevice},
 		{"a label that no key has", nil, AdoptRequest{Device: "one", Label: "nope"}, hsm.ErrNotFound},
-		{"a label that two keys have", func(f *fixture) { f.one.AddEC(f.t, "ec", "03", ecdh.P256()) },
-			AdoptRequest{Device: "one", Label: "ec"}, hsm.ErrAmbiguous},
-		{"an extractable key", func(f *fixture) { f.one.SetTraits("01", hsm.Traits{Extractable: true, Sensitive: true}) },
-			AdoptRequest{Device: "one", Label: "ec"}, ErrWeakKey},
-		{"a key that is not sensitive", func(f *fixture) { f.one.SetTraits("01", hsm.Traits{}) },
-			AdoptRequest{Device: "one", Label: "ec"}, ErrWeakKey},
+		{
+			"a label that two keys have", func(f *fixture) { f.one.AddEC(f.t, "ec", "03", ecdh.P256()) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			hsm.ErrAmbiguous,
+		},
+		{
+			"an extractable key", func(f *fixture) { f.one.SetTraits("01", hsm.Traits{Extractable: true, Sensitive: true}) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			ErrWeakKey,
+		},
+		{
+			"a key that is not sensitive", func(f *fixture) { f.one.SetTraits("01", hsm.Traits{}) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			ErrWeakKey,
+		},
 		{"a key that the device lets sign", func(f *fixture) {
 			f.one.SetTraits("02", hsm.Traits{Sensitive: true, AlsoUsableFor: []string{"sign"}, ForeignUsesRefused: true})
 		}, AdoptRequest{Device: "one", ID: "02"}, ErrWeakKey},
 		{"an RSA key without any OAEP", func(f *fixture) { f.one.SetHashes() }, AdoptRequest{Device: "one", Label: "rsa"}, ErrUnusableKey},
-		{"an RSA key of an odd size", func(f *fixture) { f.one.AddRSA(f.t, "odd", "09", 2176) },
-			AdoptRequest{Device: "one", Label: "odd"}, ErrUnusableKey},
-		{"a curve that envelopes do not know", func(f *fixture) { f.devices.set("one", oddDevice{}) },
-			AdoptRequest{Device: "one", Label: "ec"}, ErrUnusableKey},
-		{"an HSM that is away", func(f *fixture) { f.one.SetError(hsm.ErrUnavailable) },
-			AdoptRequest{Device: "one", Label: "ec"}, hsm.ErrUnavailable},
-		{"an HSM that wants another PIN", func(f *fixture) { f.one.SetError(&hsm.PINError{TriesLeft: 0, Detail: "locked; unlock it"}) },
-			AdoptRequest{Device: "one", Label: "ec"}, hsm.ErrLocked},
+		{
+			"an RSA key of an odd size", func(f *fixture) { f.one.AddRSA(f.t, "odd", "09", 2176) },
+			AdoptRequest{Device: "one", Label: "odd"},
+			ErrUnusableKey,
+		},
+		{
+			"a curve that envelopes do not know", func(f *fixture) { f.devices.set("one", oddDevice{}) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			ErrUnusableKey,
+		},
+		{
+			"an HSM that is away", func(f *fixture) { f.one.SetError(hsm.ErrUnavailable) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			hsm.ErrUnavailable,
+		},
+		{
+			"an HSM that wants another PIN", func(f *fixture) { f.one.SetError(&hsm.PINError{TriesLeft: 0, Detail: "locked; unlock it"}) },
+			AdoptRequest{Device: "one", Label: "ec"},
+			hsm.ErrLocked,
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := newFixture(t)
@@ -539,6 +560,54 @@ func TestEncryptAndClustersWantAKeyThatSurvives(t *testing.T) {
 			test.steps(f)
 			check(t, f, test.ready)
 		})
+	}
+}
+
+func TestAConfirmationHoldsForTheVersionItWasGivenFor(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	f.configure(Settings{BackupConfirmed: ptr(true), AcceptSingleHSM: ptr(true)})
+	f.backup()
+	key, err := f.Rotate(t.Context(), "prod", RotateRequest{Adopt: &AdoptRequest{Device: "two", Label: "ec"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if key.BackupConfirmed != nil {
+		t.Error("a backup of the old HSM key is taken for one of the new")
+	}
+	if key.RecordRead != nil {
+		t.Error("the key record that was read is taken for the one with the new version")
+	}
+	if key.AcceptSingleHSM == nil {
+		t.Error("a single HSM is no longer accepted")
+	}
+}
+
+func TestARewrapForTransitAsksNoHSMWhereItCouldNotSeal(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	f.configure(Settings{AcceptSingleHSM: ptr(true)})
+	f.backup()
+	sealed, err := f.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("secret"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Rotate(t.Context(), "prod", RotateRequest{Adopt: &AdoptRequest{Device: "two", Label: "ec"}}); err != nil {
+		t.Fatal(err)
+	}
+	count := f.operations()
+	_, err = f.Rewrap(t.Context(), "prod", sealed.Envelope, envelope.Context{Use: envelope.UseTransit})
+	if !errors.Is(err, ErrNotReady) || count() != [2]int{} {
+		t.Errorf("got %v and %v operations, want ErrNotReady and none", err, count())
+	}
+	f.backup()
+	if rewrapped, err := f.Rewrap(t.Context(), "prod", sealed.Envelope, envelope.Context{Use: envelope.UseTransit}); err != nil ||
+		rewrapped.Version != 2 {
+		t.Errorf("rewrapped %+v: %v", rewrapped.Sealed, err)
+	}
+	if opened, err := f.Unwrap(t.Context(), "prod", envelope.UseTransit, sealed.Envelope, nil); err != nil ||
+		string(opened.Payload) != "secret" {
+		t.Errorf("the old envelope: %v", err)
 	}
 }
 

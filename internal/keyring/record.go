@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -296,7 +297,7 @@ func (c *recipientCore) derive() error {
 // checkName returns ErrInvalid where name cannot be a wrapping key's: it becomes a part of a store's name and of a
 // path in Vault.
 func checkName(name string) error {
-	bad := len(name) > maxNameLength || store.CheckName(name) != nil || bytes.ContainsRune([]byte(name), '/')
+	bad := len(name) > maxNameLength || store.CheckName(name) != nil || strings.Contains(name, "/")
 	if bad {
 		return fmt.Errorf("%w: %q cannot be the name of a wrapping key; use 1 to %d letters, digits, \".\", \"_\" and \"-\", "+
 			"a letter, a digit or \"_\" first", ErrInvalid, name, maxNameLength)

@@ -180,10 +180,14 @@ func TestAKeyRecordThatIsNotTheConfirmedOneIsRefused(t *testing.T) {
 		{"empty", "prod", nil, backup.SHA256, ErrRecordMalformed},
 		{"other JSON", "prod", []byte(`{}`), backup.SHA256, ErrRecordMalformed},
 		{"two records", "prod", slices.Concat(backup.Record, backup.Record), backup.SHA256, ErrRecordMalformed},
-		{"an unknown member", "prod", bytes.Replace(backup.Record, []byte(`{"type"`), []byte(`{"x":1,"type"`), 1), backup.SHA256,
-			ErrRecordMalformed},
-		{"a later format", "prod", bytes.Replace(backup.Record, []byte(`"format":1`), []byte(`"format":2`), 1), backup.SHA256,
-			ErrRecordMalformed},
+		{
+			"an unknown member", "prod", bytes.Replace(backup.Record, []byte(`{"type"`), []byte(`{"x":1,"type"`), 1), backup.SHA256,
+			ErrRecordMalformed,
+		},
+		{
+			"a later format", "prod", bytes.Replace(backup.Record, []byte(`"format":1`), []byte(`"format":2`), 1), backup.SHA256,
+			ErrRecordMalformed,
+		},
 		{"too large", "prod", bytes.Repeat([]byte{' '}, 1<<20), backup.SHA256, ErrRecordMalformed},
 		{"another public key under the kid, even if confirmed", "prod", nil, "", ErrRecordMalformed},
 		{"a forged envelope of another version, even if confirmed", "prod", nil, "", ErrRecordMalformed},
