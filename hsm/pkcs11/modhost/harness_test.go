@@ -52,6 +52,7 @@ func startHost(t testing.TB, env ...string) *host {
 // ofTests is the environment of a process of this test binary: without it one that is built with coverage or with the
 // race detector writes to the folder that it runs in, or ends a second late.
 func ofTests(t testing.TB) []string {
+	t.Helper()
 	return []string{"GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}
 }
 

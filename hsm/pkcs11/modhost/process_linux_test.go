@@ -3,8 +3,12 @@
 package modhost
 
 import (
+	"bytes"
+	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"math/big"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -207,16 +211,21 @@ func TestTheEndOfThePipeEndsTheHost(t *testing.T) {
 		"before the Hello":       {},
 		"while it has no work":   {module: stub(t)},
 		"while the module hangs": {module: stub(t, "SLOTS=hang"), op: wire.OpSlots},
+		"while it is loaded":     {module: stub(t, "INITIALIZE=hang()"), op: wire.OpHello},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := startHost(t)
-			if c.module != "" {
-				if _, err := h.hello(c.module); err != nil {
-					t.Fatal(err)
-				}
+			hello := wire.Hello{Version: wire.Version, Module: c.module, MaxSessions: 1}
+			switch {
+			case c.op == wire.OpHello:
+				h.send(wire.OpHello, hello, nil)
+			case c.module != "":
+				h.must(wire.OpHello, hello, nil, nil)
+			}
+			if c.op == wire.OpSlots {
+				h.send(wire.OpSlots, nil, nil)
 			}
 			if c.op != 0 {
-				h.send(c.op, nil, nil)
 				waitInside(t, h.command.Process.Pid)
 			}
 			begun := time.Now()
@@ -319,6 +328,92 @@ func TestAHostStartedByHandSaysSo(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "not by hand") {
 		t.Errorf("got %v: %s", err, out)
 	}
+}
+
+func TestNothingOfASecretStaysInTheHost(t *testing.T) {
+	module := stub(t, "WORKS")
+	for name, args := range map[string][]string{
+		"as this process may":        {wire.HostArgv0},
+		"with little memory to lock": {playLimited, "65536", wire.HostArgv0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.Chmod(filepath.Dir(filepath.Dir(module)), 0o711); err != nil { // for a host without privileges
+				t.Fatal(err)
+			}
+			h := startHostAs(t, args)
+			if _, err := h.hello(module); err != nil {
+				t.Fatal(err)
+			}
+			memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", h.command.Process.Pid))
+			if errors.Is(err, os.ErrPermission) {
+				t.Skip("only root can look into a host, which is as it should be")
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = memory.Close() }()
+
+			pin, pins, ciphertext := randomDigits(), randomDigits()+randomDigits(), make([]byte, 256)
+			rand.Read(ciphertext)
+			slot := wire.SlotRequest{Slot: 0}
+			h.must(wire.OpLogin, slot, []byte(pin), nil)
+			h.must(wire.OpSetPIN, wire.SetPINRequest{OldLen: len(pins) / 2}, []byte(pins), nil)
+			plaintext := h.must(wire.OpDecryptOAEP, wire.DecryptRequest{Hash: 0x220, Size: 256}, ciphertext, nil)
+
+			for what, secret := range map[string][]byte{
+				"the PIN": []byte(pin), "the old PIN": []byte(pins[:len(pins)/2]), "the new PIN": []byte(pins[len(pins)/2:]),
+				"the plaintext": plaintext[:32],
+			} {
+				eventually(t, what+" is still in the memory of the host", func() bool {
+					return !holds(t, h.command.Process.Pid, memory, secret)
+				})
+			}
+			if canary := []byte(module); !holds(t, h.command.Process.Pid, memory, canary) {
+				t.Error("not even the path of the module is found: this test sees nothing")
+			}
+		})
+	}
+}
+
+// randomDigits is a PIN that is in no program.
+func randomDigits() string {
+	var b strings.Builder
+	for range 15 {
+		digit, err := rand.Int(rand.Reader, big.NewInt(10))
+		if err != nil {
+			panic(err)
+		}
+		b.WriteString(digit.String())
+	}
+	return b.String()
+}
+
+// holds tells whether the memory of a process holds these bytes.
+func holds(t *testing.T, pid int, memory *os.File, secret []byte) bool {
+	t.Helper()
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		var start, end uint64
+		var access string
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &start, &end, &access); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasPrefix(access, "rw") {
+			continue
+		}
+		const step = 1 << 20
+		for at := start; at < end; at += step {
+			piece := make([]byte, min(step+uint64(len(secret)), end-at))
+			n, _ := memory.ReadAt(piece, int64(at)) // what cannot be read is not there either
+			if bytes.Contains(piece[:n], secret) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // giveToNobody lets a host without privileges use the token in this directory of a test.

@@ -1,7 +1,8 @@
 /* A PKCS#11 module that can hardly do anything, and that with the faults chosen by -D:
  * LIST_FAILS, NO_LIST, VERSION=n, HOLE: what its C_GetFunctionList does;
- * INITIALIZE=code: what C_Initialize answers;
- * SLOTS=hang|crash|refuse: what C_GetSlotList does. */
+ * INITIALIZE=code|hang(): what C_Initialize answers;
+ * SLOTS=hang|crash|refuse: what C_GetSlotList does;
+ * WORKS: sessions can be opened, every PIN is right, and C_Decrypt turns every bit over. It keeps nothing that it sees. */
 #include <stddef.h>
 #include <unistd.h>
 #include "../cryptoki.h"
@@ -29,6 +30,23 @@ static CK_RV info(CK_BYTE *out) {
 	return 0;
 }
 
+#ifdef WORKS
+static CK_RV accept(void) { return 0; }
+
+static CK_RV open_session(CK_ULONG slot, CK_ULONG flags, void *application, void *notify, CK_ULONG *session) {
+	(void)slot, (void)flags, (void)application, (void)notify;
+	*session = 1;
+	return 0;
+}
+
+static CK_RV decrypt(CK_ULONG session, const CK_BYTE *in, CK_ULONG inLen, CK_BYTE *out, CK_ULONG *outLen) {
+	(void)session;
+	for (CK_ULONG i = 0; i < inLen && i < *outLen; i++)
+		out[i] = ~in[i];
+	return 0;
+}
+#endif
+
 static CK_FUNCTION_LIST list;
 
 #ifndef NO_SYMBOL
@@ -40,6 +58,14 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST **out) {
 	list.C_GetInfo = (void *)info;
 #ifdef SLOTS
 	list.C_GetSlotList = (void *)SLOTS;
+#endif
+#ifdef WORKS
+	list.C_OpenSession = (void *)open_session;
+	list.C_CloseSession = (void *)accept;
+	*(void **)&list.C_Login = (void *)accept;
+	*(void **)&list.C_SetPIN = (void *)accept;
+	*(void **)&list.C_DecryptInit = (void *)accept;
+	list.C_Decrypt = decrypt;
 #endif
 	(void)hang, (void)crash;
 	list.version.major = 2;
