@@ -182,7 +182,7 @@ func (k *rsaKey) DecryptOAEP(ctx context.Context, hash crypto.Hash, ciphertext [
 		case answered && judge(refused.Code) == verdictFinal:
 			// Not even its own good ciphertext: SoftHSM says CKR_ARGUMENTS_BAD to OAEP with SHA-256.
 			return fmt.Errorf("%w: OAEP with %v: %w", hsm.ErrUnsupported, hash, bare(failed))
-		case answered || died:
+		case answered || died || errors.Is(probed, errRetired): // the last: another caller found the host broken first
 			return nil
 		default: // the probe did not get there: the caller's deadline, or a full queue
 			return fmt.Errorf("after %w: %w", bare(failed), probed)
