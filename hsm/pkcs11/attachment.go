@@ -74,6 +74,13 @@ func (h *host) attachment(identity string) *attachment {
 	return h.attachments[identity]
 }
 
+// unattached reports whether the host serves no token.
+func (h *host) unattached() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.attachments) == 0
+}
+
 // look lists the slots and chooses the device's token among them.
 func (d *Device) look(ctx context.Context, h *host) (wire.Slot, error) {
 	release, err := d.module.listing.acquire(ctx, d.config.Owner)

@@ -50,7 +50,11 @@ func (d *Device) Close() error {
 	d.closed = true
 	clear(d.pin)
 	d.pin = nil
+	t := d.token
 	d.mu.Unlock()
+	if t != nil {
+		t.leave(d)
+	}
 	d.manager.release(d.module)
 	return nil
 }
@@ -64,6 +68,8 @@ type operation struct {
 	private bool
 	// idempotent operations may be repeated although they may have happened.
 	idempotent bool
+	// directory operations look names up on the token and must not miss what another process wrote.
+	directory bool
 	// build makes the request for one attachment; it may ask the host for a handle first. The caller of run owns data.
 	build func(ctx context.Context, a *attachment) (meta any, data []byte, err error)
 	// doubt, where set, is asked about a failure that may be the token's or the request's fault. An error that it
@@ -101,7 +107,11 @@ func (d *Device) attempt(ctx context.Context, o operation) (_ wire.Frame, _ *att
 	if err := d.open(); err != nil {
 		return wire.Frame{}, nil, false, err
 	}
-	h, err := d.module.host(ctx)
+	host := d.module.host
+	if o.directory {
+		host = d.module.upToDate
+	}
+	h, err := host(ctx)
 	if err != nil {
 		return wire.Frame{}, nil, false, err
 	}
@@ -164,7 +174,7 @@ func (d *Device) recover(ctx context.Context, o operation, h *host, a *attachmen
 		return true, fmt.Errorf("%w: %w", hsm.ErrUnavailable, err)
 	}
 	if _, ok := errors.AsType[*absentError](err); ok {
-		return d.module.refresh(h), err
+		return h.unattached() && d.module.refresh(h), err
 	}
 	failed, ok := errors.AsType[*wire.Error](err)
 	if !ok {

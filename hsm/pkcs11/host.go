@@ -62,6 +62,7 @@ type host struct {
 	retired  bool      // ends with its last call
 	err      error     // why it is dead
 	useful   bool      // did something that only a working token does
+	stamp    string    // of the newest write that it can know of
 
 	attachments map[string]*attachment // by token identity
 }

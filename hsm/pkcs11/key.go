@@ -59,27 +59,36 @@ func (k *keyBase) describe() string {
 // FindKeys implements [hsm.Device]. Keys of a kind that is not used here are left out; where a label or id names nothing
 // else, the error says what it found.
 func (d *Device) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, error) {
+	found, seenBy, err := d.findKeys(ctx, query)
+	if err == nil && found == nil && query != (hsm.KeyQuery{}) && d.module.refresh(seenBy) {
+		// Another program may have made it since this host was born: pkcs11-tool, just before the key is adopted.
+		found, _, err = d.findKeys(ctx, query)
+	}
+	return found, err
+}
+
+// findKeys is FindKeys on the current host, which it names.
+func (d *Device) findKeys(ctx context.Context, query hsm.KeyQuery) (found []hsm.Key, seenBy *host, _ error) {
 	id := strings.ToLower(query.ID)
 	if _, err := hex.DecodeString(id); err != nil {
-		return nil, fmt.Errorf("looking for keys with %s: the id is no hexadecimal number of whole bytes", query)
+		return nil, nil, fmt.Errorf("looking for keys with %s: the id is no hexadecimal number of whole bytes", query)
 	}
 	during := fmt.Sprintf("looking for keys with %s on %s", query, d.describeToken())
 	var known map[uint]wire.Mechanism
 	frame, a, err := d.runAt(ctx, operation{
-		during: during, op: wire.OpFindKeys, private: true, idempotent: true,
+		during: during, op: wire.OpFindKeys, private: true, idempotent: true, directory: true,
 		build: func(ctx context.Context, a *attachment) (_ any, _ []byte, err error) {
 			known, err = d.mechanisms(ctx, a)
 			return wire.FindKeysRequest{Slot: a.slot, Label: query.Label, ID: id}, nil, err
 		},
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var listed wire.Keys
 	if err := wire.Decode(frame.Meta, &listed); err != nil {
-		return nil, fmt.Errorf("%s: %w", during, err)
+		return nil, nil, fmt.Errorf("%s: %w", during, err)
 	}
-	var found []hsm.Key
 	var unusable []string
 	for _, k := range listed.Keys {
 		key, err := d.key(a.token, k, known)
@@ -93,12 +102,12 @@ func (d *Device) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, e
 		}
 	}
 	if found == nil && unusable != nil && (query.Label != "" || query.ID != "") {
-		return nil, fmt.Errorf("%s: %w: what is there cannot be used: %s", during, hsm.ErrUnsupported, quoteAll(unusable))
+		return nil, nil, fmt.Errorf("%s: %w: what is there cannot be used: %s", during, hsm.ErrUnsupported, quoteAll(unusable))
 	}
 	slices.SortStableFunc(found, func(a, b hsm.Key) int {
 		return cmp.Or(cmp.Compare(a.Ref().ID, b.Ref().ID), cmp.Compare(a.Ref().Label, b.Ref().Label))
 	})
-	return found, nil
+	return found, a.host, nil
 }
 
 // remember keeps the handles of a key for as long as the host lives.
@@ -196,7 +205,7 @@ func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, er
 	}
 	var known map[uint]wire.Mechanism
 	frame, a, err := d.runAt(ctx, operation{
-		during: during, op: wire.OpGenerateKey, private: true,
+		during: during, op: wire.OpGenerateKey, private: true, directory: true,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
 			there, err := d.keysWithID(ctx, a, id)
 			if err != nil {
@@ -212,8 +221,10 @@ func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, er
 		},
 	})
 	if err != nil {
+		d.manager.wrote(nil) // perhaps
 		return nil, err
 	}
+	d.manager.wrote(a.host)
 	var made wire.Key
 	if err := wire.Decode(frame.Meta, &made); err != nil {
 		return nil, fmt.Errorf("%s: %w", during, err)
@@ -253,7 +264,7 @@ func (d *Device) DeleteKey(ctx context.Context, ref hsm.KeyRef) error {
 		return pick(keys, ref)
 	}
 	destroy := operation{
-		during: during, op: wire.OpDestroyKey, private: true,
+		during: during, op: wire.OpDestroyKey, private: true, directory: true,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
 			h, err := there(ctx, a)
 			return wire.DestroyKeyRequest{Slot: a.slot, Handle: h.private, PublicHandle: h.public}, nil, err

@@ -27,7 +27,10 @@ func (d *Device) logIn(ctx context.Context, a *attachment) error {
 		if a.loggedIn {
 			digest := a.pinDigest
 			a.mu.Unlock()
-			return d.mayShare(digest)
+			if d.holds(digest) {
+				return nil
+			}
+			return d.anotherPIN()
 		}
 		if running := a.loggingIn; running != nil {
 			a.mu.Unlock()
@@ -64,17 +67,46 @@ func (d *Device) logIn(ctx context.Context, a *attachment) error {
 	}
 }
 
-// mayShare compares the device's PIN with the one that logged in.
-func (d *Device) mayShare(loggedIn [32]byte) error {
+// holds compares the device's PIN with one that logged in, in constant time.
+func (d *Device) holds(digest [32]byte) bool {
 	d.mu.Lock()
 	own := d.manager.digest(d.pin)
 	d.mu.Unlock()
-	if subtle.ConstantTimeCompare(own[:], loggedIn[:]) == 1 {
-		return nil
-	}
+	return subtle.ConstantTimeCompare(own[:], digest[:]) == 1
+}
+
+func (d *Device) anotherPIN() error {
 	return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf(
 		"another mount is logged in to %s with another PIN; nothing was sent, to save its tries; %s", d.describeToken(), nextStep)}
 }
+
+// mayTry says whether the device's PIN may be sent although another device's is known to be right: never, while that
+// device is open. Hosts come and go, and the one that comes first on a new host must not be the one with a wrong PIN.
+func (t *token) mayTry(d *Device) bool {
+	t.mu.Lock()
+	holder, digest := t.holder, t.digest
+	t.mu.Unlock()
+	return holder == nil || d.holds(digest)
+}
+
+// hold records whose PIN logged in.
+func (t *token) hold(d *Device, digest [32]byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.holder, t.digest = d, digest
+}
+
+// leave forgets the PIN of the last log-in where it was this device's.
+func (t *token) leave(d *Device) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.holder == d {
+		t.holder = nil
+	}
+}
+
+// forget forgets whose PIN logged in last.
+func (t *token) forget() { t.hold(nil, [32]byte{}) }
 
 // digest makes PINs comparable without keeping them.
 func (m *Manager) digest(pin []byte) (sum [32]byte) {
@@ -104,6 +136,9 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 	if len(pin) == 0 {
 		return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf("no PIN is set for %s; %s", d.describeToken(), nextStep)}
 	}
+	if !a.token.mayTry(d) {
+		return d.anotherPIN()
+	}
 	release, err := a.token.queue.acquire(ctx, d.config.Owner)
 	if err != nil {
 		return err
@@ -126,9 +161,11 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.config.DecryptLimit,
 	})
 	if err == nil {
+		digest := d.manager.digest(pin)
 		a.mu.Lock()
-		a.loggedIn, a.pinDigest = true, d.manager.digest(pin)
+		a.loggedIn, a.pinDigest = true, digest
 		a.mu.Unlock()
+		a.token.hold(d, digest)
 		if err := intent.succeeded(); err != nil {
 			d.manager.logger.Warn("the log-in worked, but the PIN ledger could not record it", "token", d.describeToken(), "error", err)
 		}
@@ -145,6 +182,7 @@ func (d *Device) refused(ctx context.Context, a *attachment, intent *attempt, er
 		return errors.Join(&hsm.PINError{TriesLeft: -1, Detail: fmt.Sprintf(
 			"%s has no user PIN yet; initialise it first (pkcs11-tool --login --login-type so --init-pin)", d.describeToken())}, intent.withdrawn())
 	case ok && aboutPIN(failed.Code):
+		a.token.forget() // only the PIN that was right came this far: it was changed
 		return d.refusedPIN(ctx, a, intent, failed.Code)
 	case errors.Is(err, errRetired):
 		return errors.Join(err, intent.withdrawn())
@@ -278,6 +316,7 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 	clear(d.pin)
 	d.pin = bytes.Clone(pin)
 	d.mu.Unlock()
+	a.token.hold(d, d.manager.digest(pin))
 	// A module may keep the old PIN to log in again by itself, which would cost a try: the host must not be used any more.
 	d.module.succeeded(a.host)
 	d.module.replace(a.host, errors.New("the PIN was changed"))
@@ -305,6 +344,7 @@ func (d *Device) Unbar(ctx context.Context) error {
 		}
 		t = d.known()
 	}
+	t.forget() // a person says that this device's PIN may be tried
 	if err := d.manager.ledger.unbar(t.identity); err != nil {
 		return fmt.Errorf("lifting the PIN bar of %s: %w", d.describeToken(), err)
 	}

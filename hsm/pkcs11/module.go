@@ -17,8 +17,9 @@ const (
 	// The pause before another start after two in a row that led to nothing. It doubles up to the longest, which is short enough
 	// for a returned token to be in use again about a second later.
 	firstPause, longestPause = 50 * time.Millisecond, 800 * time.Millisecond
-	// staleAfter is how old a host has to be before the absence of a token is checked with a new one. A module should see
-	// a returned token by itself; one that does not is helped this way.
+	// staleAfter is how old a host has to be before the absence of a token or key is checked with a new one. A module should
+	// see by itself what comes; p11-kit's client does not see a token that returned, OpenSC not a key that another program
+	// made.
 	staleAfter = time.Second
 )
 
@@ -115,12 +116,15 @@ func (m *module) start(s *starting) {
 
 // spawn starts a host that is nobody's until it is installed. The caller is one of waiting.
 func (m *module) spawn() (*host, error) {
-	begun := time.Now()
+	begun, stamp := time.Now(), m.manager.stamp()
 	p, err := m.manager.spawn()
 	if err != nil {
 		return nil, err
 	}
 	h := newHost(p)
+	h.mu.Lock()
+	h.stamp = stamp
+	h.mu.Unlock()
 	m.mu.Lock()
 	m.hosts[h] = struct{}{}
 	m.waiting.Add(1)
@@ -210,21 +214,41 @@ func (m *module) replace(h *host, cause error) {
 	h.retire()
 }
 
-// refresh takes an old host out of use that has no token to serve, and says whether it did.
+// refresh takes an old host out of use whose view of the token may be out of date, and says whether it did. That is no
+// failure and causes no pause.
 func (m *module) refresh(h *host) bool {
-	h.mu.Lock()
-	stale := len(h.attachments) == 0 && time.Since(h.born) > staleAfter
-	h.mu.Unlock()
-	if !stale {
+	if time.Since(h.born) < staleAfter {
 		return false
 	}
+	m.discard(h)
+	return true
+}
+
+// discard takes a host out of use without blaming it. What is inside it may finish.
+func (m *module) discard(h *host) {
 	m.mu.Lock()
 	if m.current == h {
 		m.current = nil
 	}
 	m.mu.Unlock()
 	h.retire()
-	return true
+}
+
+// upToDate returns a host that was born after the newest write to a token by any of our processes.
+func (m *module) upToDate(ctx context.Context) (*host, error) {
+	stamp := m.manager.stamp()
+	h, err := m.host(ctx)
+	if err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	current := h.stamp == stamp
+	h.mu.Unlock()
+	if current {
+		return h, nil
+	}
+	m.discard(h)
+	return m.host(ctx)
 }
 
 // dropLocked makes room for another host and sets the pause before it. The caller holds mu.
@@ -285,6 +309,9 @@ type token struct {
 
 	mu     sync.Mutex
 	proved map[string]proofs // what keys were shown to do, by fingerprint; the maps inside are never changed
+	// holder is the open device whose PIN, with this digest, logged in last; nil where there is none.
+	holder *Device
+	digest [32]byte
 }
 
 // token returns the token of that identity, with the parallelism of the device that asked first.

@@ -18,7 +18,7 @@ const maxObject = wire.MaxFrame - 16<<10
 func (d *Device) Objects(ctx context.Context, application string) ([]hsm.ObjectRef, error) {
 	during := fmt.Sprintf("listing the objects of %q on %s", application, d.describeToken())
 	frame, err := d.run(ctx, operation{
-		during: during, op: wire.OpObjects, private: true, idempotent: true,
+		during: during, op: wire.OpObjects, private: true, idempotent: true, directory: true,
 		build: func(_ context.Context, a *attachment) (any, []byte, error) {
 			return wire.ObjectRequest{Slot: a.slot, Application: application}, nil, nil
 		},
@@ -40,7 +40,7 @@ func (d *Device) Objects(ctx context.Context, application string) ([]hsm.ObjectR
 // ReadObject implements [hsm.ObjectStore].
 func (d *Device) ReadObject(ctx context.Context, ref hsm.ObjectRef) ([]byte, error) {
 	frame, err := d.run(ctx, operation{
-		during: "reading " + d.describeObject(ref), op: wire.OpReadObject, private: true, idempotent: true, build: object(ref),
+		during: "reading " + d.describeObject(ref), op: wire.OpReadObject, private: true, idempotent: true, directory: true, build: object(ref),
 	})
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 	defer done()
 
 	create := operation{
-		during: during, op: wire.OpCreateObject, private: true,
+		during: during, op: wire.OpCreateObject, private: true, directory: true,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
 			labels, err := d.labels(ctx, a, ref.Application)
 			if err == nil && slices.Contains(labels, ref.Label) {
@@ -77,11 +77,13 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 		},
 	}
 	for first := true; ; first = false {
-		if _, err := d.run(ctx, create); err != nil {
+		_, err := d.run(ctx, create)
+		d.manager.wrote(nil) // perhaps, where it failed
+		if err != nil {
 			return err
 		}
 		kept := false
-		err := d.verify(ctx, func(ctx context.Context, a *attachment) error {
+		err = d.verify(ctx, func(ctx context.Context, a *attachment) error {
 			stored, err := d.exchange(ctx, a, wire.OpReadObject, wire.ObjectRequest{Slot: a.slot, Application: ref.Application, Label: ref.Label}, nil)
 			if failed, ok := errors.AsType[*wire.Error](err); ok && failed.Code == wire.CodeNotFound {
 				return nil
@@ -110,7 +112,7 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 
 // DeleteObject implements [hsm.ObjectStore]. It is believed only when a fresh host no longer finds the object.
 func (d *Device) DeleteObject(ctx context.Context, ref hsm.ObjectRef) error {
-	destroy := operation{during: "deleting " + d.describeObject(ref), op: wire.OpDestroyObject, private: true, build: object(ref)}
+	destroy := operation{during: "deleting " + d.describeObject(ref), op: wire.OpDestroyObject, private: true, directory: true, build: object(ref)}
 	return d.removed(ctx, destroy, func(ctx context.Context, a *attachment) (bool, error) {
 		labels, err := d.labels(ctx, a, ref.Application)
 		return !slices.Contains(labels, ref.Label), err
@@ -126,11 +128,13 @@ func (d *Device) removed(ctx context.Context, destroy operation, gone func(conte
 	}
 	defer done()
 	for first := true; ; first = false {
-		if _, err := d.run(ctx, destroy); err != nil {
+		_, err := d.run(ctx, destroy)
+		d.manager.wrote(nil) // perhaps, where it failed
+		if err != nil {
 			return err
 		}
 		isGone := false
-		err := d.verify(ctx, func(ctx context.Context, a *attachment) (err error) {
+		err = d.verify(ctx, func(ctx context.Context, a *attachment) (err error) {
 			isGone, err = gone(ctx, a)
 			return err
 		})
