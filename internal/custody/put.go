@@ -1,0 +1,185 @@
+package custody
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// PutOptions say how an item is written.
+type PutOptions struct {
+	Key   string // wrapping key; "" for the one that it has
+	Store string // "" for the one that it has, or the default one
+	// CAS is the generation that the item must be at, 0 for none at all. nil writes over whatever is expected there;
+	// an item without a record in this mount is written over only by its generation.
+	CAS *uint64
+	By  string // display name of the caller, for the record
+}
+
+// Put seals the fields into one envelope of a new generation and stores it. No HSM is touched. After an error that is
+// not [ErrConflict], [ErrInvalid] or one of the states, the item holds the old fields or the new ones.
+func (k *Keeper) Put(ctx context.Context, cluster, name string, fields Fields, options PutOptions) (Metadata, error) {
+	if err := fields.check(); err != nil {
+		return Metadata{}, fmt.Errorf("writing %s: %w", describe(cluster, name), err)
+	}
+	payload := fields.encode()
+	defer clear(payload)
+	for range maxConflicts {
+		i, err := k.look(ctx, cluster, name, options.Store)
+		if err != nil {
+			return Metadata{}, err
+		}
+		if err := i.expect(options.CAS); err != nil {
+			return Metadata{}, err
+		}
+		written, err := k.replace(ctx, i, payload, change{key: options.Key, fields: fields.Names(), by: options.By})
+		switch {
+		case err == nil:
+			return written, nil
+		case !errors.Is(err, store.ErrConflict):
+			return Metadata{}, err
+		case options.CAS != nil:
+			return Metadata{}, fmt.Errorf("writing %s: %w: somebody else has just written it; read it again", describe(cluster, name), ErrConflict)
+		}
+	}
+	return Metadata{}, fmt.Errorf("writing %s: %w: others wrote it %d times meanwhile; try again", describe(cluster, name), ErrConflict, maxConflicts)
+}
+
+// expect returns an error where an item must not be written over.
+func (i *item) expect(cas *uint64) error {
+	if cas != nil && *cas != i.current() {
+		return fmt.Errorf("writing %s: %w: it is at generation %d and the request expects %d; read it again",
+			describe(i.cluster, i.name), ErrConflict, i.current(), *cas)
+	}
+	switch i.state {
+	case StateStale, StateAhead:
+		return i.problem()
+	case StateUnrecorded:
+		if cas == nil {
+			return fmt.Errorf("writing %s in store %q: %w: it is there, at generation %d; open it to begin a record, or give cas=%d to write over it",
+				describe(i.cluster, i.name), i.storeName, ErrUnrecorded, i.claimed.Generation, i.claimed.Generation)
+		}
+	}
+	return nil
+}
+
+// change is what a write changes besides the payload.
+type change struct {
+	key    string   // "" for the one that the item has
+	fields []string // names; nil where they stay
+	by     string
+}
+
+// replace puts a payload in place of an item as it was looked at: foresee, store, confirm. store.ErrConflict says that
+// the item has changed since, and that this write changed nothing.
+func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change) (Metadata, error) {
+	if c.key == "" {
+		c.key = i.key()
+	}
+	if c.key == "" {
+		return Metadata{}, fmt.Errorf("writing %s: %w: it names no wrapping key; name one", describe(i.cluster, i.name), ErrInvalid)
+	}
+	next := k.foreseeing(i, c)
+	if next.Highest > maxGeneration {
+		return Metadata{}, fmt.Errorf("writing %s: %w: it is at the last generation; take another name", describe(i.cluster, i.name), ErrInvalid)
+	}
+	generation := next.Highest
+	sealed, err := k.keys.Seal(ctx, c.key, envelope.Context{
+		Use: envelope.UseMaterial, Cluster: i.cluster, Name: i.name, Generation: generation,
+	}, payload)
+	if err != nil {
+		return Metadata{}, fmt.Errorf("sealing %s: %w", describe(i.cluster, i.name), err)
+	}
+	if _, err := k.saveRecord(ctx, i.cluster, i.name, recorded{next, i.rec.revision}); err != nil {
+		return Metadata{}, err
+	}
+	if err := k.storeEnvelope(ctx, i, sealed.Envelope); err != nil {
+		return Metadata{}, fmt.Errorf("writing %s to store %q: %w", describe(i.cluster, i.name), i.storeName, err)
+	}
+	done := func(rec *record) {
+		rec.confirm(generation)
+		rec.Key, rec.Updated, rec.UpdatedBy = c.key, k.today(), c.by
+		if c.fields != nil {
+			rec.Fields = c.fields
+		}
+	}
+	warnings := k.confirm(ctx, i, generation, done)
+
+	parsed, err := envelope.Parse(sealed.Envelope)
+	if err != nil {
+		return Metadata{}, fmt.Errorf("reading %s as it was sealed: %w", describe(i.cluster, i.name), err)
+	}
+	done(next)
+	written := *i
+	written.rec.record, written.state = next, StateCurrent
+	written.envelope, written.claimed, written.entry.Value = parsed, parsed.Context(), sealed.Envelope
+	described := k.metadata(ctx, &written)
+	described.Warnings = append(described.Warnings, warnings...)
+	return described, nil
+}
+
+// key is the wrapping key that an item has, "" where it has none yet.
+func (i *item) key() string {
+	switch {
+	case i.exists():
+		return i.claimed.Key
+	case i.rec.record != nil:
+		return i.rec.Key
+	default:
+		return ""
+	}
+}
+
+// foreseeing is the record of an item with one more generation that the store may hold, which is then Highest.
+func (k *Keeper) foreseeing(i *item, c change) *record {
+	next := &record{Store: i.storeName, Key: c.key, Created: k.today(), Updated: k.today(), UpdatedBy: c.by}
+	switch rec := i.rec.record; {
+	case rec == nil && i.exists(): // written over by its generation
+		next.Key, next.Generation, next.Highest = i.claimed.Key, i.claimed.Generation, i.claimed.Generation
+	case rec == nil:
+	case i.state == "": // deleted, or a first write ended unclear
+		next.Highest, next.Pending = rec.Highest, rec.Pending.clone()
+	default:
+		*next = *rec
+		next.Pending = rec.Pending.clone()
+	}
+	next.foresee()
+	return next
+}
+
+// storeEnvelope replaces the envelope. A write that was made although the store answered with an error is a success.
+func (k *Keeper) storeEnvelope(ctx context.Context, i *item, raw []byte) error {
+	_, err := i.store.Put(ctx, path(i.cluster, i.name), slices.Clone(raw), i.entry.Revision)
+	if err == nil || errors.Is(err, store.ErrTooLarge) || errors.Is(err, store.ErrInvalidName) {
+		return err
+	}
+	if _, ok := stored(ctx, i.store, path(i.cluster, i.name), raw, i.entry.Revision); ok {
+		return nil
+	}
+	return err
+}
+
+// confirm notes in the record what the store holds. A failure loses nothing, because the record foresees it: it is a
+// warning for the operator, and the next open confirms again.
+func (k *Keeper) confirm(ctx context.Context, i *item, generation uint64, done func(*record)) (warnings []string) {
+	err := k.updateRecord(ctx, i.cluster, i.name, func(rec *record) bool {
+		if !rec.foresees(generation) {
+			return false // somebody wrote or deleted after us, or confirmed before
+		}
+		done(rec)
+		return true
+	})
+	if err == nil {
+		return nil
+	}
+	k.logger.Warn("confirming a generation failed", "cluster", i.cluster, "name", i.name, "generation", generation, "error", err)
+	return []string{fmt.Sprintf("It is stored, and confirming generation %d in the record failed (%v); open it once to confirm it.", generation, err)}
+}
+
+// today is the time for records, to the second.
+func (k *Keeper) today() time.Time { return k.now().UTC().Truncate(time.Second) }

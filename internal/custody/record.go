@@ -1,0 +1,190 @@
+package custody
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// recordFormat is the version of the record's format.
+const recordFormat = 1
+
+// maxGeneration is the last generation that an envelope can have: the largest integer that JSON keeps exact.
+const maxGeneration = 1<<53 - 1
+
+// record is what this mount expects a store to hold of an item. It holds no secret.
+type record struct {
+	Format int    `json:"format"`
+	Store  string `json:"store"`
+	Key    string `json:"key"` // that sealed Generation
+	// Generation is the one that the store holds, 0 before the first write is confirmed.
+	Generation uint64 `json:"generation"`
+	// Pending are the generations that a write may have left instead, nil for none.
+	Pending *pending `json:"pending,omitempty"`
+	// Highest is the highest generation ever given to an envelope of this item. The next write takes the next one.
+	Highest uint64 `json:"highest"`
+	// Deleting is set before the envelope is deleted, Deleted once it is gone.
+	Deleting bool `json:"deleting,omitempty"`
+	Deleted  bool `json:"deleted,omitempty"`
+
+	Fields    []string  `json:"fields,omitempty"` // names of the fields of Generation
+	Created   time.Time `json:"created"`
+	Updated   time.Time `json:"updated"`
+	UpdatedBy string    `json:"updated_by,omitempty"`
+}
+
+// pending is a range of generations, both ends included.
+type pending struct {
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
+}
+
+func (p *pending) clone() *pending {
+	if p == nil {
+		return nil
+	}
+	c := *p
+	return &c
+}
+
+// foresees tells whether a write that is not confirmed may have left this generation.
+func (r *record) foresees(generation uint64) bool {
+	return r.Pending != nil && r.Pending.First <= generation && generation <= r.Pending.Last
+}
+
+// foresee adds the next generation to what may be found.
+func (r *record) foresee() (generation uint64) {
+	r.Highest++
+	if r.Pending == nil {
+		r.Pending = &pending{First: r.Highest}
+	}
+	r.Pending.Last = r.Highest
+	return r.Highest
+}
+
+// confirm notes that the store holds this generation. Lower ones cannot appear any more: their writes expected a
+// revision that is gone.
+func (r *record) confirm(generation uint64) {
+	r.Generation = generation
+	r.Highest = max(r.Highest, generation)
+	if r.Pending != nil {
+		r.Pending.First = max(r.Pending.First, generation+1)
+		if r.Pending.First > r.Pending.Last {
+			r.Pending = nil
+		}
+	}
+	r.Deleting, r.Deleted = false, false
+}
+
+// bury makes the record a gravestone.
+func (r *record) bury() {
+	r.Generation, r.Pending, r.Fields = 0, nil, nil
+	r.Deleting, r.Deleted = false, true
+}
+
+// validate returns ErrRecordMalformed where the record contradicts itself.
+func (r *record) validate() error {
+	p := r.Pending
+	switch {
+	case r.Format != recordFormat:
+		return fmt.Errorf("%w: format %d, this program knows %d", ErrRecordMalformed, r.Format, recordFormat)
+	case r.Store == "" || r.Key == "":
+		return fmt.Errorf("%w: it names no store or no key", ErrRecordMalformed)
+	case r.Generation > r.Highest || r.Highest > maxGeneration:
+		return fmt.Errorf("%w: generation %d above the highest, %d", ErrRecordMalformed, r.Generation, r.Highest)
+	case p != nil && (p.First > p.Last || p.First <= r.Generation || p.Last > r.Highest):
+		return fmt.Errorf("%w: pending %d to %d with generation %d and highest %d", ErrRecordMalformed, p.First, p.Last, r.Generation, r.Highest)
+	case r.Deleted && (r.Generation != 0 || p != nil || r.Deleting):
+		return fmt.Errorf("%w: deleted and yet there", ErrRecordMalformed)
+	}
+	return nil
+}
+
+// recorded is a record and the revision at which it was read; the zero value is "none".
+type recorded struct {
+	*record
+
+	revision store.Revision
+}
+
+// loadRecord reads the record of an item. None is no error.
+func (k *Keeper) loadRecord(ctx context.Context, cluster, name string) (recorded, error) {
+	entry, err := k.records.Get(ctx, path(cluster, name))
+	if errors.Is(err, store.ErrNotFound) {
+		return recorded{}, nil
+	}
+	if err != nil {
+		return recorded{}, fmt.Errorf("reading the record of %s: %w", describe(cluster, name), err)
+	}
+	rec := new(record)
+	if err := json.Unmarshal(entry.Value, rec); err != nil {
+		return recorded{}, fmt.Errorf("reading the record of %s: %w: %w", describe(cluster, name), ErrRecordMalformed, err)
+	}
+	if err := rec.validate(); err != nil {
+		return recorded{}, fmt.Errorf("reading the record of %s: %w", describe(cluster, name), err)
+	}
+	return recorded{rec, entry.Revision}, nil
+}
+
+// afterwards is the time that is taken to learn how a write ended that failed, or whose caller has gone.
+const afterwards = 5 * time.Second
+
+// saveRecord writes a record where the old one is still at its revision; store.ErrConflict says that it is not. A write
+// that was made although the store answered with an error is a success.
+func (k *Keeper) saveRecord(ctx context.Context, cluster, name string, rec recorded) (recorded, error) {
+	rec.Format = recordFormat
+	if err := rec.validate(); err != nil {
+		return recorded{}, fmt.Errorf("writing the record of %s: %w", describe(cluster, name), err)
+	}
+	raw, err := json.Marshal(rec.record)
+	if err != nil {
+		return recorded{}, fmt.Errorf("encoding the record of %s: %w", describe(cluster, name), err)
+	}
+	revision, err := k.records.Put(ctx, path(cluster, name), raw, rec.revision)
+	if err != nil {
+		if revision, ok := stored(ctx, k.records, path(cluster, name), raw, rec.revision); ok {
+			return recorded{rec.record, revision}, nil
+		}
+		return recorded{}, fmt.Errorf("writing the record of %s: %w", describe(cluster, name), err)
+	}
+	return recorded{rec.record, revision}, nil
+}
+
+// stored tells whether a store holds exactly these bytes at another revision than before: the only way to know after a
+// write that failed.
+func stored(ctx context.Context, s store.Store, name string, raw []byte, before store.Revision) (store.Revision, bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)
+	defer cancel()
+	entry, err := s.Get(ctx, name)
+	if err != nil || entry.Revision == before || !bytes.Equal(entry.Value, raw) {
+		return store.NoRevision, false
+	}
+	return entry.Revision, true
+}
+
+// maxConflicts is how often work is begun anew because somebody else was faster.
+const maxConflicts = 16
+
+// updateRecord changes a record that exists, again on the newest one where somebody else was faster. change returns
+// false where there is nothing to do.
+func (k *Keeper) updateRecord(ctx context.Context, cluster, name string, change func(*record) bool) error {
+	for range maxConflicts {
+		rec, err := k.loadRecord(ctx, cluster, name)
+		if err != nil {
+			return err
+		}
+		if rec.record == nil || !change(rec.record) {
+			return nil
+		}
+		_, err = k.saveRecord(ctx, cluster, name, rec)
+		if !errors.Is(err, store.ErrConflict) {
+			return err
+		}
+	}
+	return fmt.Errorf("writing the record of %s: others changed it %d times meanwhile: %w: try again", describe(cluster, name), maxConflicts, ErrConflict)
+}
