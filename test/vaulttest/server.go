@@ -156,6 +156,9 @@ func (s *Server) join(t testing.TB) {
 	ca, err := os.ReadFile(s.CAFile)
 	must(t, err)
 	leader := s.options.Join
+	// It shall have a vote after a second, not after ten.
+	_, err = leader.Client(t).Logical().Write("sys/storage/raft/autopilot/configuration", map[string]any{"server_stabilization_time": "1s"})
+	must(t, err)
 	_, err = s.client(t, "").Sys().RaftJoin(&api.RaftJoinRequest{LeaderAPIAddr: leader.Address, LeaderCACert: string(ca)})
 	must(t, err)
 	s.RootToken, s.UnsealKey = leader.RootToken, leader.UnsealKey
@@ -166,6 +169,21 @@ func (s *Server) join(t testing.TB) {
 			err = errors.New("it is sealed or not a standby yet")
 		}
 		return err
+	})
+}
+
+// WaitVoter waits until the server, a standby, could become the active node.
+func (s *Server) WaitVoter(t testing.TB) {
+	t.Helper()
+	Eventually(t, time.Minute, "the node to have a vote", func() error {
+		state, err := s.options.Join.Client(t).Sys().RaftAutopilotState()
+		if err != nil {
+			return err
+		}
+		if node, ok := state.Servers[filepath.Base(s.Dir)]; !ok || node.Status != "voter" {
+			return fmt.Errorf("autopilot tells %+v", state.Servers)
+		}
+		return nil
 	})
 }
 
