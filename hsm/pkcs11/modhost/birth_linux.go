@@ -34,6 +34,7 @@ func birth() (notes []string, _ *secrets, _ error) {
 	// What the initialisation of the plugin's packages left behind would be locked for good, and a heap of 1 MB is enough.
 	debug.SetGCPercent(25)
 	debug.FreeOSMemory()
+	_ = forgetStart()
 	secrets.everything = lockMemory() == nil
 	if !secrets.everything {
 		notes = append(notes, "The module host may not lock all of its memory, so it locks PINs and plaintexts one by one; "+

@@ -10,6 +10,7 @@
 //     or where every call counts, call.go goes to the module directly instead of through miekg/pkcs11, which copies PINs
 //     and plaintexts to memory that nobody wipes, and which asks for the length of a plaintext with an operation that a
 //     card performs in full.
+//   - startup_linux.go gives back what the start of so large a program took.
 //   - modhost_nocgo.go answers in a binary built without cgo, and says why it can do no more.
 //
 // The host keeps no policy: which module may be loaded, which PIN may be sent, how long a call may take and what is
