@@ -71,6 +71,7 @@ func TestDevice(t *testing.T, open func(t *testing.T) hsm.Device, caps Capabilit
 		})
 	}
 	t.Run("a taken id is ErrExists and keeps its key", s.testTakenID)
+	t.Run("of requests for one id that come together exactly one makes a key", s.testOneKeyForOneID)
 	t.Run("an unknown algorithm is ErrUnsupported", s.testUnknownAlgorithm)
 	t.Run("a key is deleted only by its id and its fingerprint", s.testDelete)
 	if caps.Objects {
@@ -475,6 +476,38 @@ func (s *suite) testTakenID(t *testing.T) {
 	free := s.generate(t, device, hsm.KeySpec{Algorithm: algorithm, Label: "suite-" + unique()})
 	if free.Ref().ID == "" {
 		t.Error("a key made without a wanted id has none")
+	}
+}
+
+func (s *suite) testOneKeyForOneID(t *testing.T) {
+	device := s.device(t)
+	before := s.count(t, device)
+	id := unique()
+	const requests = 3
+	var mu sync.Mutex
+	var made []hsm.KeyRef
+	var all sync.WaitGroup
+	for range requests {
+		all.Go(func() {
+			key, err := device.GenerateKey(s.context(t), hsm.KeySpec{Algorithm: s.quickest(), Label: "suite-" + id, ID: id})
+			switch {
+			case err == nil:
+				mu.Lock()
+				made = append(made, key.Ref())
+				mu.Unlock()
+			case !errors.Is(err, hsm.ErrExists):
+				t.Errorf("GenerateKey among others gives %v, want a key or ErrExists", err)
+			}
+		})
+	}
+	all.Wait()
+	if after := s.count(t, device); len(made) != 1 || after != before+1 {
+		t.Errorf("%d requests made %d keys, and the token holds %d more", requests, len(made), after-before)
+	}
+	for _, ref := range made {
+		if err := device.DeleteKey(s.context(t), ref); err != nil {
+			t.Errorf("DeleteKey(%+v): %v", ref, err)
+		}
 	}
 }
 

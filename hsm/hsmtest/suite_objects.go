@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"slices"
+	"sync"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -123,6 +124,29 @@ func (s *suite) testObjects(t *testing.T) {
 		remove(t, "once")
 		write(t, "once", []byte("again"))
 		remove(t, "once")
+	})
+
+	t.Run("of writers that come together exactly one wins", func(t *testing.T) {
+		const writers = 4
+		results := make([]error, writers)
+		var all sync.WaitGroup
+		for i := range writers {
+			all.Go(func() { results[i] = store.WriteObject(s.context(t), ref("race"), []byte{byte(i) + 1}) })
+		}
+		all.Wait()
+		winner := slices.Index(results, nil)
+		for i, err := range results {
+			if i != winner && !errors.Is(err, hsm.ErrExists) {
+				t.Errorf("writer %d gets %v; writer %d won, so it must be ErrExists", i, err, winner)
+			}
+		}
+		if winner < 0 {
+			t.Fatal("nobody won")
+		}
+		if got, err := store.ReadObject(s.context(t), ref("race")); err != nil || !bytes.Equal(got, []byte{byte(winner) + 1}) {
+			t.Errorf("ReadObject gives %v, %v; want the winner's", got, err)
+		}
+		remove(t, "race")
 	})
 
 	if s.caps.DuplicateObject == nil {

@@ -82,6 +82,10 @@ func codeName(code uint) string {
 		return "no match"
 	case wire.CodeAmbiguous:
 		return "more than one match"
+	case wire.CodeExists:
+		return "already there"
+	case wire.CodeInternal:
+		return "a bug in the module host"
 	case wire.CodeBadRequest:
 		return "the module host does not understand the request"
 	case wire.CodeUnsupported:
@@ -109,6 +113,8 @@ func kindOf(code uint) error {
 		return hsm.ErrNotFound
 	case wire.CodeAmbiguous:
 		return hsm.ErrAmbiguous
+	case wire.CodeExists:
+		return hsm.ErrExists
 	case wire.CodeUnsupported, ckrFunctionNotSupported, ckrMechanismInvalid, ckrMechanismParamInvalid, ckrKeySizeRange,
 		ckrKeyTypeInconsistent, ckrKeyFunctionNotPermitted, ckrCurveNotSupported, ckrDomainParamsInvalid, ckrRandomNoRNG,
 		ckrTokenWriteProtected, ckrSessionReadOnly:

@@ -203,6 +203,12 @@ func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, er
 		_, _ = rand.Read(random) // never fails (crypto/rand)
 		id = hex.EncodeToString(random)
 	}
+	// On a token that does several things at a time, two requests for one id would both find it free.
+	done, err := d.writing(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", during, err)
+	}
+	defer done()
 	var known map[uint]wire.Mechanism
 	frame, a, err := d.runAt(ctx, operation{
 		during: during, op: wire.OpGenerateKey, private: true, directory: true,

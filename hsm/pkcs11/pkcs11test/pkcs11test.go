@@ -18,9 +18,14 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
+
+// Some distributions give users a umask of 002. Then a test's directories are writable by a group, and modules and state
+// directories in them are refused, as they should be.
+var _ = syscall.Umask(0o022)
 
 // Token is a throw-away token.
 type Token struct {
