@@ -23,6 +23,7 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	vaultstore "vault-plugin-secrets-nitrokey/internal/store/vault"
@@ -79,6 +80,7 @@ type backend struct {
 	devices  deviceShelf
 	stores   storeShelf
 	keys     *keyring.Keyring
+	keeper   *custody.Keeper
 	jobs     jobs
 
 	// closing ends when the mount is cleaned up, and every request and job with it.
@@ -103,6 +105,9 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 	records := vaultstore.New(config.StorageView, "", locks)
 	b.keys = keyring.New(keyring.Config{Records: records, Devices: b, Logger: b.logger, CacheRecords: true})
 	b.stores.locks = locks
+	b.keeper = custody.New(custody.Config{
+		Keys: b.keys, Stores: b, Records: records, DefaultStore: b.defaultStore, Logger: b.logger,
+	})
 
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
@@ -139,6 +144,7 @@ func (b *backend) paths() []*framework.Path {
 		b.keyPaths(),
 		b.wrapPaths(),
 		b.transitPaths(),
+		b.materialPaths(),
 		b.randomPaths(),
 		b.healthPaths(),
 		b.benchPaths(),
@@ -146,12 +152,13 @@ func (b *backend) paths() []*framework.Path {
 	)
 }
 
-// initialize goes on with the HSM keys that an earlier process had begun to make.
+// initialize goes on with what an earlier process had begun and not ended.
 func (b *backend) initialize(ctx context.Context, _ *logical.InitializationRequest) error {
 	if !b.WriteSafeReplicationState() {
 		return nil
 	}
 	b.resumeGeneration(ctx)
+	b.resumeRewraps(ctx)
 	return nil
 }
 

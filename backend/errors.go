@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -73,7 +74,7 @@ var statuses = []struct {
 		context.DeadlineExceeded, context.Canceled,
 		hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
 	}},
-	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, store.ErrNotFound}},
+	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound}},
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
 	{http.StatusBadRequest, []error{
@@ -86,6 +87,7 @@ var statuses = []struct {
 		keyring.ErrDeleting, keyring.ErrWeakKey, keyring.ErrUnusableKey, keyring.ErrSameKey, keyring.ErrInUse,
 		keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMalformed, keyring.ErrRecordMismatch,
 		keyring.ErrTooLarge,
+		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 	}},
 	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, or is locked.
 	{http.StatusServiceUnavailable, []error{

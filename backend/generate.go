@@ -45,13 +45,24 @@ func (b *backend) beginGeneration(ctx context.Context, name string, begin func()
 // is one, is removed once the key is made; where it cannot be, it stays, and Vault's rollback tries again.
 func (b *backend) generate(name, entry string) bool {
 	return b.jobs.start(b.closing, walGenerate+" "+name, func(ctx context.Context) {
-		if _, err := b.keys.Finish(ctx, name); err != nil {
+		if err := b.finishGeneration(ctx, name); err != nil {
 			b.logger.Warn("making an HSM key; it is tried again", "key", name, "error", err)
 			return
 		}
 		b.commit(ctx, entry)
-		b.rewrapMaterial(ctx, name)
 	})
+}
+
+// finishGeneration makes the HSM key of an intent. Where that was a rotation, stored material is sealed anew.
+func (b *backend) finishGeneration(ctx context.Context, name string) error {
+	key, err := b.keys.Finish(ctx, name)
+	if err != nil {
+		return err
+	}
+	if key.LatestVersion > 1 {
+		b.startRewrap(ctx, name, key.Versions[len(key.Versions)-1].CreatedBy)
+	}
+	return nil
 }
 
 // commit removes a journal entry.
@@ -85,11 +96,12 @@ func (b *backend) resumeGeneration(ctx context.Context) {
 func (b *backend) rollback(ctx context.Context, _ *logical.Request, kind string, data any) error {
 	fields, _ := data.(map[string]any)
 	name, _ := fields["key"].(string)
+	by, _ := fields["by"].(string)
 	switch kind {
 	case walGenerate:
 		return b.rollbackGeneration(ctx, name)
 	case walRewrap:
-		return b.rollbackRewrap(ctx, name)
+		return b.rollbackRewrap(ctx, name, by)
 	default:
 		return fmt.Errorf("journal entry of the unknown kind %q: was it written by a newer version of the plugin?", kind)
 	}
@@ -110,7 +122,7 @@ func (b *backend) rollbackGeneration(ctx context.Context, name string) error {
 	case key.State != keyring.StateGenerating:
 		return nil
 	}
-	_, err = b.keys.Finish(ctx, name)
+	err = b.finishGeneration(ctx, name)
 	if err != nil && hopeless(err) {
 		b.logger.Warn("an HSM key cannot be made; undoing the request", "key", name, "error", err)
 		return b.keys.Abandon(ctx, name)

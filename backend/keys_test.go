@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
 func TestKeyIsAdoptedAndShown(t *testing.T) {
@@ -320,4 +321,8 @@ func TestPublicKeysAreReadAsPEM(t *testing.T) {
 		t.Errorf("public.pem = %v", got.data)
 	}
 	m.do(logical.ReadOperation, "keys/prod/public.pem", fields{"version": 2}).want(t, http.StatusNotFound)
+}
+
+func rotateTo(device, label string) keyring.RotateRequest {
+	return keyring.RotateRequest{Adopt: &keyring.AdoptRequest{Device: device, Label: label}}
 }

@@ -77,6 +77,12 @@ func (c *settingsCache) forget() {
 	c.writes++
 }
 
+// defaultStore is custody's view of the settings.
+func (b *backend) defaultStore(ctx context.Context) (string, error) {
+	current, err := b.settings.get(ctx, b.storage)
+	return current.DefaultStore, err
+}
+
 // bound gives a request its deadline, and ends it when the mount is cleaned up.
 func (b *backend) bound(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)

@@ -207,7 +207,7 @@ func (b *backend) keyRotate(ctx context.Context, req *logical.Request, data *fra
 	if source.Generate != nil {
 		key, err = b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Rotate(ctx, name, *source) })
 	} else if key, err = b.keys.Rotate(ctx, name, *source); err == nil {
-		b.startRewrap(ctx, name)
+		b.startRewrap(ctx, name, by(req))
 	}
 	if err != nil {
 		return nil, adoptionError(err)
@@ -243,6 +243,6 @@ func (b *backend) keyAddRecipient(ctx context.Context, req *logical.Request, dat
 	if err != nil {
 		return nil, adoptionError(err)
 	}
-	b.startRewrap(ctx, name)
+	b.startRewrap(ctx, name, by(req))
 	return b.keyResponse(ctx, key)
 }

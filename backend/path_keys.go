@@ -83,6 +83,10 @@ func keyFields() map[string]*framework.FieldSchema {
 		Description: "For a deletion: destroy the HSM keys as well. Nothing that they sealed opens ever after, neither here nor " +
 			"from a backup.",
 	}
+	fields["force"] = &framework.FieldSchema{
+		Type: framework.TypeBool, Query: true,
+		Description: "For a deletion: delete the key although stored material is sealed with it.",
+	}
 	return fields
 }
 
@@ -293,10 +297,36 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	if key.LatestVersion == 0 && (key.State == keyring.StateGenerating || key.State == keyring.StateAbandoning) {
 		return nil, b.keys.Abandon(ctx, name)
 	}
-	if err := b.checkUnused(ctx, name); err != nil {
+	if !data.Get("force").(bool) && key.DeletionAllowed {
+		if err := b.checkUnused(ctx, name); err != nil {
+			return nil, err
+		}
+	}
+	err = b.keys.Delete(ctx, name, keyring.DeleteRequest{DeleteHSMKeys: data.Get("delete_hsm_keys").(bool), By: by(req)})
+	if err != nil {
 		return nil, err
 	}
-	return nil, b.keys.Delete(ctx, name, keyring.DeleteRequest{DeleteHSMKeys: data.Get("delete_hsm_keys").(bool), By: by(req)})
+	if err := b.storage.Delete(ctx, rewrapsPrefix+name); err != nil {
+		b.logger.Warn("forgetting how sealing stored material anew went", "key", name, "error", err)
+	}
+	return nil, nil
+}
+
+// checkUnused refuses to delete a wrapping key that stored material is sealed with.
+func (b *backend) checkUnused(ctx context.Context, name string) error {
+	survey, err := b.keeper.Survey(ctx, name)
+	if err != nil {
+		return err
+	}
+	const choice = "delete the material first, or delete the key with force=true: what it sealed can then be opened by restoring its key record only"
+	switch unseen := append(survey.Problems, survey.Warnings...); {
+	case survey.Items > 0:
+		return mistake("%d items of material are sealed with key %q; %s", survey.Items, name, choice)
+	case len(unseen) > 0:
+		return mistake("it is not known whether material is sealed with key %q (%s); %s", name, unseen[0], choice)
+	default:
+		return nil
+	}
 }
 
 // keyResponse shows a key.
@@ -309,7 +339,7 @@ func (b *backend) keyResponse(ctx context.Context, key *keyring.Key) (*logical.R
 		}
 		versions = append(versions, shown)
 	}
-	rewrap, err := b.rewrapState(ctx, key.Name)
+	rewrap, err := b.showRewrap(ctx, key.Name)
 	if err != nil {
 		return nil, err
 	}

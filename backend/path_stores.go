@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/store/object"
 )
@@ -337,13 +338,8 @@ func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *fra
 		return nil, err
 	}
 	if !data.Get("force").(bool) {
-		items, err := b.itemsInStore(ctx, name)
-		if err != nil {
+		if err := b.checkEmpty(ctx, name); err != nil {
 			return nil, err
-		}
-		if len(items) > 0 {
-			return nil, mistake("store %q holds %s; delete the material first, or forget the store with force=true: the material stays where it is "+
-				"and is out of reach until the store is configured again", name, summarise(items))
 		}
 	}
 	err = b.storage.Delete(ctx, storesPrefix+name)
@@ -352,6 +348,29 @@ func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *fra
 		return nil, fmt.Errorf("deleting the record of store %q: %w", name, err)
 	}
 	return nil, nil
+}
+
+// checkEmpty refuses to forget a store that holds material, or may hold some.
+func (b *backend) checkEmpty(ctx context.Context, name string) error {
+	items, _, err := b.keeper.List(ctx, "")
+	if err != nil {
+		return err
+	}
+	var held []string
+	for _, item := range items {
+		metadata, err := b.keeper.Get(ctx, item.Cluster, item.Name, custody.ReadOptions{})
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil || metadata.Store == name {
+			held = append(held, item.Cluster+"/"+item.Name)
+		}
+	}
+	if held == nil {
+		return nil
+	}
+	return mistake("store %q holds or may hold %s; delete the material first, or forget the store with force=true: the material stays where it is "+
+		"and is out of reach until the store is configured again", name, summarise(held))
 }
 
 // summarise names the first few of a list.
