@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -116,7 +117,7 @@ func TestAnEnvelopeOpensForWhatItWasMadeForAndNothingElse(t *testing.T) {
 			if other == use {
 				wrong.Caller = []byte("theirs")
 			}
-			if _, err := f.Open(t.Context(), "prod", sealed.Envelope, wrong); !errors.Is(err, envelope.ErrContext) {
+			if _, err := f.Open(t.Context(), "prod", sealed.Envelope, wrong); !errors.Is(err, envelope.ErrContext) && (other != envelope.UseAuth || !errors.Is(err, ErrInvalid)) {
 				t.Errorf("use %q opened as %+v: %v", use, wrong, err)
 			}
 		}
@@ -342,6 +343,62 @@ func TestRotationKeepsOldEnvelopesOpenDownToTheMinimum(t *testing.T) {
 	for _, bad := range []int{-1, 0, 3} {
 		if _, err := f.Configure(t.Context(), "prod", Settings{MinDecryptionVersion: &bad}); !errors.Is(err, ErrInvalid) {
 			t.Errorf("min_decryption_version %d: %v, want ErrInvalid", bad, err)
+		}
+	}
+}
+
+func TestAVersionHasAsManyRecipientsAsAnEnvelopeHolds(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	for i := 2; i <= envelope.MaxRecipients+1; i++ {
+		label := fmt.Sprintf("ec%d", i)
+		f.two.AddEC(t, label, fmt.Sprintf("a%02d", i), ecdh.P256())
+		_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "two", Label: label})
+		if i <= envelope.MaxRecipients && err != nil {
+			t.Fatal(err)
+		}
+		if i > envelope.MaxRecipients && !errors.Is(err, ErrTooLarge) {
+			t.Errorf("recipient %d: %v, want ErrTooLarge", i, err)
+		}
+	}
+	raw := f.wrap("secret")
+	count := f.operations()
+	if got := f.unwrapped(raw); got != "secret" || count() != [2]int{1, 0} {
+		t.Errorf("opened %q for %v operations", got, count())
+	}
+}
+
+func TestTheKeyringsOwnUseIsNotForOthers(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	if _, err := f.Seal(t.Context(), "prod", envelope.Context{Use: envelope.UseAuth}, make([]byte, 32)); !errors.Is(err, ErrInvalid) {
+		t.Errorf("sealing with use auth: %v, want ErrInvalid", err)
+	}
+	rec, _, err := f.load(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := f.operations()
+	for name, attempt := range map[string]func() error{
+		"opening": func() error {
+			_, err := f.Open(t.Context(), "prod", rec.Versions[0].AuthEnvelope, envelope.Context{Use: envelope.UseAuth})
+			return err
+		},
+		"rewrapping": func() error {
+			_, err := f.Rewrap(t.Context(), "prod", rec.Versions[0].AuthEnvelope, envelope.Context{Use: envelope.UseAuth})
+			return err
+		},
+	} {
+		if err := attempt(); !errors.Is(err, ErrInvalid) || count() != [2]int{} {
+			t.Errorf("%s the authentication envelope: %v and %v operations", name, err, count())
+		}
+	}
+	for _, use := range []envelope.Use{envelope.UseAuth, envelope.UseMaterial, envelope.UseKEK, envelope.UseSeal, "", "x"} {
+		if _, err := f.Wrap(t.Context(), "prod", use, nil, nil); !errors.Is(err, ErrInvalid) {
+			t.Errorf("wrapping with use %q: %v, want ErrInvalid", use, err)
+		}
+		if _, err := f.Unwrap(t.Context(), "prod", use, f.wrap("x"), nil); !errors.Is(err, ErrInvalid) {
+			t.Errorf("unwrapping with use %q: %v, want ErrInvalid", use, err)
 		}
 	}
 }

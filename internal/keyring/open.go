@@ -108,6 +108,9 @@ func parseFor(name string, raw []byte, want envelope.Context) (*envelope.Envelop
 	if want.Key != "" && want.Key != name {
 		return nil, want, fmt.Errorf("%w: the context names key %q, the request names %q", ErrInvalid, want.Key, name)
 	}
+	if want.Use == envelope.UseAuth { // its payload is the authentication key, which nobody else needs
+		return nil, want, fmt.Errorf("%w: envelopes of use %q are the keyring's own", ErrInvalid, want.Use)
+	}
 	want.Key = name
 	claimed := parsed.Context()
 	if want.Version == 0 {

@@ -39,10 +39,19 @@ func (d *hookDevice) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key
 	return generate()
 }
 
-// hookStore calls a hook around each write.
+// hookStore calls a hook around each write, and one after each read.
 type hookStore struct {
 	store.Store
 	put func(put func() (store.Revision, error)) (store.Revision, error)
+	got func()
+}
+
+func (s *hookStore) Get(ctx context.Context, name string) (store.Entry, error) {
+	entry, err := s.Store.Get(ctx, name)
+	if s.got != nil {
+		s.got()
+	}
+	return entry, err
 }
 
 func (s *hookStore) Put(ctx context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
@@ -167,6 +176,17 @@ func TestTheCacheNeverKeepsWhatWasReadBeforeAWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	if key, err := f.Get(t.Context(), "prod"); err != nil || key.LatestVersion != 2 {
+		t.Errorf("the cache holds %+v, %v", key, err)
+	}
+
+	hooked.put = nil
+	f.Invalidate("prod")
+	hooked.got = func() { // the record was read, and before it is cached somebody writes it
+		hooked.got = nil
+		f.configure(Settings{MinDecryptionVersion: ptr(2)})
+	}
+	f.wrap("meanwhile")
+	if key, err := f.Get(t.Context(), "prod"); err != nil || key.MinDecryptionVersion != 2 {
 		t.Errorf("the cache holds %+v, %v", key, err)
 	}
 }
