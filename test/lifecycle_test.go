@@ -78,7 +78,7 @@ func TestWrappedValuesOutliveEveryKindOfRestart(t *testing.T) {
 			t.Fatalf("%d module hosts serve one module", len(hosts))
 		}
 		hosts[0].Kill(t)
-		site.MustUnwrap(t, "prod", wrapped, secret) // at once: an unwrap may be run again
+		eventuallyUnwraps(t, site, wrapped) // the operation that finds it dead may fail, the next is served
 	})
 }
 
@@ -122,7 +122,7 @@ func TestAReplacedPluginFileDoesNotDisturbTheRunningPlugin(t *testing.T) {
 	for _, host := range site.Hosts() { // a new one comes from the plugin that runs, not from the file
 		host.Kill(t)
 	}
-	site.MustUnwrap(t, "prod", wrapped, secret)
+	eventuallyUnwraps(t, site, wrapped)
 }
 
 // reload makes Vault start the plugin anew.

@@ -236,7 +236,11 @@ func newHost(b *testing.B, site *vaulttest.Site, unwrap *part) string {
 			host.Kill(b)
 		}
 		began := time.Now()
-		must(b, unwrap.once())
+		for unwrap.once() != nil { // the one that finds the host dead may fail
+			if time.Since(began) > 10*time.Second {
+				b.Fatal("no new module host within ten seconds")
+			}
+		}
 		all = append(all, time.Since(began))
 	}
 	return milliseconds(median(all))
@@ -250,7 +254,7 @@ func startTime(b *testing.B) string {
 		command := exec.CommandContext(b.Context(), plugin.Path)
 		command.Env = []string{
 			"VAULT_BACKEND_PLUGIN=6669da05-b1c8-4f49-97d9-c8e5bed98e20", "PLUGIN_PROTOCOL_VERSIONS=5",
-			"VAULT_PLUGIN_METADATA_MODE=false", "VAULT_VERSION=1.21.0", "TMPDIR=" + b.TempDir(),
+			"VAULT_PLUGIN_METADATA_MODE=false", "VAULT_PLUGIN_AUTOMTLS_ENABLED=true", "VAULT_VERSION=1.21.0", "TMPDIR=" + b.TempDir(),
 		}
 		answers, err := command.StdoutPipe()
 		must(b, err)
