@@ -671,3 +671,208 @@ func TestImpatientCallersCostNobodyAnything(t *testing.T) {
 		t.Errorf("the hosts %v became %v", before, now)
 	}
 }
+
+func TestInfoOfACardThatWentAway(t *testing.T) {
+	for _, loss := range []pkcs11test.Loss{pkcs11test.CardRemoved, pkcs11test.ReaderRemoved} {
+		t.Run(string(loss), func(t *testing.T) {
+			card := pkcs11test.Card(t)
+			device := newSetting(t, &card.Token).open(t)
+			if _, err := device.FindKeys(patient(t), hsm.KeyQuery{}); err != nil {
+				t.Fatal(err)
+			}
+			card.Remove(t, loss) // C_GetTokenInfo goes on answering from its cache
+			if info, err := device.Info(patient(t)); !errors.Is(err, hsm.ErrUnavailable) || info.State != hsm.StateAbsent {
+				t.Errorf("Info gives %+v, %v; want ErrUnavailable and %q", info, err, hsm.StateAbsent)
+			}
+			card.Return(t)
+			pkcs11test.Until(t, "Info finds it again", func() bool {
+				info, err := device.Info(patient(t))
+				return err == nil && info.State == hsm.StateOperational && info.Serial == card.Serial
+			})
+		})
+	}
+}
+
+func TestTheLastWrongPINLocksTheCardAndSaysSo(t *testing.T) {
+	card := pkcs11test.Card(t)
+	card.SetTries(t, 1)
+	device := newSetting(t, &card.Token).open(t, withPIN("111111"))
+	_, err := device.FindKeys(patient(t), hsm.KeyQuery{})
+	if refused := pinError(t, err); !refused.Barred || refused.TriesLeft != 1 || card.Calls(t, "C_Login") != 0 {
+		t.Errorf("on the last try: %+v", refused)
+	}
+	if err := device.Unbar(patient(t)); err != nil { // a person insists
+		t.Fatal(err)
+	}
+	_, err = device.FindKeys(patient(t), hsm.KeyQuery{})
+	if refused := pinError(t, err); refused.Barred || refused.TriesLeft != 0 || !errors.Is(err, hsm.ErrLocked) ||
+		!strings.Contains(refused.Detail, "--init-pin") {
+		t.Errorf("the last wrong PIN gives %+v", refused)
+	}
+}
+
+func TestALogInThatHangsIsResolvedByTheCardsTries(t *testing.T) {
+	for name, c := range map[string]struct {
+		pin    string
+		barred bool
+	}{"a wrong PIN": {"111111", true}, "the right PIN": {"648219", false}} {
+		t.Run(name, func(t *testing.T) {
+			card := pkcs11test.Card(t, pkcs11test.Freezes("C_Login_answer"))
+			s := newSetting(t, &card.Token)
+			device := s.open(t, withPIN(c.pin), func(c *pkcs11.Config) { c.DecryptLimit = 300 * time.Millisecond })
+			if _, err := device.FindKeys(patient(t), hsm.KeyQuery{}); !errors.Is(err, hsm.ErrUnavailable) {
+				t.Errorf("a log-in that hangs gives %v, want ErrUnavailable", err)
+			}
+			card.Mend(t, pkcs11test.Freezes("C_Login_answer"))
+			if !c.barred {
+				pkcs11test.Until(t, "the log-in works", func() bool {
+					_, err := device.FindKeys(patient(t), hsm.KeyQuery{})
+					return err == nil
+				})
+				return
+			}
+			pkcs11test.Until(t, "the PIN is barred", func() bool {
+				_, err := device.FindKeys(patient(t), hsm.KeyQuery{})
+				refused, ok := errors.AsType[*hsm.PINError](err)
+				return ok && refused.Barred
+			})
+			if n := card.WrongPINs(t); n != 1 {
+				t.Errorf("the card got %d wrong PINs, want 1", n)
+			}
+		})
+	}
+}
+
+func TestAModuleThatHangsWhileItIsLoaded(t *testing.T) {
+	for _, function := range []string{"C_Initialize", "C_GetFunctionList", "C_GetSlotList"} {
+		t.Run(function, func(t *testing.T) {
+			card := pkcs11test.Card(t, pkcs11test.Freezes(function))
+			s := newSetting(t, &card.Token)
+			ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+			defer cancel()
+			if _, err := s.open(t).FindKeys(ctx, hsm.KeyQuery{}); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("it gives %v, want the caller's deadline", err)
+			}
+			running := hosts(t)
+			begun := time.Now()
+			if err := s.manager.Close(); err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(begun); took > 10*time.Second {
+				t.Errorf("Close took %v", took)
+			}
+			for _, host := range running {
+				if !gone(host) {
+					t.Errorf("the module host %d is left", host)
+				}
+			}
+		})
+	}
+}
+
+// TestACrashAnywhere lets the module crash in each function that the host calls, once.
+func TestACrashAnywhere(t *testing.T) {
+	for _, function := range []string{
+		"C_GetFunctionList", "C_Initialize", "C_GetSlotList", "C_GetSlotInfo", "C_GetTokenInfo", "C_GetMechanismList",
+		"C_GetMechanismInfo", "C_OpenSession", "C_CloseSession", "C_Login", "C_FindObjectsInit", "C_GetAttributeValue",
+		"C_CreateObject", "C_DestroyObject", "C_DecryptInit", "C_Decrypt", "C_GenerateKeyPair", "C_GenerateRandom",
+	} {
+		t.Run(function, func(t *testing.T) {
+			card := pkcs11test.Card(t, pkcs11test.CrashesOnce(function))
+			device := newSetting(t, &card.Token).open(t)
+			ref := hsm.ObjectRef{Application: "nitroseal", Label: "item"}
+			var key hsm.Key
+			// Each step is what a caller does who tries again after ErrUnavailable.
+			again := func(what string, do func() error) {
+				t.Helper()
+				failures := 0
+				pkcs11test.Until(t, what+" succeeds", func() bool {
+					err := do()
+					if err != nil && !errors.Is(err, hsm.ErrUnavailable) {
+						t.Fatalf("%s gives %v, want ErrUnavailable at worst", what, err)
+					}
+					if err != nil {
+						failures++
+					}
+					return err == nil
+				})
+				if failures > 1 && what != "finding" { // a host that dies at birth has a moment's rest
+					t.Logf("%s failed %d times", what, failures)
+				}
+			}
+			again("finding", func() error { _, err := device.FindKeys(patient(t), hsm.KeyQuery{}); return err })
+			again("generating", func() (err error) {
+				key, err = device.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, Label: "unseal", ID: "01"})
+				if errors.Is(err, hsm.ErrExists) { // it was made before the crash
+					key, err = find(t, device, hsm.KeyQuery{ID: "01"})
+				}
+				return err
+			})
+			again("proving", func() error {
+				prover, ok := key.(hsm.Prover)
+				if !ok {
+					t.Fatalf("a %T proves nothing", key)
+				}
+				return prover.Prove(patient(t))
+			})
+			again("decrypting", func() error { return decrypts(patient(t), proved(t, key)) })
+			again("writing", func() error {
+				err := device.WriteObject(patient(t), ref, []byte("value"))
+				if errors.Is(err, hsm.ErrExists) {
+					return nil
+				}
+				return err
+			})
+			again("reading", func() error { _, err := device.ReadObject(patient(t), ref); return err })
+			again("drawing", func() error { _, err := device.Random(patient(t), 8); return err })
+			again("asking", func() error { _, err := device.Info(patient(t)); return err })
+			again("deleting", func() error {
+				err := device.DeleteObject(patient(t), ref)
+				if errors.Is(err, hsm.ErrNotFound) {
+					return nil
+				}
+				return err
+			})
+			keys, err := device.FindKeys(patient(t), hsm.KeyQuery{})
+			if err != nil || len(keys) != 1 {
+				t.Errorf("%d keys are on the token, %v; want the one", len(keys), err)
+			}
+			objects, err := device.Objects(patient(t), ref.Application)
+			if err != nil || len(objects) != 0 {
+				t.Errorf("%d objects are left, %v", len(objects), err)
+			}
+			if card.Tries(t) != 3 {
+				t.Errorf("%d tries are left", card.Tries(t))
+			}
+		})
+	}
+}
+
+func TestAGreedyMountDelaysAnotherByAFewOperations(t *testing.T) {
+	card := pkcs11test.Card(t)
+	s := newSetting(t, &card.Token)
+	greedy := rsaKey(t, s.open(t))
+	modestDevice := s.open(t, func(c *pkcs11.Config) { c.Owner = "modest" })
+	found, err := find(t, modestDevice, hsm.KeyQuery{ID: "01"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	modest := proved(t, found)
+	card.Fault(t, pkcs11test.Slow(20*time.Millisecond))
+	ctx, stop := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	before := card.Operations(t)
+	for range 60 {
+		all.Go(func() { _ = decrypts(ctx, greedy) }) // most are given up
+	}
+	pkcs11test.Until(t, "the greedy mount is at work", func() bool { return card.Operations(t) > before+2 })
+	before = card.Operations(t)
+	if err := decrypts(patient(t), modest); err != nil {
+		t.Errorf("the modest mount gets %v", err)
+	}
+	if n := card.Operations(t) - before; n > 6 {
+		t.Errorf("the modest mount waited for %d operations", n)
+	}
+	stop()
+	all.Wait()
+}
