@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -214,7 +213,8 @@ func TestTheEndOfThePipeEndsTheHost(t *testing.T) {
 		"while it is loaded":     {module: stub(t, "INITIALIZE=hang()"), op: wire.OpHello},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := startHost(t)
+			hangs := filepath.Join(t.TempDir(), "hangs")
+			h := startHost(t, "STUB_HANGS="+hangs)
 			hello := wire.Hello{Version: wire.Version, Module: c.module, MaxSessions: 1}
 			switch {
 			case c.op == wire.OpHello:
@@ -226,7 +226,10 @@ func TestTheEndOfThePipeEndsTheHost(t *testing.T) {
 				h.send(wire.OpSlots, nil, nil)
 			}
 			if c.op != 0 {
-				waitInside(t, h.command.Process.Pid)
+				eventually(t, "the module was not reached", func() bool {
+					_, err := os.Stat(hangs)
+					return err == nil
+				})
 			}
 			begun := time.Now()
 			_ = h.write.Close()
@@ -237,21 +240,6 @@ func TestTheEndOfThePipeEndsTheHost(t *testing.T) {
 			t.Logf("gone after %v", time.Since(begun))
 		})
 	}
-}
-
-// waitInside waits until a thread of the process sleeps in pause(2), as hang in stub.c does.
-func waitInside(t *testing.T, pid int) {
-	t.Helper()
-	eventually(t, "the module was not reached", func() bool {
-		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return slices.ContainsFunc(threads, func(thread string) bool {
-			text, err := os.ReadFile(thread)
-			return err == nil && strings.HasPrefix(string(text), fmt.Sprint(unix.SYS_PAUSE)+" ")
-		})
-	})
 }
 
 func TestTheDeathOfTheParentEndsTheHost(t *testing.T) {

@@ -3,13 +3,19 @@
  * INITIALIZE=code|hang(): what C_Initialize answers;
  * SLOTS=hang|crash|refuse: what C_GetSlotList does;
  * WORKS: sessions can be opened, every PIN is right, and C_Decrypt turns every bit over. It keeps nothing that it sees. */
+#include <fcntl.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <unistd.h>
 #include "../cryptoki.h"
 
 static CK_RV refuse(void) { return 0x54; } /* CKR_FUNCTION_NOT_SUPPORTED */
 
+/* Says so by making the file $STUB_HANGS, because nobody may look into a host. */
 static CK_RV hang(void) {
+	const char *file = getenv("STUB_HANGS");
+	if (file != NULL)
+		close(open(file, O_CREAT | O_WRONLY, 0600));
 	for (;;)
 		pause();
 }
