@@ -13,8 +13,8 @@
 //	n                  n        3. confirmed: g does not open any more
 //
 // Where a write ended unclear, pending keeps all generations that it may have left. Whoever opens the item next sees
-// which one it is and confirms it. A delete goes the same way: deleting is recorded, the envelope is deleted, the record
-// becomes a gravestone that remembers the last generation.
+// which one it is and confirms it. A delete goes the same way: the intention is recorded, the envelope is deleted, the
+// record becomes a gravestone that remembers the last generation.
 //
 // An envelope older than the record does not open ([ErrStale]), nor does one that is newer than anything foreseen
 // ([ErrAhead]: the record was restored from a backup, or another mount writes the store), until an operator accepts it.

@@ -46,23 +46,24 @@ func (k *Keeper) Delete(ctx context.Context, cluster, name string, options Delet
 
 // finishDelete turns the record of an item whose envelope is gone into a gravestone.
 func (k *Keeper) finishDelete(ctx context.Context, i *item) error {
-	if i.rec.record == nil || i.rec.Deleted {
+	rec := i.rec
+	if rec.record == nil || rec.Generation == 0 && rec.Deleting == 0 {
 		return i.notFound()
 	}
-	i.rec.bury()
-	_, err := k.saveRecord(ctx, i.cluster, i.name, i.rec)
+	rec.bury(max(rec.Generation, rec.Deleting))
+	_, err := k.saveRecord(ctx, i.cluster, i.name, rec)
 	return err
 }
 
 // remove deletes an envelope: the intention, the envelope, the gravestone. store.ErrConflict says that the item has
 // changed since it was looked at.
 func (k *Keeper) remove(ctx context.Context, i *item, by string) error {
-	rec := i.rec
+	rec, generation := i.rec, i.claimed.Generation
 	if rec.record == nil {
 		rec.record = k.begin(i, nil, by)
 	}
-	if !rec.Deleted { // else somebody put an old envelope back, and the gravestone is there
-		rec.Deleting, rec.Highest = true, max(rec.Highest, i.claimed.Generation)
+	if !rec.Deleted || i.state == StateUnconfirmed { // else somebody put an old envelope on the grave
+		rec.Deleting, rec.Deleted, rec.Highest = max(rec.Generation, generation), false, max(rec.Highest, generation)
 		rec.Updated, rec.UpdatedBy = k.today(), by
 		if _, err := k.saveRecord(ctx, i.cluster, i.name, rec); err != nil {
 			return err
@@ -72,11 +73,11 @@ func (k *Keeper) remove(ctx context.Context, i *item, by string) error {
 	if err != nil && !errors.Is(err, store.ErrNotFound) && !k.gone(ctx, i) {
 		return fmt.Errorf("deleting %s from store %q: %w", describe(i.cluster, i.name), i.storeName, err)
 	}
-	err = k.updateRecord(ctx, i.cluster, i.name, func(rec *record) bool {
-		if !rec.Deleting {
+	err = k.updateRecord(ctx, i.cluster, i.name, func(now *record) bool {
+		if now.Deleting != rec.Deleting || !now.mayBeGone() {
 			return false // somebody has begun the item anew
 		}
-		rec.bury()
+		now.bury(now.Deleting)
 		return true
 	})
 	if err != nil { // the item is gone, and who comes next sees that it was meant to be

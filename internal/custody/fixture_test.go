@@ -177,3 +177,21 @@ func equal(a, b custody.Fields) bool {
 }
 
 func generation(n uint64) *uint64 { return &n }
+
+// record returns what lies in the records.
+func (h *house) record(path string) store.Entry {
+	h.t.Helper()
+	entry, err := h.records.Get(h.t.Context(), path)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return entry
+}
+
+// setRecord puts an old record back, as a restored backup of the mount would.
+func (h *house) setRecord(path string, value []byte) {
+	h.t.Helper()
+	if _, err := h.records.Put(h.t.Context(), path, value, h.record(path).Revision); err != nil {
+		h.t.Fatal(err)
+	}
+}

@@ -117,6 +117,9 @@ func (k *Keeper) storeFor(ctx context.Context, i *item, wanted string) (string, 
 	if wanted != "" {
 		return wanted, nil
 	}
+	if i.rec.record != nil && i.rec.Pending != nil {
+		return i.rec.Store, nil // it was deleted while it was written, and may still appear
+	}
 	name, err := k.defaultStore(ctx)
 	if err != nil {
 		return "", fmt.Errorf("looking up the default store: %w", err)
@@ -134,31 +137,21 @@ func (k *Keeper) storeFor(ctx context.Context, i *item, wanted string) (string, 
 func (i *item) judge() State {
 	rec, generation := i.rec.record, i.claimed.Generation
 	switch {
-	case !i.exists() && (rec == nil || rec.Deleted || rec.Deleting || rec.Generation == 0):
+	case !i.exists() && (rec == nil || rec.Generation == 0 || rec.mayBeGone()):
 		return ""
 	case !i.exists():
 		return StateVanished
 	case rec == nil:
 		return StateUnrecorded
-	case rec.Deleted:
-		return i.afterDelete()
 	case generation == rec.Generation:
 		return StateCurrent
 	case rec.foresees(generation):
 		return StateUnconfirmed
-	case generation < rec.Generation:
+	case generation < rec.Generation || rec.Deleted && generation <= rec.Highest:
 		return StateStale
 	default:
 		return StateAhead
 	}
-}
-
-// afterDelete judges an envelope that lies where ours was deleted.
-func (i *item) afterDelete() State {
-	if i.claimed.Generation > i.rec.Highest {
-		return StateAhead
-	}
-	return StateStale
 }
 
 // problem returns the error of an item that must not be used, nil for one in order or absent.
@@ -192,7 +185,7 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 		if i.claimed.Generation == rec.Generation {
 			m.Fields = rec.Fields
 		}
-		if rec.Deleting {
+		if rec.Deleting > 0 {
 			m.Warnings = append(m.Warnings, "Deleting it was begun and did not end; delete it again, or write it to keep it.")
 		}
 	}

@@ -48,13 +48,13 @@ func (k *Keeper) List(ctx context.Context, cluster string) (items []Ref, warning
 			warnings = append(warnings, err.Error())
 			continue
 		}
-		if rec.record == nil || rec.Deleted {
-			continue
-		}
-		stores[rec.Store] = true
-		if rec.Deleting || rec.Generation == 0 { // a delete or a first write ended unclear
+		switch {
+		case rec.record == nil || rec.Deleted && rec.Pending == nil:
+		case rec.Generation == 0 || rec.mayBeGone(): // a delete or a first write ended unclear
+			stores[rec.Store] = true
 			unclear[rec.Store] = append(unclear[rec.Store], ref)
-		} else {
+		default:
+			stores[rec.Store] = true
 			found[ref] = true
 		}
 	}

@@ -24,7 +24,7 @@ func (k *Keeper) Get(ctx context.Context, cluster, name string, options ReadOpti
 		return Metadata{}, err
 	}
 	if i.state == "" {
-		return Metadata{}, i.notFound()
+		return Metadata{}, k.absent(ctx, i)
 	}
 	return k.metadata(ctx, i), nil
 }
@@ -54,7 +54,7 @@ func (k *Keeper) Open(ctx context.Context, cluster, name string, options ReadOpt
 // unseal returns an item's payload. The caller wipes it.
 func (k *Keeper) unseal(ctx context.Context, i *item) ([]byte, error) {
 	if i.state == "" {
-		return nil, i.notFound()
+		return nil, k.absent(ctx, i)
 	}
 	if err := i.problem(); err != nil {
 		return nil, err
@@ -103,6 +103,17 @@ func (k *Keeper) begin(i *item, fields []string, by string) *record {
 		Store: i.storeName, Key: i.claimed.Key, Generation: i.claimed.Generation, Highest: i.claimed.Generation,
 		Fields: fields, Created: k.today(), Updated: k.today(), UpdatedBy: by,
 	}
+}
+
+// absent is the error for an item that is not there. Where a delete was cut short between the envelope and the
+// gravestone, the gravestone is made now, so that nobody can put the envelope back.
+func (k *Keeper) absent(ctx context.Context, i *item) error {
+	if i.rec.record != nil && i.rec.mayBeGone() {
+		if err := k.finishDelete(ctx, i); err != nil && !errors.Is(err, store.ErrConflict) {
+			k.logger.Warn("recording a deletion failed", "cluster", i.cluster, "name", i.name, "error", err)
+		}
+	}
+	return i.notFound()
 }
 
 func (i *item) notFound() error {

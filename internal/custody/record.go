@@ -28,9 +28,10 @@ type record struct {
 	Pending *pending `json:"pending,omitempty"`
 	// Highest is the highest generation ever given to an envelope of this item. The next write takes the next one.
 	Highest uint64 `json:"highest"`
-	// Deleting is set before the envelope is deleted, Deleted once it is gone.
-	Deleting bool `json:"deleting,omitempty"`
-	Deleted  bool `json:"deleted,omitempty"`
+	// Deleting is the generation that is being deleted, noted before the envelope is; 0 for none. Deleted is set once it
+	// is gone: the record is a gravestone.
+	Deleting uint64 `json:"deleting,omitempty"`
+	Deleted  bool   `json:"deleted,omitempty"`
 
 	Fields    []string  `json:"fields,omitempty"` // names of the fields of Generation
 	Created   time.Time `json:"created"`
@@ -67,24 +68,35 @@ func (r *record) foresee() (generation uint64) {
 	return r.Highest
 }
 
-// confirm notes that the store holds this generation. Lower ones cannot appear any more: their writes expected a
-// revision that is gone.
-func (r *record) confirm(generation uint64) {
-	r.Generation = generation
-	r.Highest = max(r.Highest, generation)
-	if r.Pending != nil {
-		r.Pending.First = max(r.Pending.First, generation+1)
-		if r.Pending.First > r.Pending.Last {
-			r.Pending = nil
-		}
+// settle drops pending generations up to this one: they cannot appear any more, because their writes expect a revision
+// that is gone.
+func (r *record) settle(generation uint64) {
+	if r.Pending == nil {
+		return
 	}
-	r.Deleting, r.Deleted = false, false
+	r.Pending.First = max(r.Pending.First, generation+1)
+	if r.Pending.First > r.Pending.Last {
+		r.Pending = nil
+	}
 }
 
-// bury makes the record a gravestone.
-func (r *record) bury() {
-	r.Generation, r.Pending, r.Fields = 0, nil, nil
-	r.Deleting, r.Deleted = false, true
+// confirm notes that the store holds this generation.
+func (r *record) confirm(generation uint64) {
+	r.Generation, r.Deleted = generation, false
+	r.settle(generation)
+	if r.Deleting < generation {
+		r.Deleting = 0 // what was to be deleted was written over
+	}
+}
+
+// mayBeGone tells whether a delete that did not end may have left nothing in the store.
+func (r *record) mayBeGone() bool { return r.Deleting > 0 && r.Deleting >= r.Generation }
+
+// bury makes the record a gravestone. Writes that are still under way stay foreseen: the last of them may bring the
+// item back.
+func (r *record) bury(generation uint64) {
+	r.settle(generation)
+	r.Generation, r.Deleting, r.Deleted, r.Fields = 0, 0, true, nil
 }
 
 // validate returns ErrRecordMalformed where the record contradicts itself.
@@ -99,7 +111,7 @@ func (r *record) validate() error {
 		return fmt.Errorf("%w: generation %d above the highest, %d", ErrRecordMalformed, r.Generation, r.Highest)
 	case p != nil && (p.First > p.Last || p.First <= r.Generation || p.Last > r.Highest):
 		return fmt.Errorf("%w: pending %d to %d with generation %d and highest %d", ErrRecordMalformed, p.First, p.Last, r.Generation, r.Highest)
-	case r.Deleted && (r.Generation != 0 || p != nil || r.Deleting):
+	case r.Deleting > r.Highest || r.Deleted && (r.Generation != 0 || r.Deleting != 0):
 		return fmt.Errorf("%w: deleted and yet there", ErrRecordMalformed)
 	}
 	return nil
