@@ -461,7 +461,7 @@ func TestTheHostEndsWithItsLastDevice(t *testing.T) {
 	if err := second.Close(); err != nil || len(hosts(t)) != 0 {
 		t.Errorf("the last Close gives %v and leaves %d hosts, want none", err, len(hosts(t)))
 	}
-	if took := time.Since(begun); took > time.Second {
+	if took := time.Since(begun); took > 1900*time.Millisecond { // a host that is not asked to end is killed after two seconds
 		t.Errorf("it took %v", took)
 	}
 }

@@ -91,12 +91,17 @@ func (d *Device) run(ctx context.Context, o operation) (wire.Frame, error) {
 
 // runAt is run for those who want to know where the answer came from.
 func (d *Device) runAt(ctx context.Context, o operation) (wire.Frame, *attachment, error) {
-	for first := true; ; first = false {
+	const patience = 16 // hosts that were replaced by others before they took the call: each is news, but not for ever
+	for attempts, retired := 0, 0; ; {
 		frame, a, again, err := d.attempt(ctx, o)
-		if err == nil {
+		switch {
+		case err == nil:
 			return frame, a, nil
-		}
-		if !again || !first {
+		case again && errors.Is(err, errRetired) && retired < patience:
+			retired++
+		case again && attempts == 0:
+			attempts++
+		default:
 			return wire.Frame{}, nil, fmt.Errorf("%s: %w", o.during, err)
 		}
 	}

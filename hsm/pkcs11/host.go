@@ -34,7 +34,7 @@ type hostDiedError struct {
 func (e *hostDiedError) Error() string { return fmt.Sprintf("the module host ended: %v", e.cause) }
 func (e *hostDiedError) Unwrap() error { return e.cause }
 
-// errRetired says that a call was not sent because the host takes no more of them.
+// errRetired says that a call was not sent, because the host is dead or takes no more of them.
 var errRetired = errors.New("the module host is being replaced")
 
 // host is one running module host: a lock for those who write requests, a goroutine that reads answers and hands each
@@ -126,7 +126,8 @@ func (h *host) greet(hello wire.Hello, limit time.Duration) error {
 
 // call sends a request and waits for its answer or for ctx. A call given up before it was sent never reaches the
 // module; one given up later goes on there, and its result is wiped when it comes. An answer that reports a failure is
-// a *wire.Error, the end of the host an *hostDiedError.
+// a *wire.Error, the end of the host an *hostDiedError. Where the call was not sent at all, and that is not ctx's doing, it
+// is errRetired.
 func (h *host) call(ctx context.Context, r request) (wire.Frame, error) {
 	c := &call{token: r.token, limit: r.limit, answer: make(chan result, 1), returned: r.returned}
 	if c.returned == nil {
@@ -141,7 +142,7 @@ func (h *host) call(ctx context.Context, r request) (wire.Frame, error) {
 	case h.writing <- struct{}{}:
 	case <-h.dead:
 		c.returned()
-		return wire.Frame{}, &hostDiedError{cause: h.cause()}
+		return wire.Frame{}, fmt.Errorf("%w: %w", errRetired, h.cause())
 	case <-ctx.Done():
 		c.returned()
 		return wire.Frame{}, ctx.Err()
@@ -202,7 +203,7 @@ func (h *host) enter(c *call) (fits bool, err error) {
 	defer h.mu.Unlock()
 	switch {
 	case h.err != nil:
-		return false, &hostDiedError{cause: h.err}
+		return false, fmt.Errorf("%w: %w", errRetired, h.err)
 	case h.retired:
 		return false, errRetired
 	}

@@ -162,6 +162,40 @@ func TestAGenerationIsNeverRepeated(t *testing.T) {
 	}
 }
 
+func TestAQueuedGenerationOutlivesTheHost(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	k := key(t, d)
+	release := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		if h.number > 1 || r.Op != wire.OpDecryptOAEP {
+			return false
+		}
+		h.hang(release)
+		h.die()
+		return true
+	})
+	inside := waits(t, func() error { return f.decrypts(patient(t), k) })
+	eventually(t, "the decryption is inside", func() bool { return f.count(wire.OpDecryptOAEP) == 1 })
+	queued := waits(t, func() error {
+		_, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"})
+		return err
+	})
+	token := d.known()
+	eventually(t, "the generation waits", func() bool {
+		token.queue.mu.Lock()
+		defer token.queue.mu.Unlock()
+		return token.queue.waiting == 1
+	})
+	close(release)
+	if err := inside(); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the decryption gets %v, want ErrUnavailable", err)
+	}
+	if err := queued(); err != nil || f.count(wire.OpGenerateKey) != 1 {
+		t.Errorf("the generation, which never reached the dead host, gets %v and was sent %d times", err, f.count(wire.OpGenerateKey))
+	}
+}
+
 func TestALargeWriteToAStoppedHostKeepsItsDeadline(t *testing.T) {
 	f, m, module := newFake(t)
 	d := f.open(t, m, module, func(c *Config) { c.DecryptLimit = time.Second })

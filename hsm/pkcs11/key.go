@@ -227,7 +227,9 @@ func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, er
 		},
 	})
 	if err != nil {
-		d.manager.wrote(nil) // perhaps
+		if mayHaveWritten(err) {
+			d.manager.wrote(nil)
+		}
 		return nil, err
 	}
 	d.manager.wrote(a.host)
@@ -302,7 +304,7 @@ func pick(keys []wire.Key, ref hsm.KeyRef) (handles, error) {
 		return matches[0], nil
 	case len(matches) > 1:
 		return handles{}, fmt.Errorf("%w: %d objects of that id and public key", hsm.ErrAmbiguous, len(matches))
-	case len(keys) > 0:
+	case len(keys) > 0 && ref.ID != "":
 		return handles{}, fmt.Errorf("%w: id %s now belongs to another one", hsm.ErrKeyChanged, ref.ID)
 	default:
 		return handles{}, fmt.Errorf("%w: no key with id %s", hsm.ErrNotFound, ref.ID)

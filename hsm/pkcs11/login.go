@@ -47,15 +47,19 @@ func (d *Device) logIn(ctx context.Context, a *attachment) error {
 
 		// The result of C_Login has to reach the ledger even where the caller has gone meanwhile.
 		result := make(chan error, 1)
-		started := d.module.goWaitedFor(func() {
-			err := d.sendPIN(ctx, a)
+		end := func() {
 			a.mu.Lock()
 			a.loggingIn = nil
 			a.mu.Unlock()
 			close(running)
+		}
+		started := d.module.goWaitedFor(func() {
+			err := d.sendPIN(ctx, a)
+			end()
 			result <- err
 		})
 		if !started {
+			end()
 			return ErrClosed
 		}
 		select {
@@ -345,8 +349,18 @@ func (d *Device) Unbar(ctx context.Context) error {
 		t = d.known()
 	}
 	t.forget() // a person says that this device's PIN may be tried
-	if err := d.manager.ledger.unbar(t.identity); err != nil {
-		return fmt.Errorf("lifting the PIN bar of %s: %w", d.describeToken(), err)
+	during := "lifting the PIN bar of " + d.describeToken()
+	result := make(chan error, 1)
+	if !d.module.goWaitedFor(func() { result <- d.manager.ledger.unbar(t.identity) }) {
+		return fmt.Errorf("%s: %w", during, ErrClosed)
 	}
-	return nil
+	select {
+	case err := <-result:
+		if err != nil {
+			return fmt.Errorf("%s: %w", during, err)
+		}
+		return nil
+	case <-ctx.Done(): // it waits for a log-in that runs
+		return fmt.Errorf("%s: %w", during, ctx.Err())
+	}
 }

@@ -128,7 +128,11 @@ func (m *module) spawn() (*host, error) {
 	m.mu.Lock()
 	m.hosts[h] = struct{}{}
 	m.waiting.Add(1)
+	closed := m.closed
 	m.mu.Unlock()
+	if closed { // close did not see this one
+		h.die(ErrClosed)
+	}
 	go func() {
 		defer m.waiting.Done()
 		<-h.gone

@@ -78,7 +78,9 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 	}
 	for first := true; ; first = false {
 		_, err := d.run(ctx, create)
-		d.manager.wrote(nil) // perhaps, where it failed
+		if mayHaveWritten(err) {
+			d.manager.wrote(nil)
+		}
 		if err != nil {
 			return err
 		}
@@ -129,7 +131,9 @@ func (d *Device) removed(ctx context.Context, destroy operation, gone func(conte
 	defer done()
 	for first := true; ; first = false {
 		_, err := d.run(ctx, destroy)
-		d.manager.wrote(nil) // perhaps, where it failed
+		if mayHaveWritten(err) {
+			d.manager.wrote(nil)
+		}
 		if err != nil {
 			return err
 		}

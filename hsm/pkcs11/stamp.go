@@ -3,8 +3,11 @@ package pkcs11
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"os"
 	"path/filepath"
+
+	"vault-plugin-secrets-nitrokey/hsm"
 )
 
 // stampFile lies in the state directory, which all our processes on a machine share. Its content changes with every
@@ -46,4 +49,9 @@ func (m *Manager) wrote(by *host) {
 			by.stamp = content
 		}
 	}
+}
+
+// mayHaveWritten reports whether an operation with that result may have changed what is on the token.
+func mayHaveWritten(err error) bool {
+	return err == nil || errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrFull)
 }
