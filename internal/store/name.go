@@ -24,8 +24,8 @@ func CheckName(name string) error {
 		return fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrInvalidName, len(name), MaxNameLength)
 	}
 	for part := range strings.SplitSeq(name, "/") {
-		if err := checkPart(part); err != nil {
-			return fmt.Errorf("%w %q: %s", ErrInvalidName, name, err)
+		if complaint := checkPart(part); complaint != "" {
+			return fmt.Errorf("%w %q: %s", ErrInvalidName, name, complaint)
 		}
 	}
 	return nil
@@ -51,24 +51,20 @@ func CheckValue(value []byte, limit int) error {
 	return nil
 }
 
-// partError says what is wrong with a part of a name.
-type partError string
-
-func (e partError) Error() string { return string(e) }
-
-func checkPart(part string) error {
+// checkPart says what is wrong with a part of a name, "" for nothing.
+func checkPart(part string) string {
 	if part == "" {
-		return partError("a part is empty; write no \"/\" at the beginning, at the end or twice in a row")
+		return "a part is empty; write no \"/\" at the beginning, at the end or twice in a row"
 	}
 	if part[0] == '.' || part[0] == '-' {
-		return partError("a part begins with \".\" or \"-\"; begin with a letter, a digit or \"_\"")
+		return "a part begins with \".\" or \"-\"; begin with a letter, a digit or \"_\""
 	}
 	for i := range len(part) {
 		if !allowed(part[i]) {
-			return partError(fmt.Sprintf("byte %#02x is not allowed; use letters, digits, \".\", \"_\" and \"-\"", part[i]))
+			return fmt.Sprintf("byte %#02x is not allowed; use letters, digits, \".\", \"_\" and \"-\"", part[i])
 		}
 	}
-	return nil
+	return ""
 }
 
 func allowed(c byte) bool {

@@ -42,7 +42,7 @@ func TestWriteWithAnUnclearAnswerIsSentOnce(t *testing.T) {
 		"stopped":                         rpctypes.ErrGRPCStopped,
 	} {
 		t.Run(sentence, func(t *testing.T) {
-			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -128,8 +128,8 @@ func countUp(ctx context.Context, s *etcd.Store, written *atomic.Int64) error {
 			n, revision = n+1, next
 			written.Store(n)
 			continue
-		case ctx.Err() != nil:
-			return nil
+		case ctx.Err() != nil: // the test has seen enough
+			return nil //nolint:nilerr // see above
 		case !errors.Is(err, store.ErrUnavailable):
 			return fmt.Errorf("writing %d: %w", n+1, err)
 		}
@@ -139,7 +139,7 @@ func countUp(ctx context.Context, s *etcd.Store, written *atomic.Int64) error {
 		}
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // see above
 		case errors.Is(err, store.ErrNotFound) && n == 0:
 			continue
 		case err != nil:

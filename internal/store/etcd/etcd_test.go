@@ -49,6 +49,7 @@ func TestStore(t *testing.T) {
 	cluster := etcdtest.Shared(t)
 	places := 0
 	storetest.TestStore(t, func(t *testing.T) storetest.Place {
+		t.Helper()
 		places++
 		config := config(t, cluster)
 		config.Prefix = fmt.Sprintf("conformance/%d-%d", os.Getpid(), places)
@@ -114,7 +115,7 @@ func TestConfiguration(t *testing.T) {
 			change(&config)
 			s, err := etcd.Open(config)
 			if err == nil {
-				s.Close()
+				_ = s.Close()
 				t.Fatal("Open = nil")
 			}
 			if strings.Contains(err.Error(), "pass@") {
@@ -187,7 +188,9 @@ func TestEtcdThatIsDownIsUnavailable(t *testing.T) {
 		t.Errorf("Delete = %v, want ErrUnavailable", err)
 	}
 	cluster.Restart(t, 0)
-	s.Close()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
 	config.RequestTimeout = 0 // the default
 	s = open(t, config)
 	entry, err := s.Get(t.Context(), "a")

@@ -24,6 +24,7 @@ func open(t *testing.T, dir string) *file.Store {
 
 func TestStore(t *testing.T) {
 	storetest.TestStore(t, func(t *testing.T) storetest.Place {
+		t.Helper()
 		dir := filepath.Join(t.TempDir(), "store")
 		return func() store.Store { return open(t, dir) }
 	}, storetest.Capabilities{})

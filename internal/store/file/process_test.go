@@ -47,6 +47,13 @@ func child(t *testing.T, role, dir string) *exec.Cmd {
 	return command
 }
 
+// tell says something to the test that started this process.
+func tell(line string) {
+	if _, err := os.Stdout.WriteString(line + "\n"); err != nil {
+		fail(err)
+	}
+}
+
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
@@ -81,7 +88,7 @@ func playLockHolder(dir string) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		fail(err)
 	}
-	fmt.Println("locked")
+	tell("locked")
 	_, _ = os.Stdin.Read(make([]byte, 1)) // until the parent closes it
 }
 
@@ -150,7 +157,7 @@ func playFullDisk(dir string) {
 	}
 	_, err = s.Put(context.Background(), "a", make([]byte, 8192), entry.Revision)
 	if !errors.Is(err, store.ErrFull) {
-		fail(fmt.Errorf("writing to a full disk: %v, want ErrFull", err))
+		fail(fmt.Errorf("writing to a full disk, which wants ErrFull: %w", err))
 	}
 }
 
@@ -186,7 +193,7 @@ func playEndlessWriter(dir string) {
 			fail(err)
 		}
 		if i == 3 {
-			fmt.Println("writing")
+			tell("writing")
 		}
 	}
 }

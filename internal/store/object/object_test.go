@@ -45,6 +45,7 @@ func labels(t *testing.T, device hsm.ObjectStore) []string {
 
 func TestStore(t *testing.T) {
 	storetest.TestStore(t, func(t *testing.T) storetest.Place {
+		t.Helper()
 		token, stateDir := hsmtest.NewMemory(), t.TempDir()
 		return func() store.Store { return open(t, token.Attach(), stateDir) }
 	}, storetest.Capabilities{MaxValue: object.MaxValueSize, MaxName: object.MaxNameLength})

@@ -49,6 +49,7 @@ func TestStoreOnSoftHSM(t *testing.T) {
 	device := openToken(t, token, stateDir)
 	places := 0
 	storetest.TestStore(t, func(t *testing.T) storetest.Place {
+		t.Helper()
 		places++
 		config := object.Config{Application: fmt.Sprintf("place%d", places), StateDir: stateDir, Serial: token.Serial}
 		return func() store.Store {

@@ -29,7 +29,8 @@ import (
 )
 
 const (
-	readyLimit = time.Minute // a cluster on a busy machine takes seconds
+	buildLimit = 10 * time.Minute // for etcd itself, once a machine
+	readyLimit = time.Minute      // a cluster on a busy machine takes seconds
 	poll       = 50 * time.Millisecond
 	attempts   = 5 // at ports that nobody else takes in between
 )
@@ -89,7 +90,7 @@ func Shared(t testing.TB) *Cluster {
 	shared.mu.Lock()
 	defer shared.mu.Unlock()
 	if shared.dir == "" {
-		if shared.dir, shared.err = os.MkdirTemp("", "etcdtest"); shared.err == nil {
+		if shared.dir, shared.err = os.MkdirTemp("", "etcdtest"); shared.err == nil { //nolint:usetesting // it outlives the test
 			shared.cluster, shared.err = start(shared.dir, 1, nil)
 		}
 	}
@@ -108,7 +109,7 @@ func Main(m *testing.M) int {
 			shared.cluster.stop()
 		}
 		if shared.dir != "" {
-			os.RemoveAll(shared.dir)
+			_ = os.RemoveAll(shared.dir) // the system tidies its temporary directory as well
 		}
 	}()
 	return m.Run()
@@ -119,7 +120,9 @@ func start(dir string, members int, opts []Option) (*Cluster, error) {
 	for _, opt := range opts {
 		opt(&chosen)
 	}
-	binary, err := program()
+	ctx, cancel := context.WithTimeout(context.Background(), buildLimit)
+	defer cancel()
+	binary, err := program(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +140,7 @@ func start(dir string, members int, opts []Option) (*Cluster, error) {
 }
 
 // program builds or finds etcd.
-func program() (string, error) {
+func program(ctx context.Context) (string, error) {
 	root, err := os.Getwd()
 	if err != nil {
 		return "", err
@@ -152,7 +155,7 @@ func program() (string, error) {
 		root = filepath.Dir(root)
 	}
 	var stderr bytes.Buffer
-	command := exec.Command(filepath.Join(root, "scripts", "tool"), "etcd")
+	command := exec.CommandContext(ctx, filepath.Join(root, "scripts", "tool"), "etcd")
 	command.Stderr = &stderr
 	out, err := command.Output()
 	if err != nil {
@@ -168,7 +171,9 @@ func (c *Cluster) start(binary string, members int, chosen options) error {
 	if err := c.certify(); err != nil {
 		return fmt.Errorf("making certificates: %w", err)
 	}
-	ports, err := freePorts(2 * members)
+	ctx, cancel := context.WithTimeout(context.Background(), readyLimit)
+	defer cancel()
+	ports, err := freePorts(ctx, 2*members)
 	if err != nil {
 		return err
 	}
@@ -205,21 +210,23 @@ func (c *Cluster) start(binary string, members int, chosen options) error {
 	if c.client, err = clientv3.New(c.ClientConfig()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), readyLimit)
-	defer cancel()
 	return c.waitReady(ctx)
 }
 
 // freePorts returns loopback ports that were free a moment ago.
-func freePorts(n int) ([]int, error) {
+func freePorts(ctx context.Context, n int) ([]int, error) {
 	var ports []int
 	for range n {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
 		}
 		defer listener.Close() // all at the end, so that no port is given twice
-		ports = append(ports, listener.Addr().(*net.TCPAddr).Port)
+		address, ok := listener.Addr().(*net.TCPAddr)
+		if !ok {
+			return nil, fmt.Errorf("listening on %v", listener.Addr())
+		}
+		ports = append(ports, address.Port)
 	}
 	return ports, nil
 }
@@ -381,7 +388,7 @@ func (c *Cluster) Client() *clientv3.Client { return c.client }
 // stop ends all members.
 func (c *Cluster) stop() {
 	if c.client != nil {
-		c.client.Close() // its error is that it was closed
+		_ = c.client.Close() // its error is that it was closed
 	}
 	for _, m := range c.members {
 		if m.exited != nil {

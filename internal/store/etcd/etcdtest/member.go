@@ -32,10 +32,12 @@ func (m *member) start() error {
 		return err
 	}
 	defer log.Close() // the process has its own
-	m.command = exec.Command(m.binary, m.arguments...)
+
+	// Its end is stop's work. No ETCD_ variable of the machine reaches it, and a test that panics cleans nothing up.
+	m.command = exec.CommandContext(context.Background(), m.binary, m.arguments...)
 	m.command.Stdout, m.command.Stderr = log, log
-	m.command.Env = []string{}                                               // ETCD_ variables would win over nothing and confuse everybody
-	m.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that panics cleans nothing up
+	m.command.Env = []string{}
+	m.command.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := m.command.Start(); err != nil {
 		return err
 	}

@@ -22,8 +22,24 @@ const (
 	longPause  = 25 * time.Millisecond
 )
 
-// queues holds a token for each lock file in use by this process. Lock files are few and long-lived.
-var queues sync.Map // absolute path → chan struct{} of capacity 1
+// queues holds a token for each lock file in use by this process, by its absolute path. They are few and long-lived.
+var queues struct {
+	sync.Mutex
+
+	of map[string]chan struct{}
+}
+
+func queueFor(path string) chan struct{} {
+	queues.Lock()
+	defer queues.Unlock()
+	if queues.of == nil {
+		queues.of = map[string]chan struct{}{}
+	}
+	if queues.of[path] == nil {
+		queues.of[path] = make(chan struct{}, 1)
+	}
+	return queues.of[path]
+}
 
 // Lock waits for the exclusive lock on the file at path, which is made with mode 0600 where it is missing and stays
 // there. The caller calls unlock once. When ctx ends first, its error is returned.
@@ -32,8 +48,7 @@ func Lock(ctx context.Context, path string) (unlock func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("locking %s: %w", path, err)
 	}
-	slot, _ := queues.LoadOrStore(path, make(chan struct{}, 1))
-	queue := slot.(chan struct{})
+	queue := queueFor(path)
 	select {
 	case queue <- struct{}{}:
 	case <-ctx.Done():

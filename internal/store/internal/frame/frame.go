@@ -50,7 +50,7 @@ func Decode(framed []byte) (store.Entry, error) {
 	}
 	revision, rest := rest[:revisionLength], rest[revisionLength:]
 	for _, c := range revision {
-		if !('A' <= c && c <= 'Z' || '2' <= c && c <= '7') {
+		if base32 := 'A' <= c && c <= 'Z' || '2' <= c && c <= '7'; !base32 {
 			return store.Entry{}, fmt.Errorf("%w: its revision is malformed", store.ErrCorrupt)
 		}
 	}
