@@ -11,6 +11,21 @@ package modhost
 
 enum { LOAD_OK, LOAD_DLOPEN, LOAD_NO_SYMBOL, LOAD_REFUSED, LOAD_NO_LIST, LOAD_VERSION, LOAD_HOLE };
 
+// check says whether a list of functions can be called: miekg/pkcs11 does so without looking.
+static int check(CK_FUNCTION_LIST *list, CK_ULONG *number) {
+	if (list == NULL)
+		return LOAD_NO_LIST;
+	if (list->version.major != 2 && list->version.major != 3) {
+		*number = list->version.major;
+		return LOAD_VERSION;
+	}
+	void **f = &list->C_Initialize, **end = (void **)(list + 1);
+	for (; f < end; f++)
+		if (*f == NULL)
+			return LOAD_HOLE;
+	return LOAD_OK;
+}
+
 // load opens a module and gets its list of functions. At LOAD_DLOPEN and LOAD_NO_SYMBOL, text is the reason; it lives
 // until the next call of the dl family on this thread. At LOAD_REFUSED and LOAD_VERSION, number is the code or version.
 static int load(const char *path, CK_FUNCTION_LIST **list, const char **text, CK_ULONG *number) {
@@ -29,18 +44,7 @@ static int load(const char *path, CK_FUNCTION_LIST **list, const char **text, CK
 	*number = get(list);
 	if (*number != 0)
 		return LOAD_REFUSED;
-	if (*list == NULL)
-		return LOAD_NO_LIST;
-	if ((*list)->version.major != 2 && (*list)->version.major != 3) {
-		*number = (*list)->version.major;
-		return LOAD_VERSION;
-	}
-	// miekg/pkcs11 calls without looking.
-	void **f = &(*list)->C_Initialize, **end = (void **)(*list + 1);
-	for (; f < end; f++)
-		if (*f == NULL)
-			return LOAD_HOLE;
-	return LOAD_OK;
+	return check(*list, number);
 }
 
 static CK_RV login(CK_FUNCTION_LIST *f, CK_ULONG session, CK_BYTE *pin, CK_ULONG len) {
@@ -125,21 +129,30 @@ func load(path string) (functions, error) {
 	var number C.CK_ULONG
 	runtime.LockOSThread() // what dlerror returns belongs to the thread
 	defer runtime.UnlockOSThread()
-	switch C.load(name, &f.list, &text, &number) {
-	case C.LOAD_OK:
-		return f, nil
+	result := C.load(name, &f.list, &text, &number)
+	switch result {
 	case C.LOAD_DLOPEN:
 		return f, fmt.Errorf("loading the module: %s", C.GoString(text))
 	case C.LOAD_NO_SYMBOL:
 		return f, fmt.Errorf("this is a library, but no PKCS#11 module: %s", C.GoString(text))
 	case C.LOAD_REFUSED:
 		return f, fmt.Errorf("C_GetFunctionList of %s failed: %w", path, pkcs11.Error(number))
-	case C.LOAD_NO_LIST:
-		return f, fmt.Errorf("C_GetFunctionList of %s gave no list", path)
-	case C.LOAD_VERSION:
-		return f, fmt.Errorf("%s speaks PKCS#11 version %d: 2 and 3 are known", path, number)
 	default:
-		return f, fmt.Errorf("the function list of %s has holes where functions must be", path)
+		return f, checked(path, result, number)
+	}
+}
+
+// checked is the error of a list of functions that cannot be called.
+func checked(path string, result C.int, number C.CK_ULONG) error {
+	switch result {
+	case C.LOAD_OK:
+		return nil
+	case C.LOAD_NO_LIST:
+		return fmt.Errorf("C_GetFunctionList of %s gave no list", path)
+	case C.LOAD_VERSION:
+		return fmt.Errorf("%s speaks PKCS#11 version %d: 2 and 3 are known", path, number)
+	default:
+		return fmt.Errorf("the function list of %s has holes where functions must be", path)
 	}
 }
 
@@ -147,12 +160,15 @@ func load(path string) (functions, error) {
 // modules have one list of functions and give it to everybody; p11-kit's client makes a new instance, with sessions and
 // a log-in of its own, for each call of C_GetFunctionList. The package keeps its list to itself: this reads the first
 // field of its Ctx, a pointer to struct ctx {void *handle; CK_FUNCTION_LIST_PTR sym;}.
-func (f functions) sharedWith(ctx *pkcs11.Ctx) functions {
-	type miekg struct{ handle, list unsafe.Pointer }
-	inner := *(**miekg)(unsafe.Pointer(ctx))
-	f.list = (*C.CK_FUNCTION_LIST)(inner.list)
-	return f
+func sharedWith(ctx *pkcs11.Ctx, path string) (functions, error) {
+	type inner struct{ handle, list unsafe.Pointer }
+	f := functions{list: (*C.CK_FUNCTION_LIST)((*(**inner)(unsafe.Pointer(ctx))).list)}
+	var number C.CK_ULONG
+	return f, checked(path, C.check(f.list, &number), number) // its C_GetFunctionList may have failed the second time
 }
+
+// A Ctx with another field is another layout: then this does not compile.
+var _ [unsafe.Sizeof(uintptr(0)) - unsafe.Sizeof(pkcs11.Ctx{})]byte
 
 // code is the error of a PKCS#11 function, nil for CKR_OK.
 func code(function string, rv C.CK_RV) error {

@@ -26,15 +26,20 @@ type module struct {
 
 // open loads the module and initialises it. The process is not used for another after an error.
 func open(path string, sessions int) (library, error) {
-	calls, err := load(path)
-	if err != nil {
-		return nil, &wire.Error{Function: "dlopen", Code: wire.CodeLoad, Detail: err.Error()}
+	unloadable := func(err error) error {
+		return &wire.Error{Function: "dlopen", Code: wire.CodeLoad, Detail: err.Error()}
 	}
-	m := &module{calls: calls, sessions: sessions, slotsByID: make(map[uint]*slot)}
+	if _, err := load(path); err != nil { // says why, where New crashes or says nothing
+		return nil, unloadable(err)
+	}
+	m := &module{sessions: sessions, slotsByID: make(map[uint]*slot)}
 	if m.ctx = pkcs11.New(path); m.ctx == nil {
-		return nil, &wire.Error{Function: "dlopen", Code: wire.CodeLoad, Detail: "loading " + path + " a second time"}
+		return nil, unloadable(fmt.Errorf("loading %s a second time", path))
 	}
-	m.calls = calls.sharedWith(m.ctx)
+	var err error
+	if m.calls, err = sharedWith(m.ctx, path); err != nil {
+		return nil, unloadable(err)
+	}
 	if err := m.ctx.Initialize(); err != nil { // with CKF_OS_LOCKING_OK
 		return nil, failed("C_Initialize", err)
 	}

@@ -43,6 +43,7 @@ func TestModulesThatCannotBeLoaded(t *testing.T) {
 		"a library that is no module":       {stub(t, "NO_SYMBOL"), wire.CodeLoad, "undefined symbol: C_GetFunctionList"},
 		"a library that lacks another":      {stub(t, "MISSING"), wire.CodeLoad, "undefined symbol: nobody_has_this"},
 		"one whose list cannot be had":      {stub(t, "LIST_FAILS"), wire.CodeLoad, "CKR_GENERAL_ERROR"},
+		"one whose list can be had once":    {stub(t, "SECOND_LIST_FAILS"), wire.CodeLoad, "gave no list"},
 		"one that gives no list":            {stub(t, "NO_LIST"), wire.CodeLoad, "gave no list"},
 		"one of another version":            {stub(t, "VERSION=1"), wire.CodeLoad, "version 1"},
 		"one that lacks a function":         {stub(t, "HOLE"), wire.CodeLoad, "holes"},

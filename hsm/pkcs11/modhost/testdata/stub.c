@@ -1,5 +1,5 @@
 /* A PKCS#11 module that can hardly do anything, and that with the faults chosen by -D:
- * LIST_FAILS, NO_LIST, VERSION=n, HOLE: what its C_GetFunctionList does;
+ * LIST_FAILS, SECOND_LIST_FAILS, NO_LIST, VERSION=n, HOLE: what its C_GetFunctionList does;
  * INITIALIZE=code|hang(): what C_Initialize answers;
  * SLOTS=hang|crash|refuse: what C_GetSlotList does;
  * WORKS: sessions can be opened, every PIN is right, and C_Decrypt turns every bit over. It keeps nothing that it sees. */
@@ -80,6 +80,11 @@ CK_RV C_GetFunctionList(CK_FUNCTION_LIST **out) {
 #endif
 #ifdef HOLE
 	list.C_DeriveKey = NULL;
+#endif
+#ifdef SECOND_LIST_FAILS
+	static int calls;
+	if (calls++ > 0)
+		return 0x2; /* CKR_HOST_MEMORY */
 #endif
 #ifdef LIST_FAILS
 	return 0x5; /* CKR_GENERAL_ERROR, and nothing in *out */
