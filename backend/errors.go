@@ -118,7 +118,7 @@ func (b *backend) fail(ctx context.Context, req *logical.Request, err error) (*l
 			"Retry-After": {strconv.Itoa(int(retryAfter / time.Second))},
 		}}, logical.CodedError(code, text)
 	case http.StatusInternalServerError:
-		return nil, errors.New(err.Error()) //nolint:errorlint // deliberately unwrapped, see above
+		return nil, errors.New(err.Error()) // not wrapped, see above
 	default:
 		return nil, logical.CodedError(code, err.Error())
 	}

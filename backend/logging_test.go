@@ -21,8 +21,9 @@ func TestLogLinesReachHclogWithTheirAttributes(t *testing.T) {
 	if out.Len() != 0 {
 		t.Fatalf("a debug line was written at level info: %s", out.String())
 	}
-	logger.With("device", "card").WithGroup("token").Warn("reading the token",
-		"serial", "DENK01", slog.Group("pin", "tries", 3), "took", time.Second, "error", errors.New("gone"), slog.Attr{})
+	logger.With("device", "card").WithGroup("token").LogAttrs(t.Context(), slog.LevelWarn, "reading the token",
+		slog.String("serial", "DENK01"), slog.Group("pin", slog.Int("tries", 3)), slog.Duration("took", time.Second),
+		slog.Any("error", errors.New("gone")), slog.Attr{})
 
 	var got map[string]any
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {

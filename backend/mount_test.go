@@ -44,6 +44,8 @@ const (
 type rack struct {
 	mu     sync.Mutex
 	tokens map[string]*testToken
+	// opening, where it is set, is called before a device is opened.
+	opening func(ctx context.Context)
 }
 
 type testToken struct {
@@ -62,7 +64,13 @@ func (r *rack) add(serial string) *testToken {
 }
 
 // open is a device.Opener. As the provider does, it logs in with the first operation, not when it is opened.
-func (r *rack) open(_ context.Context, _ string, config device.Config, pin []byte) (hsm.Device, error) {
+func (r *rack) open(ctx context.Context, _ string, config device.Config, pin []byte) (hsm.Device, error) {
+	if r.opening != nil {
+		r.opening(ctx)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	token := r.tokens[config.Serial]
@@ -205,6 +213,7 @@ func (m *mount) list(path string) reply { return m.do(logical.ListOperation, pat
 func (m *mount) delete(path string, data fields) reply {
 	return m.do(logical.DeleteOperation, path, data)
 }
+
 func (m *mount) write(path string, data fields) reply {
 	return m.do(logical.UpdateOperation, path, data)
 }
@@ -380,15 +389,23 @@ func (m *mount) addKey(name string) *testToken {
 func (m *mount) awaitState(name, state string) reply {
 	m.t.Helper()
 	var last reply
-	deadline := time.Now().Add(20 * time.Second)
-	for time.Now().Before(deadline) {
-		if last = m.read("keys/" + name); last.text("state") == state {
-			return last
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	m.t.Fatalf("key %s is not %q after 20 s: %v", name, state, last.data)
+	await(m.t, "key "+name+" to be "+state, func() bool {
+		last = m.read("keys/" + name)
+		return last.text("state") == state
+	})
 	return last
+}
+
+// await polls until something has come about.
+func await(t *testing.T, what string, come func() bool) {
+	t.Helper()
+	ticker := time.NewTicker(2 * time.Millisecond)
+	defer ticker.Stop()
+	for deadline := time.Now().Add(20 * time.Second); !come(); <-ticker.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited 20 s for %s", what)
+		}
+	}
 }
 
 // secretFile writes a file into -secrets-dir.

@@ -160,8 +160,8 @@ func (b *backend) configWrite(ctx context.Context, _ *logical.Request, data *fra
 	if err != nil {
 		return nil, err
 	}
-	if seconds, given := data.GetOk("request_timeout"); given {
-		changed.RequestTimeout = time.Duration(seconds.(int)) * time.Second
+	if timeout, given := duration(data, "request_timeout"); given {
+		changed.RequestTimeout = timeout
 	}
 	if changed.RequestTimeout < minRequestTimeout || changed.RequestTimeout > maxRequestTimeout {
 		return nil, mistake("request_timeout %v is out of range; use %v to %v", changed.RequestTimeout, minRequestTimeout, maxRequestTimeout)

@@ -224,8 +224,8 @@ func mergeDevice(config *device.Config, data *framework.FieldData) error {
 	for field, limit := range map[string]*time.Duration{
 		"decrypt_timeout": &config.DecryptTimeout, "generate_timeout": &config.GenerateTimeout,
 	} {
-		if seconds, given := data.GetOk(field); given {
-			*limit = time.Duration(seconds.(int)) * time.Second
+		if given, ok := duration(data, field); ok {
+			*limit = given
 		}
 	}
 	return nil

@@ -257,15 +257,19 @@ func (b *backend) materialWrite(ctx context.Context, req *logical.Request, data 
 
 // readCAS reads the generation that the item must be at; nil for any.
 func readCAS(data *framework.FieldData) (*uint64, error) {
-	cas, given := data.GetOk("cas")
-	if !given {
+	if _, given := data.GetOk("cas"); !given {
 		return nil, nil //nolint:nilnil // documented
 	}
-	if cas.(int64) < 0 {
-		return nil, mistake("cas %d is not a generation; give the one that a read shows, or 0 where there is no item", cas)
+	expected, err := readGeneration(data, "cas")
+	return &expected, err
+}
+
+func readGeneration(data *framework.FieldData, field string) (uint64, error) {
+	number := data.Get(field).(int64)
+	if number < 0 {
+		return 0, mistake("%s %d is not a generation; give the one that a read shows, or 0 where there is no item", field, number)
 	}
-	expected := uint64(cas.(int64))
-	return &expected, nil
+	return uint64(number), nil
 }
 
 // readOptions say where a request looks for an item.
@@ -299,8 +303,7 @@ func (b *backend) chooseKeyAndStore(ctx context.Context, cluster, name string, o
 	if options.Store == "" {
 		options.Store = defaults.DefaultStore
 	}
-	switch {
-	case options.Key == "":
+	if options.Key == "" {
 		return mistake("key is missing, and the mount has no default_key; name the wrapping key")
 	}
 	return nil
@@ -368,7 +371,7 @@ func (b *backend) materialOpen(ctx context.Context, req *logical.Request, data *
 		shown[field] = base64.StdEncoding.EncodeToString(value)
 	}
 	response := &logical.Response{Data: map[string]any{
-		"fields": shown, "generation": int64(metadata.Generation), "key": metadata.Key, "key_version": metadata.Version,
+		"fields": shown, "generation": metadata.Generation, "key": metadata.Key, "key_version": metadata.Version,
 	}}
 	for _, warning := range metadata.Warnings {
 		response.AddWarning(warning)
@@ -392,11 +395,14 @@ func (b *backend) materialDelete(ctx context.Context, req *logical.Request, data
 
 func (b *backend) materialAccept(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	cluster, name := itemNames(data)
-	generation, given := data.GetOk("generation")
-	if !given || generation.(int64) < 1 {
+	generation, err := readGeneration(data, "generation")
+	if err != nil {
+		return nil, err
+	}
+	if generation == 0 {
 		return nil, mistake("generation is missing; give the one that lies in the store, as a read of the item shows it")
 	}
-	metadata, err := b.keeper.AcceptGeneration(ctx, cluster, name, uint64(generation.(int64)), readOptions(req, data))
+	metadata, err := b.keeper.AcceptGeneration(ctx, cluster, name, generation, readOptions(req, data))
 	if err != nil {
 		return nil, err
 	}
@@ -412,8 +418,8 @@ func materialResponse(metadata custody.Metadata) *logical.Response {
 		"key":                 metadata.Key,
 		"key_version":         metadata.Version,
 		"rewrap_due":          metadata.Version < metadata.LatestVersion,
-		"generation":          int64(metadata.Generation),
-		"expected_generation": int64(metadata.Expected),
+		"generation":          metadata.Generation,
+		"expected_generation": metadata.Expected,
 		"kids":                present(metadata.KIDs),
 		"hsms":                metadata.HSMs,
 		"size":                metadata.Size,

@@ -212,8 +212,8 @@ func mergeStore(record *storeRecord, data *framework.FieldData) error {
 			*target = value.(string)
 		}
 	}
-	if seconds, given := data.GetOk("request_timeout"); given {
-		record.RequestTimeout = time.Duration(seconds.(int)) * time.Second
+	if timeout, given := duration(data, "request_timeout"); given {
+		record.RequestTimeout = timeout
 	}
 	return nil
 }

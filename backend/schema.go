@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -68,6 +69,16 @@ func listPath(pattern, suffix, synopsis string, list framework.OperationFunc) *f
 		HelpSynopsis:    synopsis,
 		HelpDescription: "The answer holds the names, sorted; read each for more.",
 	}
+}
+
+// duration reads a field of TypeDurationSecond.
+func duration(data *framework.FieldData, field string) (given time.Duration, ok bool) {
+	value, ok := data.GetOk(field)
+	if !ok {
+		return 0, false
+	}
+	seconds := value.(int)
+	return time.Duration(seconds) * time.Second, true
 }
 
 // present is a list that is shown as empty, not as null.

@@ -49,7 +49,7 @@ func parse(flags *flag.FlagSet, args []string, stderr io.Writer) (arguments, err
 	}
 	err := given.check(flags.Args())
 	if err != nil {
-		fmt.Fprintf(stderr, "%s\n", err)
+		say(stderr, "%s\n", err)
 	}
 	return given, err
 }
@@ -98,4 +98,7 @@ Vault starts this program. The arguments are given when it is registered, each a
                             how to reach Vault; for Vaults before 1.12 only
 `
 
-func usage(w io.Writer) { fmt.Fprint(w, usageText) }
+func usage(w io.Writer) { say(w, "%s", usageText) }
+
+// say writes to a person. Where nobody listens, nothing can be done about it.
+func say(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }

@@ -3,7 +3,6 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -43,7 +42,7 @@ func explain(w io.Writer) {
 			sum = hashed
 		}
 	}
-	fmt.Fprintf(w, explanation, backend.Version, path, filepath.Base(path), sum)
+	say(w, explanation, backend.Version, path, filepath.Base(path), sum)
 }
 
 func hashFile(path string) (string, error) {

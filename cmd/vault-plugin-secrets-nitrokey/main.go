@@ -8,7 +8,6 @@ package main
 import (
 	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"os"
 
@@ -36,14 +35,14 @@ func run(args []string, stdout, stderr io.Writer) int {
 	case err != nil:
 		return 2
 	case given.version:
-		fmt.Fprintln(stdout, backend.Version)
+		say(stdout, "%s\n", backend.Version)
 		return 0
 	case os.Getenv(plugin.HandshakeConfig.MagicCookieKey) != plugin.HandshakeConfig.MagicCookieValue:
 		explain(stderr)
 		return 1
 	}
 	if err := serve(meta, given); err != nil {
-		fmt.Fprintln(stderr, "serving the plugin:", err)
+		say(stderr, "serving the plugin: %v\n", err)
 		return 1
 	}
 	return 0

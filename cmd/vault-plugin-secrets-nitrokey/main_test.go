@@ -1,0 +1,106 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"flag"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/sdk/plugin"
+
+	"vault-plugin-secrets-nitrokey/backend"
+)
+
+func TestVersionIsPrinted(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	if code := run([]string{"-version"}, &stdout, &stderr); code != 0 || stdout.String() != backend.Version+"\n" || stderr.Len() > 0 {
+		t.Errorf("exit %d, stdout %q, stderr %q", code, stdout.String(), stderr.String())
+	}
+}
+
+func TestStartedByHandItExplainsHowToRegisterThisVeryFile(t *testing.T) {
+	t.Setenv(plugin.HandshakeConfig.MagicCookieKey, "")
+	own, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(content)
+	var stdout, stderr bytes.Buffer
+	if code := run(nil, &stdout, &stderr); code != 1 {
+		t.Errorf("exit %d, want 1: a script must notice that nothing is served", code)
+	}
+	for _, part := range []string{
+		"vault plugin register -sha256=" + hex.EncodeToString(sum[:]), "-version=" + backend.Version, "-args=-pkcs11-module=", "-args=-state-dir=",
+		"secret vault-plugin-secrets-nitrokey", "vault secrets enable -path=nitrokey",
+	} {
+		if !strings.Contains(stderr.String(), part) {
+			t.Errorf("the explanation lacks %q:\n%s", part, stderr.String())
+		}
+	}
+}
+
+func TestHelpNamesEveryArgument(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	if code := run([]string{"-help"}, &stdout, &stderr); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	if _, err := parse(flags, nil, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	flags.VisitAll(func(f *flag.Flag) {
+		if !strings.Contains(stderr.String(), "  -"+f.Name) {
+			t.Errorf("the help does not name -%s", f.Name)
+		}
+	})
+}
+
+func TestArgumentsAreRead(t *testing.T) {
+	got, err := parse(flag.NewFlagSet("", flag.ContinueOnError), []string{
+		"-pkcs11-module=/a.so", "-pkcs11-module=/b.so", "-secrets-dir=/s", "-state-dir=/t", "-module-env=A", "-module-env=B",
+		"-module-host=/h", "-module-host-sha256=00",
+	}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := arguments{
+		modules: list{"/a.so", "/b.so"}, secretsDir: "/s", stateDir: "/t", moduleEnv: list{"A", "B"}, moduleHost: "/h", moduleHostSHA256: "00",
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(arguments{})); diff != "" {
+		t.Errorf("arguments (-want +got):\n%s", diff)
+	}
+}
+
+func TestWrongArgumentsAreExplained(t *testing.T) {
+	for name, test := range map[string]struct {
+		args []string
+		says string
+	}{
+		"one that is unknown":             {[]string{"-pin=123456"}, "not defined: -pin"},
+		"one that is no flag":             {[]string{"serve"}, `unknown argument "serve"`},
+		"a module by bare name":           {[]string{"-pkcs11-module=opensc-pkcs11.so"}, "not an absolute path"},
+		"an empty module":                 {[]string{"-pkcs11-module="}, "empty"},
+		"a relative directory":            {[]string{"-state-dir=state"}, "not an absolute path"},
+		"a variable with its value":       {[]string{"-module-env=A=b"}, "names a variable"},
+		"a module host without its hash":  {[]string{"-module-host=/h"}, "belong together"},
+		"a hash without its module host":  {[]string{"-module-host-sha256=00"}, "belong together"},
+		"a relative directory of secrets": {[]string{"-secrets-dir=../s"}, "not an absolute path"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			if code := run(slices.Clone(test.args), &stdout, &stderr); code != 2 || !strings.Contains(stderr.String(), test.says) {
+				t.Errorf("exit %d, stderr %q; want 2 and %q", code, stderr.String(), test.says)
+			}
+		})
+	}
+}
