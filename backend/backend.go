@@ -185,9 +185,9 @@ func (b *backend) clean(context.Context) {
 	b.dropAllDevices()
 }
 
-// walMinAge is the age at which Vault hands us a journal entry for rollback. It exceeds the time that a key generation
-// may take inside the HSM, so that one in progress is not disturbed.
-const walMinAge = 10 * time.Minute
+// walMinAge is the age at which Vault hands us a journal entry for rollback, which tries again what the HSM's absence
+// held up. What is still in progress then is left alone: the rollback sees that.
+const walMinAge = 2 * time.Minute
 
 const backendHelp = `
 This engine keeps the unseal material of Vault and OpenBao clusters under the keys of a hardware security module, a

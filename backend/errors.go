@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -61,6 +62,17 @@ func status(err error) int {
 	return http.StatusInternalServerError
 }
 
+// passing are the states that pass by themselves, or by a hand that plugs something in.
+var passing = []error{
+	context.DeadlineExceeded, context.Canceled,
+	hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
+}
+
+// passes tells whether the same request may succeed a little later.
+func passes(err error) bool {
+	return slices.ContainsFunc(passing, func(sentinel error) bool { return errors.Is(err, sentinel) })
+}
+
 // statuses is read from the top: an error that joins several, as one of a key with two HSMs does, gets the first code
 // that fits. So "one HSM is away" wins over "and the other cannot open it": a repeat may succeed.
 //
@@ -70,10 +82,7 @@ var statuses = []struct {
 	code   int
 	errors []error
 }{
-	{http.StatusServiceUnavailable, []error{
-		context.DeadlineExceeded, context.Canceled,
-		hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
-	}},
+	{http.StatusServiceUnavailable, passing},
 	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound}},
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
@@ -85,7 +94,7 @@ var statuses = []struct {
 		store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,
 		keyring.ErrInvalid, keyring.ErrKeyExists, keyring.ErrVersionTooOld, keyring.ErrVersionUnknown, keyring.ErrNotReady,
 		keyring.ErrDeleting, keyring.ErrWeakKey, keyring.ErrUnusableKey, keyring.ErrSameKey, keyring.ErrInUse,
-		keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMalformed, keyring.ErrRecordMismatch,
+		keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMismatch,
 		keyring.ErrTooLarge,
 		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 	}},
@@ -113,6 +122,9 @@ func (b *backend) fail(ctx context.Context, req *logical.Request, err error) (*l
 		text := err.Error()
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			text = "the request was not done within the mount's request_timeout: " + text
+		}
+		if !passes(err) {
+			return nil, logical.CodedError(code, text)
 		}
 		return &logical.Response{Headers: map[string][]string{
 			"Retry-After": {strconv.Itoa(int(retryAfter / time.Second))},

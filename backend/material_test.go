@@ -112,7 +112,7 @@ func TestMaterialWritesThatAreRefused(t *testing.T) {
 		"with fields that are no map":  {item(fields{"fields": "x"}), 400, "fields"},
 		"with a field of no base64":    {item(fields{"fields": fields{"x": "no base64"}}), 400, "field x is not base64"},
 		"with a badly named field":     {item(fields{"fields": fields{"a b": "YQ=="}}), 400, "field name"},
-		"with fields that are too big": {item(fields{"fields": fields{"x": large, "y": large}}), 400, "65536 bytes"},
+		"with fields that are too big": {item(fields{"fields": fields{"x": large, "y": large}}), 400, "65536"},
 		"with a negative cas":          {item(fields{"cas": -1}), 400, "not a generation"},
 		"with a cas where none is":     {item(fields{"cas": 3}), 400, "generation"},
 		"for a key that is missing":    {item(fields{"key": "none"}), 404, "no such wrapping key"},

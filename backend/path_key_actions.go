@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"strings"
 
@@ -153,6 +154,9 @@ func (b *backend) keyRestore(ctx context.Context, req *logical.Request, data *fr
 	key, err := b.keys.Restore(ctx, name, keyring.RestoreRequest{
 		Record: []byte(record), SHA256: sum, Devices: data.Get("devices").(map[string]string), By: by(req),
 	})
+	if errors.Is(err, keyring.ErrRecordMalformed) {
+		return nil, mistake("%w", err) // elsewhere it is this mount's own record that is damaged
+	}
 	if err != nil {
 		return nil, adoptionError(err)
 	}
