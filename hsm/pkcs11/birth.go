@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -91,9 +92,12 @@ func (p *process) supervise(b birth, requestsOut, answersIn *os.File, started ch
 	state, err := child.Wait()
 	if err != nil {
 		p.status = err.Error()
-		return
+	} else {
+		p.status = state.String()
 	}
-	p.status = state.String()
+	// The end of the pipe follows by itself, unless the module has left a process behind that holds it. What the host said
+	// last has a moment to be read.
+	time.AfterFunc(farewell/10, func() { _ = p.answers.Close() })
 }
 
 // exec starts the program with nothing of ours but the two pipes.

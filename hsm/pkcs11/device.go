@@ -156,13 +156,17 @@ func (d *Device) try(ctx context.Context, o operation, a *attachment) (frame wir
 func (d *Device) exchange(ctx context.Context, a *attachment, op wire.Op, meta any, data []byte) (wire.Frame, error) {
 	release, err := a.token.queue.acquire(ctx, d.config.Owner)
 	if err != nil {
-		return wire.Frame{}, err
+		return wire.Frame{}, fmt.Errorf("waiting for a turn on the token: %w", err)
 	}
 	limit := d.config.DecryptLimit
 	if op == wire.OpGenerateKey {
 		limit = d.config.GenerateLimit
 	}
-	return a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: limit, returned: release})
+	frame, err := a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: limit, returned: release})
+	if err != nil && err == ctx.Err() { //nolint:errorlint // this very error: the caller gave up, and nothing else happened
+		err = fmt.Errorf("waiting for the token's answer: %w", err)
+	}
+	return frame, err
 }
 
 // recover decides what a failed attempt on h means: whether another one makes sense, and the error otherwise. A host

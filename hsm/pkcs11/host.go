@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
@@ -238,7 +239,7 @@ func (h *host) read() {
 			break
 		}
 	}
-	if errors.Is(err, io.EOF) && !h.isDead() {
+	if (errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed)) && !h.isDead() {
 		err = h.lastWords()
 	}
 	h.die(err)
@@ -377,6 +378,7 @@ func (h *host) dieOf(culprit *call, cause error) {
 	close(h.dead)
 	h.mu.Unlock()
 	h.process.kill()
+	_ = h.process.answers.Close() // nobody waits for more, and a process that the module started may hold the other end
 	for _, c := range calls {
 		c.returned()
 		c.answer <- result{err: &hostDiedError{culprit: c == culprit, cause: cause}}

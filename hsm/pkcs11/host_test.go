@@ -261,3 +261,30 @@ func TestClosingEndsAHangingHost(t *testing.T) {
 		t.Errorf("a closed device answers %v", err)
 	}
 }
+
+func TestAChildOfTheModuleThatHoldsThePipeKeepsNobodyWaiting(t *testing.T) {
+	f, m, module := newFake(t)
+	k := key(t, f.open(t, m, module))
+	held := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		if h.number > 1 || r.Op != wire.OpDecryptOAEP {
+			return false
+		}
+		// As birth's supervisor sees it: the process has ended, and its end of the pipe stays open.
+		h.kill.Do(func() {
+			close(h.killed)
+			close(h.process.ended)
+			time.AfterFunc(farewell/10, func() { _ = h.process.answers.Close() })
+			h.running.Go(func() { <-held; _, _ = h.requests.Close(), h.answers.Close() })
+		})
+		return true
+	})
+	err := f.decrypts(patient(t), k)
+	close(held)
+	if !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("the operation inside gets %v, want ErrUnavailable", err)
+	}
+	if err := f.decrypts(patient(t), k); err != nil {
+		t.Errorf("the next operation: %v", err)
+	}
+}

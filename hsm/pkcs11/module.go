@@ -307,6 +307,7 @@ func (m *module) succeeded(h *host) {
 // token is what all devices on one token share, whatever host serves it.
 type token struct {
 	identity string
+	parallel int
 	queue    *queue
 	// writing is held while an object or key is written or destroyed and checked.
 	writing chan struct{}
@@ -324,8 +325,12 @@ func (m *module) token(identity string, parallel int) *token {
 	defer m.mu.Unlock()
 	t := m.tokens[identity]
 	if t == nil {
-		t = &token{identity: identity, queue: newQueue(parallel, queueBound), writing: make(chan struct{}, 1), proved: make(map[string]proofs)}
+		t = &token{identity: identity, parallel: parallel, queue: newQueue(parallel, queueBound), writing: make(chan struct{}, 1), proved: make(map[string]proofs)}
 		m.tokens[identity] = t
+	}
+	if t.parallel != parallel {
+		m.manager.logger.Warn("devices on one token share the number of operations at a time of the first one",
+			"token", identity, "in_force", t.parallel, "ignored", parallel)
 	}
 	return t
 }
