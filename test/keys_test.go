@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/vault/api"
 
@@ -56,7 +55,8 @@ func TestRotationAndRewrap(t *testing.T) {
 	site.MustUnwrap(t, "prod", rewrapped, secret)
 }
 
-// A client of Vault's own library sends a write three times where it is answered with 5xx. That must not make three keys.
+// A client of Vault's own library sends a write three times where it is answered with 5xx, and an operator who got no
+// answer sends it again. That must not make three keys.
 func TestARotationSentThreeTimesMakesOneHSMKey(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	site, _ := newSite(t, vaulttest.SiteOptions{})
@@ -67,23 +67,22 @@ func TestARotationSentThreeTimesMakesOneHSMKey(t *testing.T) {
 	cluster.Kill(t, 0)
 	client := site.Client(t)
 	client.SetMaxRetries(2) // as in api.DefaultConfig
-	client.SetMinRetryWait(10 * time.Millisecond)
-	_, err := client.Logical().Write("nitrokey/keys/prod/rotate", map[string]any{"generate": true})
-	t.Logf("rotating while etcd is down: %v", err)
-	cluster.Restart(t, 0)
-
-	site.Write(t, "nitrokey/keys/prod/rotate", vaulttest.Fields{"generate": true, "request_id": "the-operator-again"})
-	vaulttest.Eventually(t, limit, "the rotation to end", func() error {
-		if key := site.Read(t, "nitrokey/keys/prod"); key["state"] != "ready" {
-			return fmt.Errorf("state %v", key["state"])
+	for range 3 {
+		// The store may be needed or not: what counts is what the HSM holds in the end.
+		_, err := client.Logical().Write("nitrokey/keys/prod/rotate", map[string]any{"generate": true, "request_id": "sunday"})
+		if err != nil {
+			t.Logf("rotating while the store is down: %v", err)
 		}
-		return nil
-	})
-	versions := site.Read(t, "nitrokey/keys/prod")["versions"].([]any)
-	if after := hsmKeys(t, site); after-before != len(versions)-1 {
-		t.Errorf("the HSM has %d new keys for %d new versions", after-before, len(versions)-1)
 	}
+	site.WaitKey(t, "prod", 2)
+	if made := hsmKeys(t, site) - before; made != 1 {
+		t.Errorf("three sends made %d HSM keys", made)
+	}
+	cluster.Restart(t, 0)
 	openMaterial(t, site, "eu", "shares")
+	if versions := site.Read(t, "nitrokey/keys/prod")["versions"].([]any); len(versions) != 2 {
+		t.Errorf("three sends made %d versions", len(versions)-1)
+	}
 }
 
 // hsmKeys counts the private keys on the token with a tool that is not ours.
