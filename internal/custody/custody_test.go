@@ -1,8 +1,10 @@
 package custody_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -472,4 +474,91 @@ func TestErrorsOfHSMAndStoreComeThrough(t *testing.T) {
 	}
 	h.one.SetError(nil)
 	h.wantOpen("prod", "unseal", "y")
+}
+
+// misfit is a store that refuses every write for good.
+type misfit struct {
+	store.Store
+
+	err error
+}
+
+func (m misfit) Put(context.Context, string, []byte, store.Revision) (store.Revision, error) {
+	return store.NoRevision, m.err
+}
+
+func TestItemThatAStoreRefusesMayGoToAnother(t *testing.T) {
+	for sentence, refusal := range map[string]error{"too large": store.ErrTooLarge, "no room": store.ErrFull, "no right": store.ErrDenied} {
+		t.Run(sentence, func(t *testing.T) {
+			h := newHouse(t)
+			ctx := t.Context()
+			h.stores["second"] = misfit{h.stores["second"], refusal}
+			if _, err := h.Put(ctx, "prod", "unseal", text("x"), custody.PutOptions{Key: "prod", Store: "second"}); !errors.Is(err, refusal) {
+				t.Fatalf("Put = %v, want %q", err, refusal)
+			}
+			h.wantOpenError("prod", "unseal", custody.ErrNotFound)
+			if refs, _, err := h.List(ctx, ""); err != nil || len(refs) != 0 {
+				t.Errorf("List = %v, %v", refs, err)
+			}
+			_, err := h.Put(ctx, "prod", "unseal", text("x"), custody.PutOptions{Key: "prod", Store: "main"})
+			if errors.Is(err, custody.ErrInvalid) { // that write may still appear there: the operator decides
+				if err := h.Delete(ctx, "prod", "unseal", custody.DeleteOptions{}); err != nil {
+					t.Fatalf("Delete = %v", err)
+				}
+				_, err = h.Put(ctx, "prod", "unseal", text("x"), custody.PutOptions{Key: "prod", Store: "main"})
+			}
+			if err != nil {
+				t.Fatalf("Put into another store = %v", err)
+			}
+			h.wantOpen("prod", "unseal", "x")
+		})
+	}
+}
+
+func TestRefusedWriteLeavesTheItemAsItWas(t *testing.T) {
+	h := newHouse(t)
+	h.put("prod", "unseal", "old")
+	before := h.record(item).Value
+	under := h.stores["main"]
+	h.stores["main"] = misfit{under, store.ErrTooLarge}
+	if _, err := h.Put(t.Context(), "prod", "unseal", text("new"), custody.PutOptions{}); !errors.Is(err, store.ErrTooLarge) {
+		t.Fatalf("Put = %v, want ErrTooLarge", err)
+	}
+	h.stores["main"] = under
+	h.wantOpen("prod", "unseal", "old")
+	if after := h.record(item).Value; strings.Contains(string(after), "pending") || strings.Contains(string(before), "pending") {
+		t.Errorf("the record still foresees something: %s", after)
+	}
+}
+
+// The record lies in mounts: every later release reads it.
+func TestFormatOfRecordsIsFixed(t *testing.T) {
+	h := newHouse(t)
+	h.put("prod", "unseal", "x")
+	const golden = `{"format":1,"store":"main","key":"prod","generation":1,"highest":1,"write":"","fields":["key"],` +
+		`"created":"2026-03-01T03:00:00Z","updated":"2026-03-01T03:00:00Z","updated_by":"test"}`
+	random := regexp.MustCompile(`"write":"[A-Z2-7]{26}"`)
+	if got := random.ReplaceAllString(string(h.record(item).Value), `"write":""`); got != golden {
+		t.Errorf("the record is %s, want %s", got, golden)
+	}
+	const busy = `{"format":1,"store":"main","key":"prod","generation":1,"pending":{"first":2,"last":3},"highest":3,"deleting":1,"write":"",` +
+		`"created":"2026-03-01T03:00:00Z","updated":"2026-03-01T03:00:00Z"}`
+	h.setRecord(item, []byte(busy))
+	h.wantOpen("prod", "unseal", "x")
+}
+
+func TestDamagedRecordIsSaidToBeDamaged(t *testing.T) {
+	h := newHouse(t)
+	h.put("prod", "unseal", "x")
+	for _, damaged := range []string{
+		"", "{}", `{"format":2,"store":"main","key":"prod","generation":1,"highest":1}`, `{"format":1,"store":"main","key":"prod","generation":2,"highest":1}`,
+		`{"format":1,"store":"","key":"prod","generation":1,"highest":1}`, `{"format":1,"store":"main","key":"prod","generation":1,"highest":1,"deleted":true}`,
+		`{"format":1,"store":"main","key":"prod","generation":2,"highest":2,"pending":{"first":1,"last":2}}`,
+	} {
+		h.setRecord(item, []byte(damaged))
+		h.wantOpenError("prod", "unseal", custody.ErrRecordMalformed)
+		if refs, warnings, err := h.List(t.Context(), ""); err != nil || len(refs) != 1 || len(warnings) != 1 {
+			t.Errorf("List = %v, %q, %v, want the item and a warning", refs, warnings, err)
+		}
+	}
 }

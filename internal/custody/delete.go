@@ -47,7 +47,7 @@ func (k *Keeper) Delete(ctx context.Context, cluster, name string, options Delet
 // finishDelete turns the record of an item whose envelope is gone into a gravestone.
 func (k *Keeper) finishDelete(ctx context.Context, i *item) error {
 	rec := i.rec
-	if rec.record == nil || rec.Generation == 0 && rec.Deleting == 0 {
+	if rec.record == nil || rec.Deleted {
 		return i.notFound()
 	}
 	rec.bury(max(rec.Generation, rec.Deleting))

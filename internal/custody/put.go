@@ -99,6 +99,9 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 		return Metadata{}, err
 	}
 	if err := k.storeEnvelope(ctx, i, sealed.Envelope); err != nil {
+		if surelyNotWritten(err) {
+			k.withdraw(ctx, i, generation)
+		}
 		return Metadata{}, fmt.Errorf("writing %s to store %q: %w", describe(i.cluster, i.name), i.storeName, err)
 	}
 	done := func(rec *record) {
@@ -155,13 +158,32 @@ func (k *Keeper) foreseeing(i *item, c change) *record {
 // storeEnvelope replaces the envelope. A write that was made although the store answered with an error is a success.
 func (k *Keeper) storeEnvelope(ctx context.Context, i *item, raw []byte) error {
 	_, err := i.store.Put(ctx, path(i.cluster, i.name), slices.Clone(raw), i.entry.Revision)
-	if err == nil || errors.Is(err, store.ErrTooLarge) || errors.Is(err, store.ErrInvalidName) {
+	if err == nil || surelyNotWritten(err) {
 		return err
 	}
 	if _, ok := stored(ctx, i.store, path(i.cluster, i.name), raw, i.entry.Revision); ok {
 		return nil
 	}
 	return err
+}
+
+// surelyNotWritten tells whether a store has refused a write, so that there is no doubt how it ended.
+func surelyNotWritten(err error) bool {
+	return errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrTooLarge) || errors.Is(err, store.ErrInvalidName)
+}
+
+// withdraw takes back what foreseeing wrote. Where that fails the record foresees a generation that never comes.
+func (k *Keeper) withdraw(ctx context.Context, i *item, generation uint64) {
+	err := k.updateRecord(ctx, i.cluster, i.name, func(rec *record) bool {
+		if !rec.foresees(generation) {
+			return false
+		}
+		rec.withdraw(generation)
+		return true
+	})
+	if err != nil {
+		k.logger.Warn("taking back a foreseen generation failed", "cluster", i.cluster, "name", i.name, "generation", generation, "error", err)
+	}
 }
 
 // confirm notes in the record what the store holds. A failure loses nothing, because the record foresees it: it is a

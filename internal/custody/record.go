@@ -3,6 +3,7 @@ package custody
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -32,6 +33,10 @@ type record struct {
 	// is gone: the record is a gravestone.
 	Deleting uint64 `json:"deleting,omitempty"`
 	Deleted  bool   `json:"deleted,omitempty"`
+
+	// Write is random and new with every write. Without it two writers that do the same write the same bytes, and after
+	// an unclear answer each would take the other's write for its own: both with one generation.
+	Write string `json:"write"`
 
 	Fields    []string  `json:"fields,omitempty"` // names of the fields of Generation
 	Created   time.Time `json:"created"`
@@ -77,6 +82,22 @@ func (r *record) settle(generation uint64) {
 	r.Pending.First = max(r.Pending.First, generation+1)
 	if r.Pending.First > r.Pending.Last {
 		r.Pending = nil
+	}
+}
+
+// withdraw drops a generation that was foreseen and surely not written.
+func (r *record) withdraw(generation uint64) {
+	switch p := r.Pending; {
+	case p == nil:
+	case p.First == p.Last && p.Last == generation:
+		r.Pending = nil
+	case p.First == generation:
+		p.First++
+	case p.Last == generation:
+		p.Last--
+	}
+	if r.Generation == 0 && r.Pending == nil {
+		r.Deleting, r.Deleted = 0, true // there is nothing
 	}
 }
 
@@ -149,7 +170,7 @@ const afterwards = 5 * time.Second
 // saveRecord writes a record where the old one is still at its revision; store.ErrConflict says that it is not. A write
 // that was made although the store answered with an error is a success.
 func (k *Keeper) saveRecord(ctx context.Context, cluster, name string, rec recorded) (recorded, error) {
-	rec.Format = recordFormat
+	rec.Format, rec.Write = recordFormat, rand.Text()
 	if err := rec.validate(); err != nil {
 		return recorded{}, fmt.Errorf("writing the record of %s: %w", describe(cluster, name), err)
 	}
@@ -158,10 +179,12 @@ func (k *Keeper) saveRecord(ctx context.Context, cluster, name string, rec recor
 		return recorded{}, fmt.Errorf("encoding the record of %s: %w", describe(cluster, name), err)
 	}
 	revision, err := k.records.Put(ctx, path(cluster, name), raw, rec.revision)
-	if err != nil {
+	if err != nil && !errors.Is(err, store.ErrConflict) {
 		if revision, ok := stored(ctx, k.records, path(cluster, name), raw, rec.revision); ok {
 			return recorded{rec.record, revision}, nil
 		}
+	}
+	if err != nil {
 		return recorded{}, fmt.Errorf("writing the record of %s: %w", describe(cluster, name), err)
 	}
 	return recorded{rec.record, revision}, nil

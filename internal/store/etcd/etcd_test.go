@@ -10,6 +10,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/goleak"
 
 	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/store/etcd"
@@ -17,7 +18,14 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/store/storetest"
 )
 
-func TestMain(m *testing.M) { os.Exit(etcdtest.Main(m)) }
+func TestMain(m *testing.M) {
+	code := etcdtest.Main(m)
+	if err := goleak.Find(); code == 0 && err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
 
 // config is the configuration of a store over a cluster, with a prefix that no other test uses.
 func config(t *testing.T, c *etcdtest.Cluster) etcd.Config {
