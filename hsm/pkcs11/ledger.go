@@ -41,10 +41,13 @@ type attempt struct {
 	unlock func()
 }
 
-// attempt records the intent to log in to the token with that serial number, and returns once it is durable. flags are
-// what the token tells about its PIN now. The errors: *hsm.PINError where the PIN must not be sent, the error of ctx where
-// it ended while another log-in ran, and hsm.ErrUnavailable where the intent cannot be written.
-func (l *ledger) attempt(ctx context.Context, serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
+// attempt records the intent to log in to the token with that serial number, and returns once it is durable. shows asks
+// the token about its PIN; it is called when no other log-in runs any more, whose result it has to show. The errors are
+// *hsm.PINError where the PIN must not be sent, the error of ctx where it ended while another log-in ran, that of shows,
+// and hsm.ErrUnavailable where the intent cannot be written.
+func (l *ledger) attempt(
+	ctx context.Context, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
+) (*attempt, error) {
 	if err := l.files.checkDir(); err != nil {
 		return nil, l.noIntent(serial, err)
 	}
@@ -55,7 +58,11 @@ func (l *ledger) attempt(ctx context.Context, serial string, pin []byte, flags h
 		}
 		return nil, l.noIntent(serial, err)
 	}
-	a, err := l.begin(serial, pin, flags)
+	flags, err := shows(ctx)
+	var a *attempt
+	if err == nil {
+		a, err = l.begin(serial, pin, flags)
+	}
 	if err != nil {
 		unlock()
 		return nil, err
@@ -120,10 +127,27 @@ func (a *attempt) succeeded() error {
 // intent stays, which bars the PIN as long as the token shows fewer than all its tries.
 func (a *attempt) wrong() error {
 	defer a.unlock()
-	after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Rejected: true})
+	after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected})
 	if err := a.ledger.files.write(a.serial, after); err != nil {
 		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
 			"is mended: %w", a.serial, a.ledger.files.dir, err)
+	}
+	return nil
+}
+
+// changed records that the token took another PIN in place of this one: that is good now, and this one, which other programs
+// may still have, is barred.
+func (a *attempt) changed(pin []byte) error {
+	defer a.unlock()
+	mark, _, err := a.ledger.files.fingerprint(a.serial, pin)
+	if err == nil {
+		after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: replaced})
+		after.Good = &mark
+		after.Barred = slices.DeleteFunc(after.Barred, func(b bar) bool { return b.Mark == mark })
+		err = a.ledger.files.write(a.serial, after)
+	}
+	if err != nil {
+		return fmt.Errorf("recording that the PIN of the token %q was changed, in %q: %w", a.serial, a.ledger.files.dir, err)
 	}
 	return nil
 }
@@ -213,11 +237,18 @@ type record struct {
 type bar struct {
 	Mark fingerprint `json:"pin"`
 	// At is when it was sent.
-	At time.Time `json:"at"`
-	// Rejected is true where the token said so, false where the log-in ended without an answer and the token showed a
-	// wrong PIN afterwards.
-	Rejected bool `json:"rejected"`
+	At  time.Time `json:"at"`
+	Why barCause  `json:"why"`
 }
+
+// barCause is why a PIN is barred.
+type barCause string
+
+const (
+	rejected   barCause = "rejected"   // by the token
+	unanswered barCause = "unanswered" // the log-in ended without an answer, and the token showed a wrong PIN afterwards
+	replaced   barCause = "replaced"   // by another PIN that the token has now
+)
 
 // intent is a PIN that may have been sent.
 type intent struct {
@@ -245,7 +276,7 @@ func (r record) admit(mark fingerprint, key string, flags hsm.PINState) (known r
 		case !r.isGood(i.Mark) || i.Again:
 			// Barred from now on, even when somebody's right PIN restores the count later. A PIN that was good is believed
 			// to be so still, but not twice: somebody may have changed it on the token.
-			r = r.bar(bar{Mark: i.Mark, At: i.At})
+			r = r.bar(bar{Mark: i.Mark, At: i.At, Why: unanswered})
 		case i.Mark == mark:
 			again = true
 		}
@@ -307,9 +338,13 @@ func (f *refusal) error(serial string, flags hsm.PINState) *hsm.PINError {
 			"sure of the PIN and unbar the device", serial)
 	case becauseBarred:
 		happened := fmt.Sprintf("the token %q rejected this PIN", serial)
-		if !f.bar.Rejected {
+		switch f.bar.Why {
+		case unanswered:
 			happened = fmt.Sprintf("a log-in to the token %q with this PIN ended without an answer, and the token showed a wrong "+
 				"PIN afterwards", serial)
+		case replaced:
+			happened = fmt.Sprintf("this PIN of the token %q was changed to another one", serial)
+		case rejected:
 		}
 		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; give the right PIN to the device, or unbar "+
 			"the device if this one is right after all", happened, f.bar.At.Format(time.RFC3339))

@@ -26,7 +26,7 @@ func TestOtherProgram(t *testing.T) {
 	if dir == "" {
 		t.Skip("run by other tests, as a process of its own")
 	}
-	a, err := openLedger(dir).attempt(t.Context(), serial, []byte("111111"), allTries)
+	a, err := openLedger(dir).attempt(t.Context(), serial, []byte("111111"), shows(allTries))
 	if refused, ok := errors.AsType[*hsm.PINError](err); ok && refused.Barred {
 		return
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -25,6 +26,11 @@ var (
 	finalTry = hsm.PINState{CountLow: true, FinalTry: true}
 	locked   = hsm.PINState{Locked: true}
 )
+
+// shows is a token that tells this about its PIN.
+func shows(flags hsm.PINState) func(context.Context) (hsm.PINState, error) {
+	return func(context.Context) (hsm.PINState, error) { return flags, nil }
+}
 
 // testLedger returns a ledger in a directory of its own that does not wait for the disk. Its key is known, because with a
 // random one two PINs have one fingerprint once in 1,024.
@@ -50,7 +56,7 @@ func (l *ledger) again() *ledger {
 // begins is an attempt that must be let through.
 func begins(t testing.TB, l *ledger, pin string, flags hsm.PINState) *attempt {
 	t.Helper()
-	a, err := l.attempt(t.Context(), serial, []byte(pin), flags)
+	a, err := l.attempt(t.Context(), serial, []byte(pin), shows(flags))
 	if err != nil {
 		t.Fatalf("attempt with %q while the token shows %+v: %v", pin, flags, err)
 	}
@@ -66,7 +72,7 @@ func refuses(t testing.TB, l *ledger, pin string, flags hsm.PINState) {
 // reason fails the test unless the attempt is barred, and says why it is.
 func reason(t testing.TB, l *ledger, pin string, flags hsm.PINState) *hsm.PINError {
 	t.Helper()
-	a, err := l.attempt(t.Context(), serial, []byte(pin), flags)
+	a, err := l.attempt(t.Context(), serial, []byte(pin), shows(flags))
 	if err == nil {
 		_ = a.unresolved()
 		t.Fatalf("attempt with %q while the token shows %+v is let through", pin, flags)
@@ -249,7 +255,7 @@ func TestTokensDoNotBarEachOther(t *testing.T) {
 	l := testLedger(t)
 	must(t, begins(t, l, "111111", allTries).wrong())
 	for _, other := range []string{"DENK0104246", "", "../../etc/passwd", "DENK0104245 ", strings.Repeat("long", 100), "\x00\xff"} {
-		a, err := l.attempt(t.Context(), other, []byte("111111"), allTries)
+		a, err := l.attempt(t.Context(), other, []byte("111111"), shows(allTries))
 		if err != nil {
 			t.Errorf("the token %q: %v", other, err)
 			continue
@@ -271,13 +277,13 @@ func TestOnlyOneLogInRunsAtATime(t *testing.T) {
 	first := begins(t, l, "111111", allTries)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	_, err := l.again().attempt(ctx, serial, []byte("111111"), allTries)
+	_, err := l.again().attempt(ctx, serial, []byte("111111"), shows(allTries))
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("a second log-in gives %v, want the deadline", err)
 	}
 	second := make(chan error, 1)
 	go func() {
-		a, err := l.again().attempt(t.Context(), serial, []byte("111111"), countLow)
+		a, err := l.again().attempt(t.Context(), serial, []byte("111111"), shows(countLow))
 		if err == nil {
 			err = errors.Join(errors.New("it was let through"), a.unresolved())
 		}
@@ -287,6 +293,63 @@ func TestOnlyOneLogInRunsAtATime(t *testing.T) {
 	if refused, ok := errors.AsType[*hsm.PINError](<-second); !ok || !refused.Barred {
 		t.Errorf("the one that waited gives %v, want a bar", err)
 	}
+}
+
+func TestWhoeverWaitedAsksTheTokenAfterwards(t *testing.T) {
+	l := testLedger(t)
+	first := begins(t, l, "111111", allTries)
+	var mu sync.Mutex
+	flags := allTries
+	asked := 0
+	second := make(chan error, 1)
+	go func() {
+		a, err := l.again().attempt(t.Context(), serial, []byte("111111"), func(context.Context) (hsm.PINState, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			asked++
+			return flags, nil
+		})
+		if err == nil {
+			err = errors.Join(errors.New("it was let through"), a.unresolved())
+		}
+		second <- err
+	}()
+	mu.Lock()
+	flags = countLow // the PIN was wrong, and its program dies before it can say so
+	if asked != 0 {
+		t.Error("the token was asked while another log-in ran")
+	}
+	mu.Unlock()
+	must(t, first.unresolved())
+	err := <-second
+	if refused, ok := errors.AsType[*hsm.PINError](err); !ok || !refused.Barred {
+		t.Errorf("the one that waited gives %v, want a bar", err)
+	}
+}
+
+func TestATokenThatDoesNotTellGetsNoPIN(t *testing.T) {
+	l := testLedger(t)
+	away := errors.New("the token is away")
+	_, err := l.attempt(t.Context(), serial, []byte("648219"), func(context.Context) (hsm.PINState, error) {
+		return hsm.PINState{}, away
+	})
+	if !errors.Is(err, away) {
+		t.Errorf("it gives %v, want the token's error", err)
+	}
+	good(t, l, "648219") // and the lock is free
+}
+
+func TestAChangedPINIsGoodAndTheOldOneBarred(t *testing.T) {
+	l := testLedger(t)
+	good(t, l, "648219")
+	must(t, begins(t, l, "975310", allTries).wrong())
+	must(t, begins(t, l, "648219", allTries).changed([]byte("975310"))) // to one that was wrong before
+	must(t, begins(t, l, "975310", countLow).succeeded())
+	if refused := reason(t, l, "648219", allTries); !strings.Contains(refused.Detail, "changed") {
+		t.Errorf("the reason is %s", refused.Detail)
+	}
+	must(t, begins(t, l, "975310", allTries).changed([]byte("648219"))) // and back
+	must(t, begins(t, l, "648219", countLow).succeeded())
 }
 
 func TestWithoutAnIntentThereIsNoLogIn(t *testing.T) {
@@ -329,7 +392,7 @@ func TestWithoutAnIntentThereIsNoLogIn(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := testLedger(t)
 			spoil(t, l)
-			_, err := l.attempt(t.Context(), serial, []byte("648219"), allTries)
+			_, err := l.attempt(t.Context(), serial, []byte("648219"), shows(allTries))
 			if err == nil {
 				t.Fatal("the attempt is let through")
 			}
@@ -378,6 +441,7 @@ func TestAnIntentIsDurableBeforeTheAttemptBegins(t *testing.T) {
 func TestAResultThatCannotBeRecordedKeepsTheIntent(t *testing.T) {
 	for name, resolve := range map[string]func(*attempt) error{
 		"success": (*attempt).succeeded, "rejection": (*attempt).wrong, "withdrawal": (*attempt).withdrawn,
+		"change": func(a *attempt) error { return a.changed([]byte("975310")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := testLedger(t)
@@ -411,6 +475,7 @@ func TestADamagedLedgerIsABarThatUnbarLifts(t *testing.T) {
 		"another token's":       write(recordPath, `{"version": 1, "token": "DENK0104246", "key": "00000000"}`),
 		"an unknown field":      write(recordPath, `{"version": 1, "token": "DENK0104245", "key": "00000000", "more": 1}`),
 		"a fingerprint of more": write(recordPath, `{"version": 1, "token": "DENK0104245", "key": "00000000", "good": 1024}`),
+		"an unknown reason":     write(recordPath, `{"version": 1, "token": "DENK0104245", "key": "00000000", "barred": [{"pin": 1, "at": "2026-03-01T02:00:00Z", "why": "?"}]}`),
 		"a short key":           write(keyPath, "short"),
 		"a long key":            write(keyPath, strings.Repeat("x", 33)),
 		"a record that others may read": func(t *testing.T, l *ledger) string {
@@ -543,7 +608,7 @@ func TestNoHistoryOfCrashesSendsAWrongPINTwice(t *testing.T) {
 		for range rapid.IntRange(1, 30).Draw(r, "log-ins") {
 			pin := rapid.SampledFrom(pins).Draw(r, "pin")
 			shown := token.flags()
-			a, err := l.again().attempt(t.Context(), serial, []byte(pin), shown)
+			a, err := l.again().attempt(t.Context(), serial, []byte(pin), shows(shown))
 			if err != nil {
 				if pin == token.right && shown == allTries {
 					r.Fatalf("the right PIN is refused while the token shows all its tries: %v", err)

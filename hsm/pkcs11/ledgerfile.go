@@ -245,6 +245,9 @@ func parseRecord(content []byte, token string) (record, error) {
 	}
 	marks := make([]fingerprint, 0, len(file.Barred)+2)
 	for _, b := range file.Barred {
+		if b.Why != rejected && b.Why != unanswered && b.Why != replaced {
+			return record{}, fmt.Errorf("%q is no reason for a bar", b.Why)
+		}
 		marks = append(marks, b.Mark)
 	}
 	if file.Good != nil {

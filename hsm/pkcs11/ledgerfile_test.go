@@ -27,10 +27,14 @@ func goldenLedger(t *testing.T) *ledger {
 // TestTheRecordsFormat guards the format, and with it the fingerprints: a later version must still know what was barred.
 func TestTheRecordsFormat(t *testing.T) {
 	for name, history := range map[string]func(t *testing.T, l *ledger){
-		"intent":     func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).unresolved()) },
-		"good":       func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219") },
-		"rejected":   func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).wrong()) },
-		"unbarred":   func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219"); must(t, l.unbar(serial)) },
+		"intent":   func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).unresolved()) },
+		"good":     func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219") },
+		"rejected": func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).wrong()) },
+		"unbarred": func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219"); must(t, l.unbar(serial)) },
+		"changed": func(t *testing.T, l *ledger) {
+			t.Helper()
+			must(t, begins(t, l, "111111", allTries).changed([]byte("648219")))
+		},
 		"everything": everything,
 	} {
 		t.Run(name, func(t *testing.T) {

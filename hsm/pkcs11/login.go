@@ -148,14 +148,13 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 		return err
 	}
 	defer release()
-	seen, err := d.look(ctx, a.host)
-	if err != nil {
-		return err
-	}
-	if seen.Token.Flags&ckfUserPINInitialized == 0 && seen.Token.Flags&ckfTokenInitialized == 0 {
-		return fmt.Errorf("%w: %s is not initialised", hsm.ErrUnsupported, d.describeToken())
-	}
-	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, pinState(seen.Token.Flags))
+	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, func(ctx context.Context) (hsm.PINState, error) {
+		seen, err := d.look(ctx, a.host)
+		if err == nil && seen.Token.Flags&ckfUserPINInitialized == 0 && seen.Token.Flags&ckfTokenInitialized == 0 {
+			err = fmt.Errorf("%w: %s is not initialised", hsm.ErrUnsupported, d.describeToken())
+		}
+		return pinState(seen.Token.Flags), err
+	})
 	if err != nil {
 		return err
 	}
@@ -288,14 +287,13 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 		return err
 	}
 	defer release()
-	seen, err := d.look(ctx, a.host)
+	// The old PIN was right a moment ago, but another process may have changed it since: hence an intent for it as well.
+	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, old, func(ctx context.Context) (hsm.PINState, error) {
+		seen, err := d.look(ctx, a.host)
+		return pinState(seen.Token.Flags), err
+	})
 	if err != nil {
 		return plain(err)
-	}
-	// The old PIN was right a moment ago, but another process may have changed it since: hence an intent for it as well.
-	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, old, pinState(seen.Token.Flags))
-	if err != nil {
-		return err
 	}
 	ctx = context.WithoutCancel(ctx)
 	_, err = a.host.call(ctx, request{
@@ -324,17 +322,8 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 	// A module may keep the old PIN to log in again by itself, which would cost a try: the host must not be used any more.
 	d.module.succeeded(a.host)
 	d.module.replace(a.host, errors.New("the PIN was changed"))
-	// The old PIN is a wrong one from now on, and other mounts that still hold it must not send it.
-	if err := intent.wrong(); err != nil {
+	if err := intent.changed(pin); err != nil {
 		d.manager.logger.Warn("the PIN was changed, but the PIN ledger could not record it", "token", d.describeToken(), "error", err)
-		return nil
-	}
-	intent, err = d.manager.ledger.attempt(ctx, a.token.identity, pin, hsm.PINState{})
-	if err == nil {
-		err = intent.succeeded()
-	}
-	if err != nil {
-		d.manager.logger.Warn("the PIN was changed, but the PIN ledger could not record the new one", "token", d.describeToken(), "error", err)
 	}
 	return nil
 }

@@ -22,11 +22,13 @@
  *                          pcscd    pcscd was started anew; a slot call mends
  *                          command  in the middle of a command; only C_Finalize and C_Initialize mend
  *   fail.FUNC=0xRV       FUNC returns RV and does nothing
- *   freeze.FUNC=1        FUNC does not return while this line is there; freeze.card=1: all that talk to the card
+ *   freeze.FUNC=1        FUNC does not return while this line is there; freeze.card=1: all that talk to the card;
+ *                        freeze.C_Login_answer=1: C_Login does its work and does not return
  *   crash.FUNC=1         FUNC aborts the process; crash_once.FUNC=1: the first call among all processes
  *
  * It writes $CARD_CONTROL.calls, a line for each call of a function below, "operation" for each private-key operation
- * that the card performs, "wrong PIN" for each that it rejects; and keeps the tries left in $CARD_CONTROL.tries.
+ * that the card performs, "wrong PIN" for each that it rejects and "C_Login_answer" for each that it has checked; and
+ * keeps the tries left in $CARD_CONTROL.tries.
  */
 #define CK_PTR *
 #define CK_DEFINE_FUNCTION(type, name) type name
@@ -438,6 +440,7 @@ static CK_RV card_Login(CK_SESSION_HANDLE s, CK_USER_TYPE user, CK_UTF8CHAR_PTR 
 		pthread_mutex_unlock(&mu);
 	}
 	/* For a death between the token's answer and whoever waits for it. */
+	note("C_Login_answer");
 	while (fault("freeze", "C_Login_answer"))
 		usleep(5000);
 	return rv;
