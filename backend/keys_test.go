@@ -257,9 +257,9 @@ func TestKeyIsRotatedAndOldEnvelopesOpen(t *testing.T) {
 		t.Errorf("rewrap = %v", fresh.data)
 	}
 	before := token.Operations()
-	again := m.write("rewrap/prod", fields{"ciphertext": fresh.text("ciphertext")}).ok(t)
-	if again.text("changed") != "false" || token.Operations() != before {
-		t.Errorf("a second rewrap = %v, %d operations", again.data, token.Operations()-before)
+	unchanged := m.write("rewrap/prod", fields{"ciphertext": fresh.text("ciphertext")}).ok(t)
+	if unchanged.text("changed") != "false" || token.Operations() != before {
+		t.Errorf("a second rewrap = %v, %d operations", unchanged.data, token.Operations()-before)
 	}
 	m.write("keys/prod", fields{"min_decryption_version": 2}).ok(t)
 	m.write("unwrap/prod", fields{"ciphertext": old}).want(t, http.StatusBadRequest).says(t, "min_decryption_version")
@@ -268,6 +268,11 @@ func TestKeyIsRotatedAndOldEnvelopesOpen(t *testing.T) {
 	if got := m.write("keys/prod/rotate", fields{"device": "prod-hsm", "key_label": "third"}).ok(t); got.text("latest_version") != "3" {
 		t.Errorf("after adopting a third: %v", got.data)
 	}
+	again := m.write("keys/prod/rotate", fields{"device": "prod-hsm", "key_label": "third"}).ok(t) // its answer was lost
+	if again.text("latest_version") != "3" {
+		t.Errorf("after the same rotation again: %v", again.data)
+	}
+	m.write("keys/prod/rotate", fields{"device": "prod-hsm", "key_label": "label-prod"}).want(t, http.StatusBadRequest).says(t, "another HSM key")
 	m.write("keys/prod/rotate", fields{"device": "prod-hsm", "key_label": "none"}).want(t, http.StatusBadRequest)
 }
 
@@ -278,6 +283,7 @@ func TestSecondHSMOpensWhereTheFirstIsAway(t *testing.T) {
 	second.AddEC(t, "spare-key", "77", p256())
 	m.write("keys/prod/recipients", fields{"device": "spare", "key_label": "none"}).want(t, http.StatusBadRequest)
 	m.write("keys/prod/recipients", fields{"device": "spare", "key_label": "spare-key"}).ok(t)
+	m.write("keys/prod/recipients", fields{"device": "spare", "key_label": "spare-key"}).ok(t) // its answer was lost
 	wrapped := m.write("wrap/prod", fields{"plaintext": "c2VjcmV0"}).ok(t)
 	if wrapped.text("recipients") != "2" {
 		t.Errorf("wrap = %v", wrapped.data)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -210,8 +211,14 @@ func (b *backend) keyRotate(ctx context.Context, req *logical.Request, data *fra
 	var key *keyring.Key
 	if source.Generate != nil {
 		key, err = b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Rotate(ctx, name, *source) })
-	} else if key, err = b.keys.Rotate(ctx, name, *source); err == nil {
-		b.startRewrap(ctx, name, by(req))
+	} else {
+		key, err = b.keys.Rotate(ctx, name, *source)
+		if errors.Is(err, keyring.ErrSameKey) && current.LatestVersion > 1 && isRecipient(current, *source.Adopt) {
+			key, err = current, nil // the request came again
+		}
+		if err == nil {
+			b.startRewrap(ctx, name, by(req))
+		}
 	}
 	if err != nil {
 		return nil, adoptionError(err)
@@ -240,13 +247,32 @@ func (b *backend) keyAddRecipient(ctx context.Context, req *logical.Request, dat
 	if err != nil {
 		return nil, err
 	}
-	key, err := b.keys.AddRecipient(ctx, name, keyring.AdoptRequest{
+	adopt := keyring.AdoptRequest{
 		Device: data.Get("device").(string), Label: data.Get("key_label").(string), ID: data.Get("key_id").(string),
 		AcceptWeak: data.Get("accept_weak_key").(bool), RequestID: request, By: by(req),
-	})
+	}
+	key, err := b.keys.AddRecipient(ctx, name, adopt)
+	if errors.Is(err, keyring.ErrSameKey) {
+		current, failed := b.keys.Get(ctx, name)
+		if failed == nil && isRecipient(current, adopt) {
+			key, err = current, nil // the request came again
+		}
+	}
 	if err != nil {
 		return nil, adoptionError(err)
 	}
 	b.startRewrap(ctx, name, by(req))
 	return b.keyResponse(ctx, key)
+}
+
+// isRecipient tells whether the newest version of a key has the HSM key that a request names: the request did its work
+// before, and its answer was lost.
+func isRecipient(key *keyring.Key, request keyring.AdoptRequest) bool {
+	if len(key.Versions) == 0 {
+		return false
+	}
+	newest := key.Versions[len(key.Versions)-1]
+	return slices.ContainsFunc(newest.Recipients, func(r keyring.Recipient) bool {
+		return r.Device == request.Device && (request.Label == "" || r.Label == request.Label) && (request.ID == "" || r.ID == request.ID)
+	})
 }
