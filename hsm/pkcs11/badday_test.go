@@ -874,3 +874,34 @@ func TestAGreedyMountDelaysAnotherByAFewOperations(t *testing.T) {
 	stop()
 	all.Wait()
 }
+
+func TestPluginsThatStartTogetherSendAWrongPINOnce(t *testing.T) {
+	card := pkcs11test.Card(t)
+	s := newSetting(t, &card.Token)
+	var all sync.WaitGroup
+	for range 3 {
+		other := s.otherPlugin(t, "111111")
+		all.Go(func() { _ = other.Wait() }) // it ends with the error that it got
+	}
+	all.Wait()
+	if n := card.Calls(t, "C_Login"); n != 1 || card.WrongPINs(t) != 1 || card.Tries(t) != 2 {
+		t.Errorf("%d log-ins were tried with %d wrong PINs, and %d tries are left; want 1, 1 and 2", n, card.WrongPINs(t), card.Tries(t))
+	}
+}
+
+func TestWithoutAStateDirectoryNoPINIsSent(t *testing.T) {
+	card := pkcs11test.Card(t)
+	for name, dir := range map[string]string{"none given": "", "one that is not there": filepath.Join(t.TempDir(), "missing")} {
+		s := newSetting(t, &card.Token, func(o *pkcs11.Options) { o.StateDir = dir })
+		_, err := s.open(t).FindKeys(patient(t), hsm.KeyQuery{})
+		if !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "-state-dir") {
+			t.Errorf("%s: it gives %v; want ErrUnavailable that names -state-dir", name, err)
+		}
+		if info, err := s.open(t).Info(patient(t)); err != nil || info.State != hsm.StateOperational {
+			t.Errorf("%s: what needs no PIN gives %+v, %v", name, info, err)
+		}
+	}
+	if n := card.Calls(t, "C_Login"); n != 0 {
+		t.Errorf("%d PINs were sent", n)
+	}
+}
