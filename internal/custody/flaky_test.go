@@ -86,7 +86,7 @@ func TestManyAtOnceOverFlakyStores(t *testing.T) {
 			t.Parallel()
 			h := newHouse(t)
 			h.put("prod", "unseal", "start")
-			d := &dice{rnd: rand.New(rand.NewPCG(seed, 1))} //nolint:gosec // faults need no secrecy
+			d := &dice{rnd: rand.New(rand.NewPCG(seed, 1))}
 			allowed := func(err error) bool {
 				return err == nil || errors.Is(err, custody.ErrNotFound) || errors.Is(err, custody.ErrConflict) || errors.Is(err, errFault)
 			}
