@@ -3,6 +3,7 @@ package pkcs11_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -903,5 +904,34 @@ func TestWithoutAStateDirectoryNoPINIsSent(t *testing.T) {
 	}
 	if n := card.Calls(t, "C_Login"); n != 0 {
 		t.Errorf("%d PINs were sent", n)
+	}
+}
+
+func TestTheHashThatAKeyIsProvedWith(t *testing.T) {
+	for name, c := range map[string]struct {
+		faults []pkcs11test.Fault
+		want   crypto.Hash
+	}{
+		"OpenSC":                             {nil, crypto.SHA256},
+		"announced and refused, as SoftHSM":  {[]pkcs11test.Fault{pkcs11test.SHA1Only}, crypto.SHA1},
+		"raw RSA with an unpadding of ours":  {[]pkcs11test.Fault{pkcs11test.RawOnly}, crypto.SHA256},
+		"a session that survives a failure":  {[]pkcs11test.Fault{pkcs11test.SHA1Only, pkcs11test.NoWedge}, crypto.SHA1},
+		"a length query that costs nothing":  {[]pkcs11test.Fault{pkcs11test.FreeLengthQuery}, crypto.SHA256},
+		"a label without OpenSC's (UserPIN)": {[]pkcs11test.Fault{pkcs11test.PlainLabel}, crypto.SHA256},
+	} {
+		t.Run(name, func(t *testing.T) {
+			card := pkcs11test.Card(t, c.faults...)
+			key := rsaKey(t, newSetting(t, &card.Token).open(t, func(c *pkcs11.Config) { c.Serial, c.TokenLabel = "", card.Label }))
+			if hashes := key.OAEPHashes(); len(hashes) == 0 || hashes[0] != c.want {
+				t.Errorf("the hashes are %v, want %v first", hashes, c.want)
+			}
+			before := card.Operations(t)
+			if err := decrypts(patient(t), key); err != nil {
+				t.Error(err)
+			}
+			if n := card.Operations(t) - before; n != 1 {
+				t.Errorf("a decryption cost %d operations, want 1", n)
+			}
+		})
 	}
 }

@@ -39,6 +39,8 @@ var (
 	PlainLabel = Fault{"suffix", "0"}
 	// RawOnly takes OAEP away: RSA is CKM_RSA_X_509 and CKM_RSA_PKCS.
 	RawOnly = Fault{"mechanisms", "raw"}
+	// SHA1Only takes OAEP with SHA-256 away, as SoftHSM does although it announces OAEP.
+	SHA1Only = Fault{"oaep", "sha1"}
 	// LostWrites makes C_CreateObject say OK for objects that no other process will see.
 	LostWrites = Fault{"lost_write", "1"}
 	// LostAfterDeauthentication makes writes lost, instead of refused, after Deauthenticate.

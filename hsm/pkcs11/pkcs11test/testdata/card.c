@@ -10,6 +10,7 @@
  *   wedge=0              a failed C_Decrypt leaves its session usable (default 1: CKR_OPERATION_ACTIVE from then on)
  *   suffix=0             the token's label is as given (default 1: " (UserPIN)" is appended)
  *   mechanisms=raw       OAEP is neither announced nor done
+ *   oaep=sha1            OAEP with SHA-256 is refused, as SoftHSM does (default: done here, as OpenSC does on the host)
  *   tries=N              how many wrong PINs lock the token (default 3)
  *   delay_ms=N           a private-key operation takes that long
  *   lost_write=1         C_CreateObject says OK; this process sees the object, no other one ever does
@@ -55,9 +56,12 @@ static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 
 static long seen_epoch, seen_deauth;      /* as of C_Initialize, or mended since; guarded by mu, as all below */
 static int noticed;                       /* a call was made while the token was away */
-#define SESSIONS 4096
-static CK_SESSION_HANDLE wedged[SESSIONS];
-static int wedged_count;
+typedef struct {
+	CK_SESSION_HANDLE of[4096];
+	int count;
+} sessions;
+static sessions wedged;                   /* a failed decryption left them unusable */
+static sessions ours;                     /* an OAEP decryption is under way that SoftHSM does not do */
 
 /* ---- control and counters ---- */
 
@@ -225,7 +229,7 @@ static void mend(void)
 					hsm->C_CloseAllSessions(slots[i]);
 			seen_epoch = epoch;
 			noticed = 0;
-			wedged_count = 0;
+			wedged.count = ours.count = 0;
 		}
 	}
 	pthread_mutex_unlock(&mu);
@@ -264,23 +268,39 @@ static CK_RV may_write(int *lost)
 	return rv;
 }
 
-/* ---- sessions that a failed decryption left unusable ---- */
+/* ---- sets of sessions ---- */
 
-static int is_wedged(CK_SESSION_HANDLE s)
+static int drop(sessions *set, CK_SESSION_HANDLE s)
 {
-	for (int i = 0; i < wedged_count; i++)
-		if (wedged[i] == s)
-			return 1;
-	return 0;
+	int found = 0;
+	pthread_mutex_lock(&mu);
+	for (int i = 0; i < set->count; i++)
+		if (set->of[i] == s) {
+			set->of[i--] = set->of[--set->count];
+			found = 1;
+		}
+	pthread_mutex_unlock(&mu);
+	return found;
 }
 
-static void unwedge(CK_SESSION_HANDLE s)
+static void add(sessions *set, CK_SESSION_HANDLE s)
 {
+	drop(set, s);
 	pthread_mutex_lock(&mu);
-	for (int i = 0; i < wedged_count; i++)
-		if (wedged[i] == s)
-			wedged[i--] = wedged[--wedged_count];
+	if (set->count == sizeof set->of / sizeof *set->of)
+		abort();
+	set->of[set->count++] = s;
 	pthread_mutex_unlock(&mu);
+}
+
+static int has(sessions *set, CK_SESSION_HANDLE s)
+{
+	int found = 0;
+	pthread_mutex_lock(&mu);
+	for (int i = 0; i < set->count; i++)
+		found |= set->of[i] == s;
+	pthread_mutex_unlock(&mu);
+	return found;
 }
 
 /* ---- the functions ---- */
@@ -293,7 +313,7 @@ static CK_RV card_Initialize(CK_VOID_PTR args)
 		pthread_mutex_lock(&mu);
 		seen_epoch = number("epoch", 0);
 		seen_deauth = number("deauth", 0);
-		noticed = wedged_count = 0;
+		noticed = wedged.count = ours.count = 0;
 		pthread_mutex_unlock(&mu);
 	}
 	return rv;
@@ -401,7 +421,8 @@ static CK_RV card_OpenSession(CK_SLOT_ID slot, CK_FLAGS flags, CK_VOID_PTR app, 
 static CK_RV card_CloseSession(CK_SESSION_HANDLE s)
 {
 	ENTER(C_CloseSession, 0);
-	unwedge(s);
+	drop(&wedged, s);
+	drop(&ours, s);
 	return hsm->C_CloseSession(s);
 }
 
@@ -409,7 +430,7 @@ static CK_RV card_CloseAllSessions(CK_SLOT_ID slot)
 {
 	ENTER(C_CloseAllSessions, 0);
 	pthread_mutex_lock(&mu);
-	wedged_count = 0;
+	wedged.count = ours.count = 0;
 	pthread_mutex_unlock(&mu);
 	return hsm->C_CloseAllSessions(slot);
 }
@@ -543,16 +564,96 @@ static CK_RV card_DestroyObject(CK_SESSION_HANDLE s, CK_OBJECT_HANDLE object)
 	return hsm->C_DestroyObject(s, object);
 }
 
+/*
+ * OAEP with SHA-256 and an empty label (RFC 8017, 7.1.2), which SoftHSM does not know: the block as the raw operation
+ * gives it becomes the message, hashed by SoftHSM in a session that has nothing else to do. Not in constant time.
+ */
+static CK_RV sha256(CK_SESSION_HANDLE s, CK_BYTE *in, CK_ULONG length, CK_BYTE digest[32])
+{
+	CK_MECHANISM mechanism = {CKM_SHA256, NULL, 0};
+	CK_ULONG n = 32;
+	CK_RV rv = hsm->C_DigestInit(s, &mechanism);
+	return rv == CKR_OK ? hsm->C_Digest(s, in, length, digest, &n) : rv;
+}
+
+/* Adds the mask that MGF1 makes of a seed. */
+static CK_RV mask(CK_SESSION_HANDLE s, const CK_BYTE *seed, CK_ULONG seed_length, CK_BYTE *data, CK_ULONG length)
+{
+	CK_BYTE counted[1024 + 4], digest[32];
+	memcpy(counted, seed, seed_length);
+	memset(counted + seed_length, 0, 4);
+	for (CK_ULONG i = 0; i < length; i++) {
+		if (i % 32 == 0) {
+			counted[seed_length + 3] = (CK_BYTE)(i / 32);
+			CK_RV rv = sha256(s, counted, seed_length + 4, digest);
+			if (rv != CKR_OK)
+				return rv;
+		}
+		data[i] ^= digest[i % 32];
+	}
+	return CKR_OK;
+}
+
+static CK_RV unpad(CK_SESSION_HANDLE s, CK_BYTE *block, CK_ULONG size, CK_BYTE_PTR out, CK_ULONG_PTR out_length)
+{
+	CK_BYTE nothing = 0, label[32], *seed = block + 1, *data = block + 33;
+	CK_ULONG length = size - 33, i = 32;
+	CK_RV rv = mask(s, data, length, seed, 32);
+	if (rv == CKR_OK)
+		rv = mask(s, seed, 32, data, length);
+	if (rv == CKR_OK)
+		rv = sha256(s, &nothing, 0, label);
+	if (rv != CKR_OK)
+		return rv;
+	while (i < length && data[i] == 0)
+		i++;
+	if (block[0] != 0 || memcmp(data, label, 32) != 0 || i == length || data[i] != 1)
+		return CKR_ENCRYPTED_DATA_INVALID;
+	if (*out_length < length - i - 1)
+		return CKR_BUFFER_TOO_SMALL;
+	*out_length = length - i - 1;
+	memcpy(out, data + i + 1, *out_length);
+	return CKR_OK;
+}
+
+static CK_RV init_oaep(CK_SESSION_HANDLE s, CK_RSA_PKCS_OAEP_PARAMS *params, CK_OBJECT_HANDLE key)
+{
+	CK_MECHANISM raw = {CKM_RSA_X_509, NULL, 0};
+	if (params->mgf != CKG_MGF1_SHA256 || params->source != CKZ_DATA_SPECIFIED || params->ulSourceDataLen != 0)
+		return CKR_MECHANISM_PARAM_INVALID;
+	CK_RV rv = hsm->C_DecryptInit(s, &raw, key);
+	if (rv == CKR_OK)
+		add(&ours, s);
+	return rv;
+}
+
+static CK_RV decrypt_oaep(CK_SESSION_HANDLE s, CK_BYTE_PTR in, CK_ULONG in_length, CK_BYTE_PTR out, CK_ULONG_PTR out_length)
+{
+	CK_BYTE block[1024];
+	CK_ULONG n = sizeof block;
+	if (!out) {
+		add(&ours, s); /* the operation goes on after a length query */
+		*out_length = in_length;
+		return CKR_OK;
+	}
+	CK_RV rv = hsm->C_Decrypt(s, in, in_length, block, &n);
+	if (rv != CKR_OK)
+		return rv;
+	if (n != in_length || n < 66)
+		return CKR_ENCRYPTED_DATA_INVALID;
+	return unpad(s, block, n, out, out_length);
+}
+
 static CK_RV card_DecryptInit(CK_SESSION_HANDLE s, CK_MECHANISM_PTR mechanism, CK_OBJECT_HANDLE key)
 {
 	ENTER(C_DecryptInit, 0);
-	pthread_mutex_lock(&mu);
-	int active = is_wedged(s);
-	pthread_mutex_unlock(&mu);
-	if (active)
+	if (has(&wedged, s))
 		return CKR_OPERATION_ACTIVE;
 	CK_RV rv = known_mechanism(mechanism->mechanism);
-	if (rv == CKR_OK)
+	CK_RSA_PKCS_OAEP_PARAMS *params = mechanism->pParameter;
+	if (rv == CKR_OK && mechanism->mechanism == CKM_RSA_PKCS_OAEP && params->hashAlg == CKM_SHA256 && !is("oaep", "sha1"))
+		rv = init_oaep(s, params, key);
+	else if (rv == CKR_OK)
 		rv = hsm->C_DecryptInit(s, mechanism, key);
 	return rv == CKR_OBJECT_HANDLE_INVALID ? CKR_KEY_HANDLE_INVALID : rv;
 }
@@ -561,18 +662,17 @@ static CK_RV card_Decrypt(CK_SESSION_HANDLE s, CK_BYTE_PTR in, CK_ULONG in_lengt
 {
 	ENTER(C_Decrypt, 1);
 	CK_RV rv = CKR_OK;
+	int oaep = drop(&ours, s);
 	if (out || number("length_query", 1))
 		rv = operate();
-	if (rv == CKR_OK)
+	if (rv == CKR_OK && oaep)
+		rv = decrypt_oaep(s, in, in_length, out, out_length);
+	else if (rv == CKR_OK)
 		rv = hsm->C_Decrypt(s, in, in_length, out, out_length);
 	if (rv == CKR_GENERAL_ERROR && presence() == CKR_OK)
 		rv = CKR_ENCRYPTED_DATA_INVALID; /* SoftHSM's word for a block that does not decrypt */
-	if (rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL && number("wedge", 1)) {
-		pthread_mutex_lock(&mu);
-		if (!is_wedged(s) && wedged_count < SESSIONS)
-			wedged[wedged_count++] = s;
-		pthread_mutex_unlock(&mu);
-	}
+	if (rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL && number("wedge", 1))
+		add(&wedged, s);
 	return rv;
 }
 
