@@ -287,3 +287,28 @@ func TestReadOnlyStorageForwardsTheRequest(t *testing.T) {
 		t.Errorf("error = %v, want the bare ErrReadOnly", err)
 	}
 }
+
+func TestDeviceWithALockIsUnlockedAndLocked(t *testing.T) {
+	m := newMount(t)
+	m.rack.locks = true
+	m.addKey("prod")
+	wrapped := m.write("wrap/prod", fields{"plaintext": "YQ=="}).ok(t).data["ciphertext"]
+	m.write("devices/prod-hsm/lock", nil).want(t, http.StatusNoContent)
+	m.write("unwrap/prod", fields{"ciphertext": wrapped}).want(t, http.StatusServiceUnavailable).says(t, "locked")
+	m.write("devices/prod-hsm/unlock", nil).want(t, http.StatusBadRequest).says(t, "passphrase is missing")
+	m.write("devices/prod-hsm/unlock", fields{"passphrase": "wrong"}).want(t, http.StatusBadRequest).says(t, "passphrase is wrong")
+	m.write("devices/prod-hsm/unlock", fields{"passphrase": "open sesame"}).want(t, http.StatusNoContent)
+	m.write("unwrap/prod", fields{"ciphertext": wrapped}).ok(t)
+}
+
+func TestModuleThatIsNotAllowedIsRefusedWhereItIsConfigured(t *testing.T) {
+	m := newMount(t)
+	m.addDevice("card")
+	m.rack.refused = errors.New("the PKCS#11 module is not among those that the plugin was started with")
+	m.write("devices/card", fields{"parallel": 2}).want(t, http.StatusBadRequest).says(t, "not among those")
+	if got := m.read("devices/card").text("parallel"); got != "1" {
+		t.Errorf("parallel = %s after a refused write", got)
+	}
+	// One that was allowed when it was configured and is not any more: nobody's mistake in this request.
+	m.remount().list("devices/card/keys").want(t, http.StatusServiceUnavailable).says(t, "not among those")
+}

@@ -46,6 +46,10 @@ type rack struct {
 	tokens map[string]*testToken
 	// opening, where it is set, is called before a device is opened.
 	opening func(ctx context.Context)
+	// refused is an error of every opening that is nobody's sentinel, as of a module that is not allowed.
+	refused error
+	// locks makes devices that have a lock, as a NetHSM has.
+	locks bool
 }
 
 type testToken struct {
@@ -71,13 +75,36 @@ func (r *rack) open(ctx context.Context, _ string, config device.Config, pin []b
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if r.refused != nil {
+		return nil, r.refused
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	token := r.tokens[config.Serial]
 	if token == nil {
 		return nil, fmt.Errorf("no token has the serial number %q: %w", config.Serial, hsm.ErrUnavailable)
 	}
-	return &session{Memory: token.Attach(), rack: r, token: token, pin: string(pin)}, nil
+	opened := &session{Memory: token.Attach(), rack: r, token: token, pin: string(pin)}
+	if r.locks {
+		return &lockable{opened}, nil
+	}
+	return opened, nil
+}
+
+// lockable is a device that starts locked and wants a passphrase.
+type lockable struct{ *session }
+
+func (l *lockable) Unlock(_ context.Context, passphrase []byte) error {
+	if string(passphrase) != "open sesame" {
+		return &hsm.PINError{TriesLeft: -1, Detail: "the passphrase is wrong (401)"}
+	}
+	l.token.SetError(nil)
+	return nil
+}
+
+func (l *lockable) Lock(context.Context) error {
+	l.token.SetError(hsm.ErrLocked)
+	return nil
 }
 
 // session is a device that was opened with a PIN.

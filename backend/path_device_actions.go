@@ -248,7 +248,11 @@ func (b *backend) deviceUnlock(ctx context.Context, _ *logical.Request, data *fr
 	if len(passphrase) == 0 {
 		return nil, mistake("passphrase is missing")
 	}
-	if err := unlocker.Unlock(ctx, passphrase); err != nil {
+	err = unlocker.Unlock(ctx, passphrase)
+	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
+		return nil, mistake("unlocking device %q: %w", name, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("unlocking device %q: %w", name, err)
 	}
 	return nil, nil

@@ -219,11 +219,26 @@ func (b *backend) keyMake(ctx context.Context, req *logical.Request, data *frame
 		if _, settings := keySettings(req, data); settings {
 			return nil, mistake("generate=true takes no settings: write them when the key's state is \"ready\"")
 		}
-		return b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Begin(ctx, name, *source.Generate) })
+		key, err := b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Begin(ctx, name, *source.Generate) })
+		if errors.Is(err, keyring.ErrKeyExists) {
+			if made, failed := b.keys.Get(ctx, name); failed == nil && wasMadeBy(made, *source.Generate) {
+				return made, nil // the request came again
+			}
+		}
+		return key, err
 	default:
 		key, err := b.keys.Adopt(ctx, name, *source.Adopt)
 		return key, adoptionError(err)
 	}
+}
+
+// wasMadeBy tells whether a key is what a request to make one made: the answer to that was lost.
+func wasMadeBy(key *keyring.Key, request keyring.GenerateRequest) bool {
+	if len(key.Versions) != 1 || len(key.Versions[0].Recipients) != 1 {
+		return false
+	}
+	made := key.Versions[0].Recipients[0]
+	return made.Device == request.Device && made.Kind == request.Algorithm && (request.Label == "" || request.Label == made.Label)
 }
 
 // readSource reads where an HSM key is to come from; nil where the request does not say.
