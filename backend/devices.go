@@ -141,7 +141,7 @@ func (b *backend) readDevice(ctx context.Context, name string) (*deviceRecord, e
 	}
 	record := new(deviceRecord)
 	if err := json.Unmarshal(entry.Value, record); err != nil {
-		return nil, fmt.Errorf("reading the record of device %q: it is damaged; write the device again", name) // no %w: it may quote a PIN
+		return nil, fmt.Errorf("reading the record of device %q: it is damaged; delete the device and write it again", name) // no %w: it may quote a PIN
 	}
 	return record, nil
 }
@@ -203,10 +203,17 @@ func (b *backend) settlePIN(ctx context.Context, name string) error {
 	next := record.Config
 	next.PIN = record.NextPIN
 	pinError := (*hsm.PINError)(nil)
-	switch err := b.logIn(ctx, name, next); {
+	err = b.logIn(ctx, name, next)
+	switch {
 	case err == nil:
 		record.Config = next
-	case !errors.As(err, &pinError) || pinError.Barred:
+	case errors.As(err, &pinError) && pinError.Barred:
+		// Nothing was sent: it was found wrong before, or another mount is logged in with the old one.
+		err = b.logIn(ctx, name, record.Config)
+	case errors.As(err, &pinError):
+		err = nil // it is wrong, so the token has the old one
+	}
+	if err != nil {
 		return fmt.Errorf("finding out which PIN device %q has since a change of it was cut short; write devices/%s with the right pin "+
 			"to settle it: %w", name, name, err)
 	}

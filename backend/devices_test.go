@@ -243,6 +243,26 @@ func TestPINChangeThatWasCutShortIsSettledByTheNextUse(t *testing.T) {
 	}
 }
 
+// Another mount may be logged in with the old PIN, so that the new one cannot be tried.
+func TestPINChangeThatWasCutShortIsSettledByTheOldPINWhereTheNewOneIsBarred(t *testing.T) {
+	m := newMount(t)
+	token := m.addKey("prod")
+	record, err := m.readDevice(context.Background(), "prod-hsm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	record.NextPIN = "735591"
+	if err := m.putDevice(context.Background(), "prod-hsm", record); err != nil {
+		t.Fatal(err)
+	}
+	m.rack.barred = "735591"
+	m = m.remount()
+	m.list("devices/prod-hsm/keys/").ok(t)
+	if got := m.read("devices/prod-hsm"); got.text("pin_change_pending") != "false" || token.wrong != 0 {
+		t.Errorf("after the first use: %v, %d wrong PINs were sent", got.data, token.wrong)
+	}
+}
+
 func TestPINChangeWhoseRecordCannotBeWrittenTouchesNoToken(t *testing.T) {
 	m := newMount(t)
 	token := m.addKey("prod")

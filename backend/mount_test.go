@@ -48,6 +48,8 @@ type rack struct {
 	opening func(ctx context.Context)
 	// refused is an error of every opening that is nobody's sentinel, as of a module that is not allowed.
 	refused error
+	// barred is a PIN that is not sent to any token.
+	barred string
 	// locks makes devices that have a lock, as a NetHSM has.
 	locks bool
 }
@@ -116,6 +118,9 @@ type session struct {
 }
 
 func (s *session) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, error) {
+	if s.rack.barred != "" && s.pin == s.rack.barred {
+		return nil, &hsm.PINError{TriesLeft: -1, Barred: true, Detail: "another mount is logged in with another PIN; nothing was sent"}
+	}
 	if s.pin != s.token.PIN() {
 		s.rack.mu.Lock()
 		defer s.rack.mu.Unlock()

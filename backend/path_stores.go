@@ -333,16 +333,12 @@ func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *fra
 	name := data.Get("name").(string)
 	b.stores.writing.Lock()
 	defer b.stores.writing.Unlock()
-	record, err := b.readStore(ctx, name)
-	if err != nil || record == nil {
-		return nil, err
-	}
 	if !data.Get("force").(bool) {
 		if err := b.checkEmpty(ctx, name); err != nil {
 			return nil, err
 		}
 	}
-	err = b.storage.Delete(ctx, storesPrefix+name)
+	err := b.storage.Delete(ctx, storesPrefix+name)
 	b.dropStore(name)
 	if err != nil {
 		return nil, fmt.Errorf("deleting the record of store %q: %w", name, err)

@@ -109,6 +109,8 @@ func TestDamagedRecordsAreReportedWithoutTheirContent(t *testing.T) {
 		if got := m.read(path).want(t, http.StatusInternalServerError).says(t, "damaged"); strings.Contains(got.message, "planted") {
 			t.Errorf("message = %s", got.message)
 		}
+		m.delete(path, nil).ok(t)
+		m.read(path).want(t, http.StatusNotFound)
 	}
 }
 

@@ -162,7 +162,7 @@ func (b *backend) readStore(ctx context.Context, name string) (*storeRecord, err
 	}
 	record := new(storeRecord)
 	if err := json.Unmarshal(entry.Value, record); err != nil {
-		return nil, fmt.Errorf("reading the record of store %q: it is damaged; write the store again", name) // no %w: it may quote a password
+		return nil, fmt.Errorf("reading the record of store %q: it is damaged; delete the store and write it again", name) // no %w: it may quote a password
 	}
 	return record, nil
 }
