@@ -46,6 +46,7 @@ test: ## test everything with the race detector: unit, SoftHSM, etcd, Vault, sho
 
 .PHONY: unit
 unit: ## the quick part of the tests: no race detector, no Vault, no fuzzing
+	@scripts/setup test
 	$(GO) test -timeout 5m $(TESTFLAGS) $$($(GO) list ./... | grep -v '/test')
 
 .PHONY: fuzz

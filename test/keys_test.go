@@ -138,8 +138,10 @@ func TestBadRequestsAreAnsweredWithWhatToDo(t *testing.T) {
 		"another module, no PIN":  {"devices/hsm", vaulttest.Fields{"token_label": "elsewhere"}, http.StatusBadRequest, []string{"token_label"}},
 		"an HSM key not there":    {"keys/other", vaulttest.Fields{"device": "hsm", "key_label": "nowhere"}, http.StatusBadRequest, []string{"nowhere"}},
 		"a module not allowed": {
-			"devices/other", vaulttest.Fields{"type": "pkcs11", "module": "/usr/lib/other.so", "token_label": "x", "pin": "123456"},
-			http.StatusBadRequest, []string{"-pkcs11-module"},
+			"devices/other",
+			vaulttest.Fields{"type": "pkcs11", "module": "/usr/lib/other.so", "token_label": "x", "pin": "123456"},
+			http.StatusBadRequest,
+			[]string{"-pkcs11-module"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

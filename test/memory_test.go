@@ -15,7 +15,7 @@ func TestLockedMemoryStaysSmall(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("locking memory needs root or CAP_IPC_LOCK; everything else is tested without")
 	}
-	host := vaulttest.Build{}.Binary(t)
+	host := vaulttest.Build{NoRace: true}.Binary(t)
 	site, wrapped := newSite(t, vaulttest.SiteOptions{
 		Options: vaulttest.Options{MLock: true},
 		Build:   vaulttest.Build{NoCGO: true},

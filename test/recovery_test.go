@@ -61,7 +61,8 @@ func TestRecoveryDoesWhatItsPageSays(t *testing.T) {
 				}
 				command := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
 				command.Dir = dir
-				command.Env = append(os.Environ(), "MODULE="+token.Module, "ID="+test.id, "PIN="+token.PIN, "KID="+test.opener.KID)
+				command.Env = append(os.Environ(), "PATH=/usr/bin:"+os.Getenv("PATH"), // Debian's own Python
+					"MODULE="+token.Module, "ID="+test.id, "PIN="+token.PIN, "KID="+test.opener.KID)
 				text, err := command.CombinedOutput()
 				return string(text), err
 			}

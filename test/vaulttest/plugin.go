@@ -15,11 +15,13 @@ import (
 // Name is the plugin's name in the catalog.
 const Name = "vault-plugin-secrets-nitrokey"
 
-// Build describes a build of the plugin. The zero value is the one that users get, as version [DefaultVersion].
+// Build describes a build of the plugin. The zero value is the one that users get, as version [DefaultVersion], with the
+// race detector where the tests have it: a race that it finds fails the test, see [Start].
 type Build struct {
 	Version string // reported to Vault, "v1.2.3"
 	Tags    string // build tags: "bench"
 	NoCGO   bool   // CGO_ENABLED=0: no module host inside
+	NoRace  bool   // without the race detector, even where the tests have it: to measure
 }
 
 // DefaultVersion is the version of builds that say nothing else.
@@ -56,8 +58,11 @@ func (b Build) Binary(t testing.TB) Binary {
 		args = append(args, "-tags", b.Tags)
 	}
 	var env []string
-	if b.NoCGO {
+	switch {
+	case b.NoCGO: // the race detector needs cgo
 		env = []string{"CGO_ENABLED=0"}
+	case raceDetector && !b.NoRace:
+		args = append(args, "-race")
 	}
 	_, err = run(context.Background(), Root(), env, "go", append(args, "./cmd/"+Name)...)
 	must(t, err)

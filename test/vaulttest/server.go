@@ -54,6 +54,9 @@ func Start(t testing.TB, options Options) *Server {
 	s := &Server{Dir: dir, PluginDir: filepath.Join(dir, "plugins"), options: options}
 	t.Cleanup(func() {
 		s.Stop(t)
+		if strings.Contains(s.Log(t), "WARNING: DATA RACE") {
+			t.Error("the race detector spoke up in the plugin, see the log of Vault")
+		}
 		if t.Failed() {
 			s.printLog(t)
 		}
