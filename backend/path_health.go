@@ -105,9 +105,13 @@ func (b *backend) deviceHealth(ctx context.Context, name string) map[string]any 
 	if err != nil {
 		return map[string]any{"usable": false, "error": err.Error()}
 	}
-	shown := showStatus(handle.Status(ctx))
+	status := handle.Status(ctx)
+	shown := showStatus(status)
+	if status.Err == nil && !status.CanOpen() {
+		shown["error"] = fmt.Sprintf("device %q answers and holds no key that can open an envelope; make or adopt one with keys/NAME", name)
+	}
 	return map[string]any{
-		"usable": shown["usable"], "error": shown["error"], "state": shown["state"], "serial": shown["serial"],
+		"usable": status.CanOpen(), "error": shown["error"], "state": shown["state"], "serial": shown["serial"],
 		"keys": shown["keys"], "round_trip_ms": shown["round_trip_ms"],
 	}
 }

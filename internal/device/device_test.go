@@ -158,6 +158,7 @@ func TestSecretFiles(t *testing.T) {
 // fakeDevice counts what happens to it.
 type fakeDevice struct {
 	hsm.Device
+	keys   []hsm.Key
 	infos  atomic.Int32
 	closed atomic.Bool
 	delay  time.Duration
@@ -173,7 +174,7 @@ func (d *fakeDevice) Info(ctx context.Context) (hsm.Info, error) {
 	}
 }
 
-func (d *fakeDevice) FindKeys(context.Context, hsm.KeyQuery) ([]hsm.Key, error) { return nil, nil }
+func (d *fakeDevice) FindKeys(context.Context, hsm.KeyQuery) ([]hsm.Key, error) { return d.keys, nil }
 
 func (d *fakeDevice) Close() error { d.closed.Store(true); return nil }
 
@@ -293,6 +294,43 @@ func TestStatusIsProbedOnceForManyCallersAndForAWhile(t *testing.T) {
 		}
 		must(t, handle.Close())
 	})
+}
+
+// fakeKey proves itself with an error of its choice.
+type fakeKey struct {
+	hsm.Agreer
+
+	err error
+}
+
+func (k fakeKey) Prove(context.Context) error { return k.err }
+
+func TestStatusIsProvedByAKeyThatCanOpen(t *testing.T) {
+	sign, open, broken := fakeKey{err: hsm.ErrUnsupported}, fakeKey{}, fakeKey{err: hsm.ErrUnavailable}
+	tests := map[string]struct {
+		keys    []hsm.Key
+		canOpen bool
+		err     error
+	}{
+		"a key that opens proves the device":             {[]hsm.Key{open}, true, nil},
+		"a signing key beside it says nothing":           {[]hsm.Key{sign, open}, true, nil},
+		"with signing keys only the device cannot open":  {[]hsm.Key{sign, sign}, false, nil},
+		"without a key the device is sound, but no help": {nil, false, nil},
+		"a key whose operation fails condemns it":        {[]hsm.Key{sign, broken, open}, false, hsm.ErrUnavailable},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+				return &fakeDevice{keys: test.keys}, nil
+			}).Open("mount", "stick", valid())
+			must(t, err)
+			status := handle.Status(t.Context())
+			if status.CanOpen() != test.canOpen || !errors.Is(status.Err, test.err) {
+				t.Errorf("got CanOpen %v and %v", status.CanOpen(), status.Err)
+			}
+			must(t, handle.Close())
+		})
+	}
 }
 
 func TestAnImpatientCallersStatusIsNotRemembered(t *testing.T) {

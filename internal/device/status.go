@@ -2,6 +2,7 @@ package device
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -19,11 +20,17 @@ type Status struct {
 	Keys []hsm.Key
 	// RoundTrip is how long one private-key operation took, 0 where none could be tried.
 	RoundTrip time.Duration
-	// Err is why the device cannot be used now; nil where it can.
+	// Err is why the device cannot be used now; nil where it can. A device that answers and holds no key that could
+	// open an envelope has none: a key can be made on it.
 	Err error
 	// Checked is when all this was found out.
 	Checked time.Time
+
+	proved bool // a private-key operation worked
 }
+
+// CanOpen tells whether an envelope sealed to a key of the device could be opened now: a private-key operation worked.
+func (s Status) CanOpen() bool { return s.Err == nil && s.proved }
 
 // probe is the newest status and the one being made.
 type probe struct {
@@ -79,16 +86,22 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if status.Keys, status.Err = device.FindKeys(ctx, hsm.KeyQuery{}); status.Err != nil {
 		return status
 	}
+	return prove(ctx, status)
+}
+
+// prove performs the private-key operation with the first key that can. A token may hold keys that are not ours, for
+// signing for example: those say nothing about ours.
+func prove(ctx context.Context, status Status) Status {
 	for _, key := range status.Keys {
-		prover, ok := key.(hsm.Prover)
-		if !ok {
+		begin := time.Now()
+		_, err := hsm.Prove(ctx, key)
+		if errors.Is(err, hsm.ErrUnsupported) {
 			continue
 		}
-		begin := time.Now()
-		if status.Err = prover.Prove(ctx); status.Err == nil {
-			status.RoundTrip = time.Since(begin)
+		if status.Err = err; err == nil {
+			status.RoundTrip, status.proved = time.Since(begin), true
 		}
-		break
+		return status
 	}
 	return status
 }
