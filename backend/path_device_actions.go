@@ -243,11 +243,15 @@ func (b *backend) deviceUnlock(ctx context.Context, _ *logical.Request, data *fr
 	if err != nil {
 		return nil, err
 	}
-	passphrase := []byte(data.Get("passphrase").(string))
-	defer clear(passphrase)
-	if len(passphrase) == 0 {
+	given, err := secretField(data, "passphrase")
+	if err != nil {
+		return nil, err
+	}
+	if given == "" {
 		return nil, mistake("passphrase is missing")
 	}
+	passphrase := []byte(given)
+	defer clear(passphrase)
 	err = unlocker.Unlock(ctx, passphrase)
 	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
 		return nil, mistake("unlocking device %q: %w", name, err)
@@ -303,8 +307,11 @@ func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *fra
 	if err != nil {
 		return nil, err
 	}
-	pin := data.Get("new_pin").(string)
-	if pin == "" {
+	pin, err := secretField(data, "new_pin")
+	switch {
+	case err != nil:
+		return nil, err
+	case pin == "":
 		return nil, mistake("new_pin is missing")
 	}
 	b.devices.writing.Lock()

@@ -207,13 +207,17 @@ func mergeDevice(config *device.Config, data *framework.FieldData) error {
 		chosen := uint(number)
 		config.Slot = &chosen
 	}
-	pin, pinGiven := data.GetOk("pin")
+	pin, err := secretField(data, "pin")
+	if err != nil {
+		return err
+	}
+	_, pinGiven := data.GetOk("pin")
 	file, fileGiven := data.GetOk("pin_file")
 	if pinGiven || fileGiven { // one replaces the other
 		config.PIN, config.PINFile = "", ""
 	}
 	if pinGiven {
-		config.PIN = pin.(string)
+		config.PIN = pin
 	}
 	if fileGiven {
 		config.PINFile = file.(string)

@@ -204,13 +204,20 @@ func mergeStore(record *storeRecord, data *framework.FieldData) error {
 		record.Endpoints = endpoints.([]string)
 	}
 	for field, target := range map[string]*string{
-		"prefix": &record.Prefix, "username": &record.Username, "password": &record.Password, "ca_cert": &record.CACert,
+		"prefix": &record.Prefix, "username": &record.Username, "ca_cert": &record.CACert,
 		"client_cert": &record.ClientCert, "client_key": &record.ClientKey, "server_name": &record.ServerName,
 		"device": &record.Device, "application": &record.Application, "dir": &record.Dir,
 	} {
 		if value, given := data.GetOk(field); given {
 			*target = value.(string)
 		}
+	}
+	if _, given := data.GetOk("password"); given {
+		password, err := secretField(data, "password")
+		if err != nil {
+			return err
+		}
+		record.Password = password
 	}
 	if timeout, given := duration(data, "request_timeout"); given {
 		record.RequestTimeout = timeout

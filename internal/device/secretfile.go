@@ -1,6 +1,7 @@
 package device
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -40,7 +41,7 @@ func (s SecretFiles) Read(path string) ([]byte, error) {
 	}
 	root, err := os.OpenRoot(s.Dir)
 	if err != nil {
-		return nil, fmt.Errorf("opening the secrets directory: %w", err)
+		return nil, complain(`the secrets directory %s cannot be opened (%v); it must exist and be readable by the plugin's user`, s.Dir, pathless(err))
 	}
 	defer root.Close()
 	file, err := root.Open(relative)
@@ -78,7 +79,22 @@ func readSecret(r io.Reader, path string) ([]byte, error) {
 	if n == 0 {
 		return nil, complain(`the secret file %s is empty; nothing was sent to the HSM`, path)
 	}
+	if spoilt := spoilt(buf[:n]); spoilt != "" {
+		clear(buf)
+		return nil, complain(`the secret file %s holds %s; nothing was sent to the HSM`, path, spoilt)
+	}
 	return buf[:n:n], nil
+}
+
+// spoilt says why a secret cannot be meant as it is: nothing that people type holds only blanks, or a control character.
+func spoilt(secret []byte) string {
+	switch {
+	case len(bytes.TrimSpace(secret)) == 0:
+		return "nothing but blanks"
+	case bytes.ContainsFunc(secret, func(r rune) bool { return r < ' ' || r == 0x7f }):
+		return "a control character, a line break or a tab for example"
+	}
+	return ""
 }
 
 // relative makes path relative to the directory, by name only: os.Root keeps what follows inside.
