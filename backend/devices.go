@@ -33,8 +33,8 @@ type deviceShelf struct {
 	drops   int // counts drops, so that a handle made from a record read before one is not kept
 }
 
-// Device implements [keyring.Devices]. A device that cannot be opened for a reason without a name of its own, as a module
-// that is not allowed, cannot be used, and no repeat mends that.
+// Device implements [keyring.Devices]. A configuration that was right when it was written and is not any more, because a
+// module or a PIN file is gone, is nobody's mistake in this request.
 func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 	for {
 		handle, err := b.handle(ctx, name)
@@ -45,7 +45,7 @@ func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 		if errors.Is(err, device.ErrClosed) && ctx.Err() == nil && b.closing.Err() == nil {
 			continue // its configuration was changed between the two calls
 		}
-		if err != nil && status(err) == http.StatusInternalServerError {
+		if errors.Is(err, device.ErrConfig) {
 			err = &statusError{http.StatusServiceUnavailable, err}
 		}
 		return opened, err
@@ -179,14 +179,10 @@ func (b *backend) tryDevice(ctx context.Context, name string, config device.Conf
 	if closing := handle.Close(); closing != nil {
 		b.logger.Warn("closing a device", "device", name, "error", closing)
 	}
-	switch {
-	case err == nil, status(err) == http.StatusServiceUnavailable && ctx.Err() == nil:
+	if err == nil || status(err) == http.StatusServiceUnavailable && ctx.Err() == nil {
 		return nil
-	case status(err) == http.StatusInternalServerError:
-		return &statusError{http.StatusBadRequest, err}
-	default:
-		return err
 	}
+	return err
 }
 
 // settlePIN finds out which of two PINs a token took, where a change of it was cut short, and records that one. The new

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
 func TestDeviceIsReadWithoutItsSecrets(t *testing.T) {
@@ -324,7 +326,7 @@ func TestDeviceWithALockIsUnlockedAndLocked(t *testing.T) {
 func TestModuleThatIsNotAllowedIsRefusedWhereItIsConfigured(t *testing.T) {
 	m := newMount(t)
 	m.addDevice("card")
-	m.rack.refused = errors.New("the PKCS#11 module is not among those that the plugin was started with")
+	m.rack.refused = fmt.Errorf("%w: the PKCS#11 module is not among those that the plugin was started with", device.ErrConfig)
 	m.write("devices/card", fields{"parallel": 2}).want(t, http.StatusBadRequest).says(t, "not among those")
 	if got := m.read("devices/card").text("parallel"); got != "1" {
 		t.Errorf("parallel = %s after a refused write", got)

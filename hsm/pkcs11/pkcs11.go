@@ -30,6 +30,16 @@ import (
 // ErrClosed is returned by a device or manager after its Close.
 var ErrClosed = fmt.Errorf("%w: the device was closed", hsm.ErrUnavailable)
 
+// ErrConfig is wrapped by every error of [Manager.Open] that whoever configures the device, or starts the program, can
+// mend: a module that is not allowed, not there or open to others, a token that is not chosen. Trying again does not help.
+var ErrConfig = errors.New("invalid configuration")
+
+// configError is an [ErrConfig] that says what to mend, and nothing else.
+type configError struct{ err error }
+
+func (e *configError) Error() string   { return e.err.Error() }
+func (e *configError) Unwrap() []error { return []error{ErrConfig, e.err} }
+
 // The limits that a zero in [Config] means.
 const (
 	defaultDecryptLimit  = 20 * time.Second
@@ -103,17 +113,18 @@ func New(options Options) *Manager {
 }
 
 // Open returns a device. It checks the configuration and the module's path; the host is started, and the token looked
-// for, by the first operation, so that a device can be opened while its token lies in a drawer.
+// for, by the first operation, so that a device can be opened while its token lies in a drawer. Its errors are [ErrConfig]
+// and [ErrClosed].
 func (m *Manager) Open(_ context.Context, config Config) (*Device, error) {
 	if err := config.validate(); err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	if err := checkEnvironment(m.options.Env); err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	path, err := resolveModule(config.Module, m.options.Modules)
 	if err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -2,6 +2,8 @@ package device
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
@@ -16,7 +18,10 @@ func PKCS11(manager *pkcs11.Manager) Opener {
 			PIN: pin, Owner: owner,
 			Parallel: config.Parallel, DecryptLimit: config.DecryptTimeout, GenerateLimit: config.GenerateTimeout,
 		})
-		if err != nil {
+		switch {
+		case errors.Is(err, pkcs11.ErrConfig):
+			return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+		case err != nil:
 			return nil, err // not a typed nil in the interface
 		}
 		return device, nil
