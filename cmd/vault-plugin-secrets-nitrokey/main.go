@@ -23,10 +23,11 @@ import (
 
 func main() {
 	modhost.RunIfStarted()
-	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, serve))
 }
 
-func run(args []string, stdout, stderr io.Writer) int {
+// run is the program, which serves by serve; the result is its exit status.
+func run(args []string, stdout, stderr io.Writer, serve func(*api.PluginAPIClientMeta, arguments) error) int {
 	meta := new(api.PluginAPIClientMeta)
 	given, err := parse(meta.FlagSet(), args, stderr)
 	switch {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"flag"
 	"io"
 	"os"
@@ -12,14 +13,53 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/vault/api"
 	"github.com/hashicorp/vault/sdk/plugin"
 
 	"vault-plugin-secrets-nitrokey/backend"
 )
 
+// notServed is a serve that must not be reached.
+func notServed(t *testing.T) func(*api.PluginAPIClientMeta, arguments) error {
+	t.Helper()
+	return func(*api.PluginAPIClientMeta, arguments) error {
+		t.Error("the plugin is served")
+		return nil
+	}
+}
+
+func TestServingThatFailsIsToldAndEndsWithOne(t *testing.T) {
+	t.Setenv(plugin.HandshakeConfig.MagicCookieKey, plugin.HandshakeConfig.MagicCookieValue)
+	for name, test := range map[string]struct {
+		err  error
+		code int
+		says string
+	}{
+		"an error":         {errors.New("no socket could be made"), 1, "serving the plugin: no socket could be made\n"},
+		"the ordinary end": {nil, 0, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			var served arguments
+			serve := func(_ *api.PluginAPIClientMeta, given arguments) error {
+				served = given
+				return test.err
+			}
+			code := run([]string{"-state-dir=/s"}, &stdout, &stderr, serve)
+			if code != test.code || stderr.String() != test.says || stdout.Len() > 0 {
+				t.Errorf("exit %d, stderr %q, stdout %q; want %d and %q: stdout belongs to the handshake", code, stderr.String(), stdout.String(),
+					test.code, test.says)
+			}
+			if served.stateDir != "/s" {
+				t.Errorf("it was served with %+v", served)
+			}
+		})
+	}
+}
+
 func TestVersionIsPrinted(t *testing.T) {
 	var stdout, stderr bytes.Buffer
-	if code := run([]string{"-version"}, &stdout, &stderr); code != 0 || stdout.String() != backend.Version+"\n" || stderr.Len() > 0 {
+	if code := run([]string{"-version"}, &stdout, &stderr, notServed(t)); code != 0 || stdout.String() != backend.Version+"\n" || stderr.Len() > 0 {
 		t.Errorf("exit %d, stdout %q, stderr %q", code, stdout.String(), stderr.String())
 	}
 }
@@ -36,7 +76,7 @@ func TestStartedByHandItExplainsHowToRegisterThisVeryFile(t *testing.T) {
 	}
 	sum := sha256.Sum256(content)
 	var stdout, stderr bytes.Buffer
-	if code := run(nil, &stdout, &stderr); code != 1 {
+	if code := run(nil, &stdout, &stderr, notServed(t)); code != 1 {
 		t.Errorf("exit %d, want 1: a script must notice that nothing is served", code)
 	}
 	for _, part := range []string{
@@ -51,7 +91,7 @@ func TestStartedByHandItExplainsHowToRegisterThisVeryFile(t *testing.T) {
 
 func TestHelpNamesEveryArgument(t *testing.T) {
 	var stdout, stderr bytes.Buffer
-	if code := run([]string{"-help"}, &stdout, &stderr); code != 0 {
+	if code := run([]string{"-help"}, &stdout, &stderr, notServed(t)); code != 0 {
 		t.Errorf("exit %d", code)
 	}
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
@@ -98,7 +138,7 @@ func TestWrongArgumentsAreExplained(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
-			if code := run(slices.Clone(test.args), &stdout, &stderr); code != 2 || !strings.Contains(stderr.String(), test.says) {
+			if code := run(slices.Clone(test.args), &stdout, &stderr, notServed(t)); code != 2 || !strings.Contains(stderr.String(), test.says) {
 				t.Errorf("exit %d, stderr %q; want 2 and %q", code, stderr.String(), test.says)
 			}
 		})
