@@ -12,11 +12,14 @@ const (
 	TypePKCS11 = "pkcs11"
 )
 
-// Bounds of what a configuration may ask for.
+// Bounds of what a configuration may ask for. The limits are bounded because a token is shared: one mount's hanging
+// operation keeps its place in the queue for as long as that mount allows.
 const (
-	maxParallel = 64
-	minLimit    = time.Second
-	maxLimit    = 30 * time.Minute
+	maxParallel      = 64
+	minDecryptLimit  = 2 * time.Second
+	maxDecryptLimit  = 2 * time.Minute
+	minGenerateLimit = 10 * time.Second
+	maxGenerateLimit = 15 * time.Minute // an RSA-4096 key takes a card minutes
 )
 
 // ErrConfig is wrapped by every complaint about a configuration: the user can mend it, trying again does not help.
@@ -77,11 +80,14 @@ func (c Config) Validate() error {
 		return complain(`parallel %d is out of range; use 1 for a card, 8 for SoftHSM, at most %d`, c.Parallel, maxParallel)
 	}
 	for _, limit := range []struct {
-		name  string
-		value time.Duration
-	}{{"decrypt_timeout", c.DecryptTimeout}, {"generate_timeout", c.GenerateTimeout}} {
-		if limit.value != 0 && (limit.value < minLimit || limit.value > maxLimit) {
-			return complain(`%s %v is out of range; use %v to %v`, limit.name, limit.value, minLimit, maxLimit)
+		name            string
+		value, from, to time.Duration
+	}{
+		{"decrypt_timeout", c.DecryptTimeout, minDecryptLimit, maxDecryptLimit},
+		{"generate_timeout", c.GenerateTimeout, minGenerateLimit, maxGenerateLimit},
+	} {
+		if limit.value != 0 && (limit.value < limit.from || limit.value > limit.to) {
+			return complain(`%s %v is out of range; use %v to %v`, limit.name, limit.value, limit.from, limit.to)
 		}
 	}
 	return nil

@@ -9,11 +9,14 @@
 // room below, in the provider. Here each mount has its own handle, so that closing one never disturbs another.
 //
 // A PIN comes from the configuration or from a file under the secrets directory. A file is read anew when it changed:
-// a rotated PIN needs no write to Vault.
+// a rotated PIN needs no write to Vault. While it cannot be read, an open device stays in use.
 package device
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -81,11 +84,13 @@ func (r *Registry) Open(owner, name string, config Config) (*Handle, error) {
 	if !known {
 		return nil, fmt.Errorf("device %q: %w", name, complain(`this build of the plugin has no support for devices of type %q`, config.Type))
 	}
-	return &Handle{
+	h := &Handle{
 		owner: owner, name: name, config: config, open: opener, secrets: r.secrets,
 		logger:  r.logger.With("device", name),
 		opening: make(chan struct{}, 1),
-	}, nil
+	}
+	_, _ = rand.Read(h.digestKey[:]) // never fails: crypto/rand
+	return h, nil
 }
 
 // Handle is one mount's device. Its methods are safe for concurrent use.
@@ -99,11 +104,14 @@ type Handle struct {
 	// opening is held while the device is opened or closed: one opens, the others wait for it or for their ctx.
 	opening chan struct{}
 
-	mu      sync.Mutex // guards what follows
-	device  hsm.Device
-	pinFile fileState // of the file that the open device's PIN came from
-	closed  bool
-	probed  probe
+	digestKey [sha256.Size]byte
+
+	mu        sync.Mutex // guards what follows
+	device    hsm.Device
+	pinFile   fileState         // as it was when last read
+	pinDigest [sha256.Size]byte // of the PIN that the device was opened with
+	closed    bool
+	probed    probe
 }
 
 // Name is the device's name in its mount.
@@ -112,7 +120,7 @@ func (h *Handle) Name() string { return h.name }
 // Device returns the open device, opening it first where that is necessary. The device belongs to the handle: the
 // caller does not close it, and asks again for the next operation.
 func (h *Handle) Device(ctx context.Context) (hsm.Device, error) {
-	if device, err := h.current(); device != nil || err != nil {
+	if device, current, err := h.current(); current || err != nil {
 		return device, err
 	}
 	select {
@@ -121,29 +129,60 @@ func (h *Handle) Device(ctx context.Context) (hsm.Device, error) {
 	case <-ctx.Done():
 		return nil, fmt.Errorf("opening device %q: %w", h.name, ctx.Err())
 	}
-	if device, err := h.current(); device != nil || err != nil { // somebody else opened it while we waited
-		return device, err
-	}
-	if err := h.drop(); err != nil {
-		h.logger.Warn("closing the device to open it with a changed PIN file", "error", err)
+	open, current, err := h.current()
+	if current || err != nil { // somebody else opened it while we waited
+		return open, err
 	}
 	state := h.statPINFile()
 	pin, err := h.pin()
-	if err != nil {
-		return nil, fmt.Errorf("device %q: %w", h.name, err)
-	}
 	defer clear(pin)
+	switch {
+	case err != nil && open != nil:
+		// A secrets volume that flaps, a file that is just being rewritten: the PIN that is in use still works.
+		h.logger.Warn("the PIN file changed and cannot be read; going on with the PIN in use", "error", err)
+		h.keep(open, state, h.digestInUse())
+		return open, nil
+	case err != nil:
+		return nil, fmt.Errorf("device %q: %w", h.name, err)
+	case open != nil && h.digest(pin) == h.digestInUse():
+		h.keep(open, state, h.digest(pin))
+		return open, nil
+	}
+	if err := h.drop(); err != nil {
+		h.logger.Warn("closing the device to open it with a changed PIN", "error", err)
+	}
 	device, err := h.open(ctx, h.owner, h.config, pin)
 	if err != nil {
 		return nil, fmt.Errorf("opening device %q: %w", h.name, err)
 	}
+	if !h.keep(device, state, h.digest(pin)) {
+		return nil, errors.Join(fmt.Errorf("device %q: %w", h.name, ErrClosed), device.Close())
+	}
+	return device, nil
+}
+
+// keep makes a device the open one, unless the handle was closed meanwhile.
+func (h *Handle) keep(device hsm.Device, state fileState, digest [sha256.Size]byte) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
-		return nil, errors.Join(fmt.Errorf("device %q: %w", h.name, ErrClosed), device.Close())
+		return false
 	}
-	h.device, h.pinFile = device, state
-	return device, nil
+	h.device, h.pinFile, h.pinDigest = device, state, digest
+	return true
+}
+
+// digest tells PINs apart without keeping them.
+func (h *Handle) digest(pin []byte) [sha256.Size]byte {
+	mac := hmac.New(sha256.New, h.digestKey[:])
+	mac.Write(pin)
+	return [sha256.Size]byte(mac.Sum(nil))
+}
+
+func (h *Handle) digestInUse() [sha256.Size]byte {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pinDigest
 }
 
 // Close gives the device back.
@@ -156,20 +195,15 @@ func (h *Handle) Close() error {
 	return h.drop()
 }
 
-// current returns the open device, or nil where it has to be opened.
-func (h *Handle) current() (hsm.Device, error) {
+// current returns the open device, nil for none, and whether it may be used as it is: not where its PIN file has
+// changed since.
+func (h *Handle) current() (device hsm.Device, current bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	switch {
-	case h.closed:
-		return nil, fmt.Errorf("device %q: %w", h.name, ErrClosed)
-	case h.device == nil:
-		return nil, nil //nolint:nilnil // "not open" is an ordinary answer between these few lines
-	case h.config.PINFile != "" && h.statPINFile() != h.pinFile:
-		return nil, nil //nolint:nilnil // as above: the PIN file changed, so the device is opened anew
-	default:
-		return h.device, nil
+	if h.closed {
+		return nil, false, fmt.Errorf("device %q: %w", h.name, ErrClosed)
 	}
+	return h.device, h.device != nil && h.statPINFile() == h.pinFile, nil
 }
 
 // drop closes the open device, if any. The caller holds opening.

@@ -27,19 +27,19 @@ func TestValidateNamesTheMistake(t *testing.T) {
 		change func(*Config)
 		want   string // part of the complaint, "" where there is none
 	}{
-		"a complete configuration is fine":    {func(*Config) {}, ""},
-		"slot 0 is a slot":                    {func(c *Config) { c.TokenLabel, c.Slot = "", &slot }, ""},
-		"a type is needed":                    {func(c *Config) { c.Type = "" }, `"type" is missing`},
-		"an unknown type is named":            {func(c *Config) { c.Type = "tpm" }, `type "tpm" is not known`},
-		"a module is needed":                  {func(c *Config) { c.Module = "" }, `"module" is missing`},
-		"a bare module name is refused":       {func(c *Config) { c.Module = "opensc.so" }, "not an absolute path"},
-		"a token has to be chosen":            {func(c *Config) { c.TokenLabel = "" }, "no token is chosen"},
-		"one way to choose it is enough":      {func(c *Config) { c.Slot = &slot }, "more than one of"},
-		"a PIN is needed":                     {func(c *Config) { c.PIN = "" }, "no PIN is given"},
-		"a PIN and a PIN file are too much":   {func(c *Config) { c.PINFile = "pin" }, "keep one"},
-		"parallel has an upper bound":         {func(c *Config) { c.Parallel = 1000 }, "parallel 1000 is out of range"},
-		"a limit below a second is refused":   {func(c *Config) { c.DecryptTimeout = time.Millisecond }, "decrypt_timeout"},
-		"a limit of hours is refused as well": {func(c *Config) { c.GenerateTimeout = 3 * time.Hour }, "generate_timeout"},
+		"a complete configuration is fine":          {func(*Config) {}, ""},
+		"slot 0 is a slot":                          {func(c *Config) { c.TokenLabel, c.Slot = "", &slot }, ""},
+		"a type is needed":                          {func(c *Config) { c.Type = "" }, `"type" is missing`},
+		"an unknown type is named":                  {func(c *Config) { c.Type = "tpm" }, `type "tpm" is not known`},
+		"a module is needed":                        {func(c *Config) { c.Module = "" }, `"module" is missing`},
+		"a bare module name is refused":             {func(c *Config) { c.Module = "opensc.so" }, "not an absolute path"},
+		"a token has to be chosen":                  {func(c *Config) { c.TokenLabel = "" }, "no token is chosen"},
+		"one way to choose it is enough":            {func(c *Config) { c.Slot = &slot }, "more than one of"},
+		"a PIN is needed":                           {func(c *Config) { c.PIN = "" }, "no PIN is given"},
+		"a PIN and a PIN file are too much":         {func(c *Config) { c.PINFile = "pin" }, "keep one"},
+		"parallel has an upper bound":               {func(c *Config) { c.Parallel = 1000 }, "parallel 1000 is out of range"},
+		"a limit that kills a slow card is refused": {func(c *Config) { c.DecryptTimeout = time.Millisecond }, "decrypt_timeout"},
+		"a limit of hours is refused as well":       {func(c *Config) { c.GenerateTimeout = 3 * time.Hour }, "generate_timeout"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -263,6 +263,37 @@ func TestAChangedPINFileOpensTheDeviceAnew(t *testing.T) {
 	}
 	if !devices[0].closed.Load() {
 		t.Error("the device with the old PIN was not closed")
+	}
+	must(t, handle.Close())
+}
+
+func TestAPINFileThatIsAwayForAMomentClosesNothing(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "pin")
+	must(t, os.WriteFile(path, []byte(testPIN), 0o600))
+	opens := 0
+	config := valid()
+	config.PIN, config.PINFile = "", path
+	handle, err := registry(dir, func(context.Context, string, Config, []byte) (hsm.Device, error) {
+		opens++
+		return &fakeDevice{}, nil
+	}).Open("mount", "stick", config)
+	must(t, err)
+	steps := []struct {
+		name   string
+		happen func()
+	}{
+		{"the file is there", func() {}},
+		{"it is gone", func() { must(t, os.Remove(path)) }},
+		{"it is empty", func() { must(t, os.WriteFile(path, nil, 0o600)) }},
+		{"it is written anew with the same PIN", func() { must(t, os.WriteFile(path, []byte(testPIN+"\n"), 0o600)) }},
+	}
+	for _, step := range steps {
+		step.happen()
+		device, err := handle.Device(t.Context())
+		if err != nil || opens != 1 || device.(*fakeDevice).closed.Load() {
+			t.Errorf("%s: %v, opened %d times", step.name, err, opens)
+		}
 	}
 	must(t, handle.Close())
 }
