@@ -316,6 +316,17 @@ func (m *Memory) ChangePIN(ctx context.Context, pin []byte) error {
 	return nil
 }
 
+// AdoptPIN implements [hsm.PINChanger].
+func (m *Memory) AdoptPIN(ctx context.Context, pin []byte, _ bool) error {
+	if err := m.enter(ctx); err != nil {
+		return err
+	}
+	if string(pin) != m.PIN() {
+		return &hsm.PINError{TriesLeft: 2, Detail: "the token refused the PIN"}
+	}
+	return nil
+}
+
 // Unbar implements [hsm.PINChanger].
 func (m *Memory) Unbar(ctx context.Context) error {
 	err := m.enter(ctx)

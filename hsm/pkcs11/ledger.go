@@ -31,7 +31,7 @@ func openLedger(dir string) *ledger {
 	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now}
 }
 
-// attempt is a log-in under way. Exactly one of succeeded, wrong, unresolved and withdrawn must be called; until then
+// attempt is a log-in under way. Exactly one of succeeded, succeededInPlaceOf, wrong, changed, unresolved and withdrawn must be called; until then
 // other log-ins to the same token wait, in every process.
 type attempt struct {
 	ledger *ledger
@@ -48,6 +48,26 @@ type attempt struct {
 func (l *ledger) attempt(
 	ctx context.Context, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
 ) (*attempt, error) {
+	return l.attemptAtWord(ctx, noWord, serial, pin, shows)
+}
+
+// word is what a person said about one log-in.
+type word int
+
+const (
+	noWord  word = iota // nothing
+	oneTry              // this PIN may cost a try where another one is left after it
+	lastTry             // it may cost the last one
+)
+
+// passes tells whether the word lets a PIN through that is not known to be right.
+func (w word) passes(flags hsm.PINState) bool { return w == lastTry || w == oneTry && !flags.FinalTry }
+
+// attemptAtWord is attempt where a person said something about this log-in. Unlike the pass that unbar leaves, that lifts no
+// bar and ends with the attempt.
+func (l *ledger) attemptAtWord(
+	ctx context.Context, said word, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
+) (*attempt, error) {
 	if err := l.files.checkDir(); err != nil {
 		return nil, l.noIntent(serial, err)
 	}
@@ -61,7 +81,7 @@ func (l *ledger) attempt(
 	flags, err := shows(ctx)
 	var a *attempt
 	if err == nil {
-		a, err = l.begin(serial, pin, flags)
+		a, err = l.begin(said, serial, pin, flags)
 	}
 	if err != nil {
 		unlock()
@@ -72,7 +92,7 @@ func (l *ledger) attempt(
 }
 
 // begin decides and writes the intent. The caller holds the token's lock.
-func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
+func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
 	var damaged *damagedError
 	mark, key, err := l.files.fingerprint(serial, pin)
 	if errors.As(err, &damaged) {
@@ -88,7 +108,10 @@ func (l *ledger) begin(serial string, pin []byte, flags hsm.PINState) (*attempt,
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
+	pass := before.Pass
+	before.Pass = pass || said.passes(flags)
 	known, again, refusal := before.admit(mark, key, flags)
+	known.Pass = pass
 	if refusal != nil {
 		if len(known.Barred) > len(before.Barred) {
 			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
@@ -121,6 +144,16 @@ func (a *attempt) succeeded() error {
 		return fmt.Errorf("recording that the log-in to the token %q worked, in %q: %w", a.serial, a.ledger.files.dir, err)
 	}
 	return nil
+}
+
+// succeededInPlaceOf is succeeded where the program had another PIN for the token until now. A token has one, so that is
+// wrong, and other programs that still have it must not send it.
+func (a *attempt) succeededInPlaceOf(old []byte) error {
+	mark, _, err := a.ledger.files.fingerprint(a.serial, old)
+	if err == nil && mark != a.intent.Mark {
+		a.known = a.known.bar(bar{Mark: mark, At: a.intent.At, Why: replaced})
+	}
+	return errors.Join(a.succeeded(), err)
 }
 
 // wrong records that the token rejected the PIN, which is not sent again. The error says that recording it failed; then the
@@ -346,16 +379,16 @@ func (f *refusal) error(serial string, flags hsm.PINState) *hsm.PINError {
 			happened = fmt.Sprintf("this PIN of the token %q was changed to another one", serial)
 		case rejected:
 		}
-		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; give the right PIN to the device, or unbar "+
-			"the device if this one is right after all", happened, f.bar.At.Format(time.RFC3339))
+		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; %s, or lift the bar (devices/NAME/unbar) if this "+
+			"one is right after all", happened, f.bar.At.Format(time.RFC3339), giveIt)
 	case becauseFewTries:
 		shows := "a wrong PIN was sent to it"
 		if flags.FinalTry {
 			shows = "the next wrong PIN locks it"
 		}
 		e.Detail = fmt.Sprintf("the token %q shows that %s, and this PIN is not known to be right, so nothing was sent; make "+
-			"sure of the PIN and unbar the device for one try, or log in once with another program (pkcs11-tool --login), which "+
-			"restores the tries", serial, shows)
+			"sure of the PIN and %s, or lift the bar (devices/NAME/unbar) for one try, or log in once with another program "+
+			"(pkcs11-tool --login), which restores the tries", serial, shows, giveIt)
 	}
 	return e
 }

@@ -13,8 +13,12 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
 
+// giveIt is how to give a device the right PIN, where the token has it: that tries it once, whatever the token shows.
+const giveIt = "give the right one to the device (devices/NAME/pin with new_pin and on_token=false; where the PIN comes from a file, " +
+	"change the file and lift the bar with devices/NAME/unbar)"
+
 // nextStep ends the sentences about a PIN that was refused.
-const nextStep = "make sure of the PIN, give the right one to the device (devices/NAME/pin) and lift the bar (devices/NAME/unbar)"
+const nextStep = "make sure of the PIN and " + giveIt
 
 // logIn makes sure that the host is logged in to the token, and that this device may use that log-in: it must hold the
 // same PIN. C_Login is called once for each host, whoever comes first; the others wait for it.
@@ -148,13 +152,7 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 		return err
 	}
 	defer release()
-	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, func(ctx context.Context) (hsm.PINState, error) {
-		seen, err := d.look(ctx, a.host)
-		if err == nil && seen.Token.Flags&ckfUserPINInitialized == 0 && seen.Token.Flags&ckfTokenInitialized == 0 {
-			err = fmt.Errorf("%w: %s is not initialised", hsm.ErrUnsupported, d.describeToken())
-		}
-		return pinState(seen.Token.Flags), err
-	})
+	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, d.showsPIN(a))
 	if err != nil {
 		return err
 	}
@@ -175,6 +173,17 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 		return nil
 	}
 	return d.refused(context.WithoutCancel(ctx), a, intent, err)
+}
+
+// showsPIN asks the token about its PIN, through one host.
+func (d *Device) showsPIN(a *attachment) func(context.Context) (hsm.PINState, error) {
+	return func(ctx context.Context) (hsm.PINState, error) {
+		seen, err := d.look(ctx, a.host)
+		if err == nil && seen.Token.Flags&ckfUserPINInitialized == 0 && seen.Token.Flags&ckfTokenInitialized == 0 {
+			err = fmt.Errorf("%w: %s is not initialised", hsm.ErrUnsupported, d.describeToken())
+		}
+		return pinState(seen.Token.Flags), err
+	}
 }
 
 // refused sorts out a C_Login that did not work.
