@@ -95,14 +95,16 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 	case options.Devices == nil:
 		return nil, errors.New("setting up the backend: no device registry was passed")
 	}
-	b := &backend{options: options, storage: config.StorageView, mount: config.BackendUUID, logger: slog.New(slog.DiscardHandler)}
+	b := &backend{
+		options: options, storage: mountStorage{config.StorageView}, mount: config.BackendUUID, logger: slog.New(slog.DiscardHandler),
+	}
 	if config.Logger != nil {
 		b.logger = NewLogger(config.Logger)
 	}
 	b.closing, b.close = context.WithCancel(context.Background())
 
 	locks := new(vaultstore.Locks)
-	records := vaultstore.New(config.StorageView, "", locks)
+	records := vaultstore.New(b.storage, "", locks)
 	b.keys = keyring.New(keyring.Config{Records: records, Devices: b, Logger: b.logger, CacheRecords: true})
 	b.stores.locks = locks
 	b.keeper = custody.New(custody.Config{

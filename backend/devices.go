@@ -25,8 +25,8 @@ type deviceRecord struct {
 
 // deviceShelf keeps the handles of the mount's devices.
 type deviceShelf struct {
-	// writing is held while a record is read, changed and written.
-	writing sync.Mutex
+	// writing is held, for one device, while its record is read, changed and written.
+	writing turns
 
 	mu      sync.Mutex // guards what follows
 	handles map[string]*device.Handle
@@ -36,8 +36,13 @@ type deviceShelf struct {
 // Device implements [keyring.Devices]. A configuration that was right when it was written and is not any more, because a
 // module or a PIN file is gone, is nobody's mistake in this request.
 func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
+	return b.openDevice(ctx, func() (*device.Handle, error) { return b.handle(ctx, name) })
+}
+
+// openDevice opens the device of a handle; it asks for the handle again where that was closed meanwhile.
+func (b *backend) openDevice(ctx context.Context, find func() (*device.Handle, error)) (hsm.Device, error) {
 	for {
-		handle, err := b.handle(ctx, name)
+		handle, err := find()
 		if err != nil {
 			return nil, err
 		}
@@ -52,39 +57,65 @@ func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 	}
 }
 
-// handle returns the handle of a configured device; the HSM is not touched.
+// handle returns the handle of a configured device. The HSM is not touched, unless a change of its PIN was cut short.
+// Who is changing the device's record must not call it: see [backend.shelved].
 func (b *backend) handle(ctx context.Context, name string) (*device.Handle, error) {
 	for {
-		b.devices.mu.Lock()
-		handle, drops := b.devices.handles[name], b.devices.drops
-		b.devices.mu.Unlock()
+		handle, drops := b.devices.find(name)
 		if handle != nil {
 			return handle, nil
 		}
 		record, err := b.readDevice(ctx, name)
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if record == nil {
+		case record == nil:
 			return nil, keyring.ErrNoDevice // the caller names it
-		}
-		if record.NextPIN != "" {
+		case record.NextPIN != "":
 			if err := b.settlePIN(ctx, name); err != nil {
 				return nil, err
 			}
 			continue
 		}
-		handle, err = b.options.Devices.Open(b.mount, name, record.Config)
-		if err != nil {
-			return nil, err
-		}
-		if b.devices.keep(name, handle, drops) {
-			return handle, nil
-		}
-		if err := handle.Close(); err != nil {
-			b.logger.Warn("closing a device", "device", name, "error", err)
+		if handle, err := b.shelve(name, record, drops); handle != nil || err != nil {
+			return handle, err
 		}
 	}
+}
+
+// shelved returns the handle of a device whose record the caller is changing, and nobody else meanwhile.
+func (b *backend) shelved(name string, record *deviceRecord) (*device.Handle, error) {
+	for {
+		handle, drops := b.devices.find(name)
+		if handle != nil {
+			return handle, nil
+		}
+		if handle, err := b.shelve(name, record, drops); handle != nil || err != nil {
+			return handle, err
+		}
+	}
+}
+
+// shelve makes the handle of a record and puts it on the shelf; nil and nil where the shelf has changed since.
+func (b *backend) shelve(name string, record *deviceRecord, drops int) (*device.Handle, error) {
+	handle, err := b.options.Devices.Open(b.mount, name, record.Config)
+	if err != nil {
+		return nil, err
+	}
+	if b.devices.keep(name, handle, drops) {
+		return handle, nil
+	}
+	if err := handle.Close(); err != nil {
+		b.logger.Warn("closing a device", "device", name, "error", err)
+	}
+	return nil, nil //nolint:nilnil // documented
+}
+
+// find returns the handle on the shelf, nil for none, and how often one was taken down until now.
+func (s *deviceShelf) find(name string) (handle *device.Handle, drops int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.handles[name], s.drops
 }
 
 // keep puts a handle on the shelf, unless another is there already or its record may have changed meanwhile.
@@ -185,21 +216,41 @@ func (b *backend) tryDevice(ctx context.Context, name string, config device.Conf
 	return err
 }
 
-// settlePIN finds out which of two PINs a token took, where a change of it was cut short, and records that one. The new
-// one is tried first: a change is far more often cut short after the token did it. One that it did not do costs one try,
-// which the right PIN gives back at once.
+// changingDevice waits for the turn to change a device's record. The caller calls done once.
+func (b *backend) changingDevice(ctx context.Context, name string) (done func(), err error) {
+	return b.devices.writing.take(ctx, fmt.Sprintf("device %q", name))
+}
+
+// settlePIN finds out which of two PINs a token took, where a change of it was cut short.
 func (b *backend) settlePIN(ctx context.Context, name string) error {
-	b.devices.writing.Lock()
-	defer b.devices.writing.Unlock()
-	record, err := b.readDevice(ctx, name)
-	if err != nil || record == nil || record.NextPIN == "" {
+	done, err := b.changingDevice(ctx, name)
+	if err != nil {
 		return err
+	}
+	defer done()
+	record, err := b.readDevice(ctx, name)
+	if err != nil || record == nil {
+		return err
+	}
+	return b.settleRecord(ctx, name, record)
+}
+
+// settleRecord finds out which of the two PINs in a record the token took, and records that one. The caller has the turn
+// to change the record. The new one is tried first: a change is far more often cut short after the token did it. One
+// that it did not do costs one try, which the right PIN gives back at once. A node that could not record the result
+// leaves it to the one that can.
+func (b *backend) settleRecord(ctx context.Context, name string, record *deviceRecord) error {
+	if record.NextPIN == "" {
+		return nil
+	}
+	if !b.WriteSafeReplicationState() {
+		return logical.ErrReadOnly
 	}
 	b.logger.Warn("a change of the PIN was cut short; finding out which one the token took", "device", name)
 	next := record.Config
 	next.PIN = record.NextPIN
 	pinError := (*hsm.PINError)(nil)
-	err = b.logIn(ctx, name, next)
+	err := b.logIn(ctx, name, next)
 	switch {
 	case err == nil:
 		record.Config = next

@@ -2,13 +2,10 @@ package backend
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"strings"
 	"testing"
-
-	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/device"
@@ -296,18 +293,6 @@ func TestChangedRecordsOfOtherNodesTakeEffect(t *testing.T) {
 	}
 	m.InvalidateKey(context.Background(), "devices/prod-hsm")
 	m.list("devices/prod-hsm/keys/").want(t, http.StatusNotFound)
-}
-
-func TestReadOnlyStorageForwardsTheRequest(t *testing.T) {
-	m := newMount(t)
-	m.storage.readOnly = true
-	_, err := m.HandleRequest(context.Background(), &logical.Request{
-		Operation: logical.CreateOperation, Path: "devices/card", Storage: m.storage,
-		Data: fields{"module": testModule, "serial": "SN", "pin": rightPIN},
-	})
-	if !errors.Is(err, logical.ErrReadOnly) || err != logical.ErrReadOnly { //nolint:errorlint // Vault compares with ==
-		t.Errorf("error = %v, want the bare ErrReadOnly", err)
-	}
 }
 
 func TestDeviceWithALockIsUnlockedAndLocked(t *testing.T) {

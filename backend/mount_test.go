@@ -24,10 +24,12 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
 	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
 func TestMain(m *testing.M) {
+	modhost.RunIfStarted() // tests with a real module start this binary as its host
 	goleak.VerifyTestMain(m,
 		goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"), // started by an import of Vault's sdk
 	)
@@ -46,6 +48,8 @@ type rack struct {
 	tokens map[string]*testToken
 	// opening, where it is set, is called before a device is opened.
 	opening func(ctx context.Context)
+	// changing, where it is set, is called instead of a change of the PIN.
+	changing func(ctx context.Context) error
 	// refused is an error of every opening that is nobody's sentinel, as of a module that is not allowed.
 	refused error
 	// barred is a PIN that is not sent to any token.
@@ -118,19 +122,37 @@ type session struct {
 }
 
 func (s *session) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, error) {
-	if s.rack.barred != "" && s.pin == s.rack.barred {
-		return nil, &hsm.PINError{TriesLeft: -1, Barred: true, Detail: "another mount is logged in with another PIN; nothing was sent"}
-	}
-	if s.pin != s.token.PIN() {
-		s.rack.mu.Lock()
-		defer s.rack.mu.Unlock()
-		s.token.wrong++
-		return nil, &hsm.PINError{TriesLeft: 2, Detail: "the PIN is wrong (CKR_PIN_INCORRECT); write the right one"}
+	if err := s.try(s.pin); err != nil {
+		return nil, err
 	}
 	return s.Memory.FindKeys(ctx, query)
 }
 
+// try sends a PIN to the token.
+func (s *session) try(pin string) error {
+	if s.rack.barred != "" && pin == s.rack.barred {
+		return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: "another mount is logged in with another PIN; nothing was sent"}
+	}
+	if pin != s.token.PIN() {
+		s.rack.mu.Lock()
+		defer s.rack.mu.Unlock()
+		s.token.wrong++
+		return &hsm.PINError{TriesLeft: 2, Detail: "the PIN is wrong (CKR_PIN_INCORRECT); write the right one"}
+	}
+	return nil
+}
+
+func (s *session) AdoptPIN(ctx context.Context, pin []byte, lastTry bool) error {
+	if err := s.try(string(pin)); err != nil {
+		return err
+	}
+	return s.Memory.AdoptPIN(ctx, pin, lastTry)
+}
+
 func (s *session) ChangePIN(ctx context.Context, pin []byte) error {
+	if changing := s.rack.changing; changing != nil {
+		return changing(ctx)
+	}
 	if err := s.Memory.ChangePIN(ctx, pin); err != nil {
 		return err
 	}
@@ -163,8 +185,16 @@ func (m *mount) remount() *mount {
 
 func mountOn(t testing.TB, storage *faultyStorage, tokens *rack, secrets, state string) *mount {
 	t.Helper()
+	m := mountWith(t, storage, tokens.open, secrets, state)
+	m.rack = tokens
+	return m
+}
+
+// mountWith is a mount whose devices are opened by an opener.
+func mountWith(t testing.TB, storage *faultyStorage, open device.Opener, secrets, state string) *mount {
+	t.Helper()
 	registry := device.New(device.Options{
-		Openers: map[string]device.Opener{device.TypePKCS11: tokens.open},
+		Openers: map[string]device.Opener{device.TypePKCS11: open},
 		Secrets: device.SecretFiles{Dir: secrets},
 	})
 	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, (*mount)(nil).configFor(storage))
@@ -175,7 +205,7 @@ func mountOn(t testing.TB, storage *faultyStorage, tokens *rack, secrets, state 
 	if err := b.Initialize(context.Background(), &logical.InitializationRequest{Storage: storage}); err != nil {
 		t.Fatalf("initialising the backend: %v", err)
 	}
-	return &mount{backend: b, t: t, rack: tokens, storage: storage, secrets: secrets, state: state}
+	return &mount{backend: b, t: t, storage: storage, secrets: secrets, state: state}
 }
 
 // configFor is what Vault gives to the factory.
@@ -197,7 +227,7 @@ type faultyStorage struct {
 	mu       sync.Mutex
 	failPut  error
 	failGet  error
-	readOnly bool
+	readOnly error // of every write
 }
 
 func (s *faultyStorage) fail(put, get error) {
@@ -219,14 +249,24 @@ func (s *faultyStorage) Get(ctx context.Context, key string) (*logical.StorageEn
 func (s *faultyStorage) Put(ctx context.Context, entry *logical.StorageEntry) error {
 	s.mu.Lock()
 	err := s.failPut
-	if s.readOnly {
-		err = logical.ErrReadOnly
+	if s.readOnly != nil {
+		err = s.readOnly
 	}
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	return s.Storage.Put(ctx, entry)
+}
+
+func (s *faultyStorage) Delete(ctx context.Context, key string) error {
+	s.mu.Lock()
+	err := s.readOnly
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.Storage.Delete(ctx, key)
 }
 
 // reply is an answer as an HTTP client sees it.

@@ -28,7 +28,10 @@ type settings struct {
 
 // settingsCache keeps the settings in memory: every request asks for them.
 type settingsCache struct {
-	mu     sync.Mutex
+	// writing is held while the settings are read, changed and written.
+	writing turns
+
+	mu     sync.Mutex // guards what follows
 	cached *settings
 	writes int // counts forget and put, so that a read that began before one does not cache what it replaced
 }
@@ -156,6 +159,11 @@ func (b *backend) configRead(ctx context.Context, _ *logical.Request, _ *framewo
 }
 
 func (b *backend) configWrite(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	done, err := b.settings.writing.take(ctx, "the mount's configuration")
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	changed, err := b.settings.get(ctx, b.storage)
 	if err != nil {
 		return nil, err

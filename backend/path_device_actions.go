@@ -110,14 +110,23 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 				"on_token": {
 					Type: framework.TypeBool, Default: true,
 					Description: "True, the default, changes the PIN on the token and stores it. False replaces the stored PIN only, where " +
-						"the token has the new one already: it is tried once, and the old one is kept where the new one is wrong.",
+						"the token has the new one already: it is tried once, and the old one stays stored and logged in where the new " +
+						"one is wrong. That counts as your word for this one try, although the token shows that a try is missing.",
+				},
+				"force": {
+					Type: framework.TypeBool,
+					Description: "With on_token=false: try the PIN although the token shows its last try. Where it is wrong the token is " +
+						"locked, and only the SO-PIN unlocks it.",
 				},
 			},
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device-pin"},
 			Operations:   write(b.devicePIN, "change", "Change a token's PIN, or the stored one.", "The PIN was changed."),
 			HelpSynopsis: "Change the PIN on the token, or replace the stored one.",
-			HelpDescription: "The new PIN is recorded before the token hears of it, so that a crash in between loses neither. A device " +
-				"with pin_file keeps its PIN in the file: change it on the token with the vendor's tool, then in the file.",
+			HelpDescription: "The new PIN is recorded before the token hears of it, so that a crash in between loses neither. " +
+				"After a wrong PIN was stored and sent, give the right one here with on_token=false: that tries it once, also where the " +
+				"token shows a missing try and unbar would be needed otherwise. A PIN that was wrong before on this machine is not sent, " +
+				"and the last try is spent with force=true only. A device with pin_file keeps its PIN in the file: change it on the " +
+				"token with the vendor's tool, then in the file.",
 		},
 	}
 }
@@ -273,12 +282,16 @@ func (b *backend) deviceLock(ctx context.Context, _ *logical.Request, data *fram
 	return nil, nil
 }
 
-// pinChanger returns the device as one that has a PIN.
-func (b *backend) pinChanger(ctx context.Context, name string) (hsm.PINChanger, error) {
-	opened, err := b.Device(ctx, name)
+// pinChanger returns the device as one that has a PIN. The caller is changing its record, and nobody else meanwhile.
+func (b *backend) pinChanger(ctx context.Context, name string, record *deviceRecord) (hsm.PINChanger, error) {
+	opened, err := b.openDevice(ctx, func() (*device.Handle, error) { return b.shelved(name, record) })
 	if err != nil {
 		return nil, err
 	}
+	return asPINChanger(name, opened)
+}
+
+func asPINChanger(name string, opened hsm.Device) (hsm.PINChanger, error) {
 	changer, ok := opened.(hsm.PINChanger)
 	if !ok {
 		return nil, mistake("device %q has no PIN", name)
@@ -291,7 +304,11 @@ func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *f
 	if err != nil {
 		return nil, err
 	}
-	changer, err := b.pinChanger(ctx, name)
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	changer, err := asPINChanger(name, opened)
 	if err != nil {
 		return nil, err
 	}
@@ -303,10 +320,7 @@ func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *f
 }
 
 func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	name, _, err := b.knownDevice(ctx, data) // finishes a change that was cut short
-	if err != nil {
-		return nil, err
-	}
+	name := data.Get("name").(string)
 	pin, err := secretField(data, "new_pin")
 	switch {
 	case err != nil:
@@ -314,33 +328,42 @@ func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *fra
 	case pin == "":
 		return nil, mistake("new_pin is missing")
 	}
-	b.devices.writing.Lock()
-	defer b.devices.writing.Unlock()
+	done, err := b.changingDevice(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	record, err := b.readDevice(ctx, name)
 	switch {
 	case err != nil:
 		return nil, err
 	case record == nil:
-		return nil, absent("device %q: %w", name, keyring.ErrNoDevice)
+		return nil, absent("device %q: %w; write devices/%s first", name, keyring.ErrNoDevice, name)
 	case record.Config.PINFile != "":
 		return nil, mistake("the PIN of device %q comes from the file %s: change it on the token with the vendor's tool (pkcs11-tool "+
 			"--change-pin), then in the file", name, record.Config.PINFile)
 	}
-	if data.Get("on_token").(bool) {
-		err = b.changePIN(ctx, name, record, pin)
-	} else {
-		err = b.replacePIN(ctx, name, record, pin)
+	onToken, force := data.Get("on_token").(bool), data.Get("force").(bool)
+	switch {
+	case onToken && force:
+		return nil, mistake("force belongs to on_token=false: a change on the token logs in with the stored PIN, which has to be right")
+	case onToken:
+		if err = b.settleRecord(ctx, name, record); err == nil { // an earlier change was cut short
+			err = b.changePIN(ctx, name, record, pin)
+		}
+	default:
+		err = b.replacePIN(ctx, name, record, pin, force)
 	}
 	if err != nil {
 		return nil, err
 	}
-	b.logger.Info("PIN changed", "device", name, "on_token", data.Get("on_token").(bool), "by", by(req))
+	b.logger.Info("PIN changed", "device", name, "on_token", onToken, "by", by(req))
 	return nil, nil
 }
 
 // changePIN changes the PIN on the token and in the record. The record holds both while the token is asked.
 func (b *backend) changePIN(ctx context.Context, name string, record *deviceRecord, pin string) error {
-	changer, err := b.pinChanger(ctx, name)
+	changer, err := b.pinChanger(ctx, name, record)
 	if err != nil {
 		return err
 	}
@@ -367,18 +390,26 @@ func (b *backend) changePIN(ctx context.Context, name string, record *deviceReco
 	return errors.Join(err, b.writeDevice(ctx, name, record))
 }
 
-// replacePIN stores a PIN that the token has already, once it has proved right.
-func (b *backend) replacePIN(ctx context.Context, name string, record *deviceRecord, pin string) error {
-	replaced := record.Config
-	replaced.PIN = pin
-	b.dropDevice(name) // a token that is still logged in with the old PIN would not let the new one be tried
-	err := b.logIn(ctx, name, replaced)
+// replacePIN stores a PIN that the token has already, once it has proved right. Until then the device stays logged in with
+// the stored one.
+func (b *backend) replacePIN(ctx context.Context, name string, record *deviceRecord, pin string, force bool) error {
+	changer, err := b.pinChanger(ctx, name, record)
+	if err != nil {
+		return err
+	}
+	tried := []byte(pin)
+	defer clear(tried)
+	err = changer.AdoptPIN(ctx, tried, force)
 	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
-		return &statusError{http.StatusBadRequest, fmt.Errorf("the stored PIN of device %q was kept: %w", name, err)}
+		hint := ""
+		if pinError.Barred && pinError.TriesLeft == 1 && !force {
+			hint = "; force=true spends the last try on it"
+		}
+		return mistake("the stored PIN of device %q was kept: %w%s", name, err, hint)
 	}
 	if err != nil {
 		return fmt.Errorf("trying the new PIN of device %q; the stored one was kept: %w", name, err)
 	}
-	record.Config = replaced
+	record.Config.PIN, record.NextPIN = pin, "" // a change that was cut short is settled by a PIN that proved right
 	return b.writeDevice(ctx, name, record)
 }

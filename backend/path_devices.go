@@ -125,8 +125,9 @@ func (b *backend) devicePaths() []*framework.Path {
 			HelpSynopsis: "An HSM that this mount may use.",
 			HelpDescription: "A device is a PKCS#11 token: module names the vendor's library, one of serial, token_label and " +
 				"slot the token, pin or pin_file the user PIN. Fields that a write leaves out keep their values. The PIN is " +
-				"never shown, and a write that would send it somewhere else must carry it again. Writing touches no HSM: read " +
-				"devices/<name>/status to see whether it works.",
+				"never shown, and a write that would send it somewhere else must carry it again, or name pin_file again. Writing " +
+				"touches no HSM: read devices/<name>/status to see whether it works. Where a wrong PIN was sent, give the right one " +
+				"with devices/<name>/pin and on_token=false, which tries it once.",
 		},
 	}
 }
@@ -154,8 +155,11 @@ func (b *backend) deviceWrite(ctx context.Context, _ *logical.Request, data *fra
 	if err := checkName("device", name); err != nil {
 		return nil, err
 	}
-	b.devices.writing.Lock()
-	defer b.devices.writing.Unlock()
+	done, err := b.changingDevice(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	record, err := b.readDevice(ctx, name)
 	if err != nil {
 		return nil, err
@@ -254,8 +258,11 @@ func mergeToken(config *device.Config, data *framework.FieldData) {
 
 func (b *backend) deviceDelete(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	name := data.Get("name").(string)
-	b.devices.writing.Lock()
-	defer b.devices.writing.Unlock()
+	done, err := b.changingDevice(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	if !data.Get("force").(bool) {
 		users, err := b.usersOfDevice(ctx, name)
 		if err != nil {
@@ -266,7 +273,7 @@ func (b *backend) deviceDelete(ctx context.Context, _ *logical.Request, data *fr
 				"what only its keys can open is then closed until the device is configured again", name, strings.Join(users, ", "))
 		}
 	}
-	err := b.storage.Delete(ctx, devicesPrefix+name)
+	err = b.storage.Delete(ctx, devicesPrefix+name)
 	b.dropDevice(name)
 	if err != nil {
 		return nil, fmt.Errorf("deleting the record of device %q: %w", name, err)

@@ -153,8 +153,11 @@ func (b *backend) storeWrite(ctx context.Context, _ *logical.Request, data *fram
 	if err := checkName("store", name); err != nil {
 		return nil, err
 	}
-	b.stores.writing.Lock()
-	defer b.stores.writing.Unlock()
+	done, err := b.stores.writing.take(ctx, fmt.Sprintf("store %q", name))
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	old, err := b.readStore(ctx, name)
 	if err != nil {
 		return nil, err
@@ -338,14 +341,17 @@ func storeCheckError(name string, err error) error {
 
 func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	name := data.Get("name").(string)
-	b.stores.writing.Lock()
-	defer b.stores.writing.Unlock()
+	done, err := b.stores.writing.take(ctx, fmt.Sprintf("store %q", name))
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	if !data.Get("force").(bool) {
 		if err := b.checkEmpty(ctx, name); err != nil {
 			return nil, err
 		}
 	}
-	err := b.storage.Delete(ctx, storesPrefix+name)
+	err = b.storage.Delete(ctx, storesPrefix+name)
 	b.dropStore(name)
 	if err != nil {
 		return nil, fmt.Errorf("deleting the record of store %q: %w", name, err)

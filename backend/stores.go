@@ -64,8 +64,8 @@ var errNoStore = errors.New("the store is not configured in this mount")
 // storeShelf keeps the mount's stores open.
 type storeShelf struct {
 	locks *vaultstore.Locks // of the mount's storage
-	// writing is held while a record is read, changed and written.
-	writing sync.Mutex
+	// writing is held, for one store, while its record is read, changed and written.
+	writing turns
 
 	mu    sync.Mutex // guards what follows
 	open  map[string]openStore
