@@ -117,10 +117,17 @@ func TestAnEnvelopeOpensForNothingButItsContext(t *testing.T) {
 			if !errors.As(err, &contextErr) || contextErr.Field != field {
 				t.Errorf("the error %v does not name the field %q", err, field)
 			}
+			var asked *ContextError
+			if !errors.As(c.Differs(want), &asked) || *asked != *contextErr {
+				t.Errorf("asked before, the answer is %v, and opening says %v", asked, contextErr)
+			}
 			if strings.Contains(strings.ToLower(err.Error()), `"caller"`) {
 				t.Errorf("the error shows the caller's context: %v", err)
 			}
 		})
+	}
+	if err := c.Differs(c); err != nil {
+		t.Errorf("a context differs from itself: %v", err)
 	}
 	want := c
 	want.Caller = nil

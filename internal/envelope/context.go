@@ -120,8 +120,9 @@ func isNameByte(c byte) bool {
 	return c > ' ' && c < 0x7f && !strings.ContainsRune(`"&'<>\`, rune(c))
 }
 
-// differs returns the first field in which the contexts differ, or nil.
-func (c Context) differs(want Context) error {
+// Differs returns a [*ContextError] that names the first field in which what an envelope claims, c, is not what is
+// wanted; nil where they are the same. Opening asks it; asking before saves an HSM an envelope that it could not open.
+func (c Context) Differs(want Context) error {
 	for _, field := range []struct{ name, claimed, wanted string }{
 		{"use", string(c.Use), string(want.Use)},
 		{"wrapping key", c.Key, want.Key},

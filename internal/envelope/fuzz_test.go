@@ -39,7 +39,7 @@ func FuzzParse(f *testing.F) {
 			if err != nil {
 				t.Fatalf("sealing what opened: %v", err)
 			}
-			if err := again.Context().differs(e.Context()); err != nil {
+			if err := again.Context().Differs(e.Context()); err != nil {
 				t.Fatalf("sealed anew it says something else: %v", err)
 			}
 		}

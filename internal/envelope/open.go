@@ -70,7 +70,7 @@ func authenticate(c Context, auth *AuthKey, mac, payload []byte) error {
 
 // decrypt returns HMAC and payload. The caller wipes them.
 func (e *Envelope) decrypt(ctx context.Context, want Context, r Recipient, key hsm.Key) ([]byte, error) {
-	if err := e.context.differs(want); err != nil {
+	if err := e.context.Differs(want); err != nil {
 		return nil, err
 	}
 	unwrap, err := e.unwrapper(ctx, r, key)

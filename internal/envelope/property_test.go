@@ -67,7 +67,7 @@ func TestTwoContextsNeverShareAMAC(t *testing.T) {
 			n := rapid.IntRange(0, len(whole)).Draw(rt, "cut")
 			b.Caller, q = whole[:n], whole[n:]
 		}
-		same := a.differs(b) == nil && bytes.Equal(p, q)
+		same := a.Differs(b) == nil && bytes.Equal(p, q)
 		if bytes.Equal(a.mac(testAuth, p), b.mac(testAuth, q)) != same {
 			rt.Fatalf("%+v %x and %+v %x", a, p, b, q)
 		}
@@ -104,7 +104,7 @@ func TestNoFlippedBitOpensToSomethingElse(t *testing.T) {
 					continue
 				}
 				opened++
-				if string(payload) != g.payload || e.Context().differs(g.context) != nil {
+				if string(payload) != g.payload || e.Context().Differs(g.context) != nil {
 					t.Fatalf("bit %d: opened %q for %+v", bit, payload, e.Context())
 				}
 			}

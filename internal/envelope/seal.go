@@ -58,7 +58,7 @@ func Seal(c Context, recipients []Recipient, auth *AuthKey, payload []byte) ([]b
 	if err != nil {
 		return nil, fmt.Errorf("sealing: reading back the JWE: %w", err)
 	}
-	if err := made.context.differs(c); err != nil {
+	if err := made.context.Differs(c); err != nil {
 		return nil, fmt.Errorf("sealing: reading back the JWE: %w", err)
 	}
 	return raw, nil

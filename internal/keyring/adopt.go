@@ -65,7 +65,8 @@ func (k *Keyring) adoptedBefore(rec *record, request AdoptRequest) (*Key, error)
 }
 
 // AddRecipient lets one more HSM key open what the newest version seals from now on; older envelopes need a rewrap. It
-// costs two private-key operations in that HSM. The key record changes, so it has to be read again.
+// costs two private-key operations in that HSM. The key record changes and should be read again; until then the one that was
+// read brings back all that the version seals, with the HSMs that it had then.
 func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRequest) (*Key, error) {
 	if err := check(name, request); err != nil {
 		return nil, err
@@ -122,12 +123,12 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 			return fmt.Errorf("key %q changed meanwhile: %w: send the request again", name, store.ErrConflict)
 		}
 		defer clear(auth[:])
+		rec.keepRecordRead() // the record that was read lacks this recipient
 		v.Recipients = append(v.Recipients, rcpt)
 		if err := sealAuth(ctx, rec.Name, v, &auth, &rcpt, key); err != nil {
 			return fmt.Errorf("adding a recipient to key %q: %w", name, err)
 		}
 		rec.noteWeakness(rcpt)
-		rec.Acknowledgements.RecordRead = nil // it lacks this recipient
 		return nil
 	})
 	if err != nil {

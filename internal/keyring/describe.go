@@ -19,11 +19,14 @@ func (k *Keyring) newRecord(name, by string) *record {
 }
 
 // addVersion appends a version. What was acknowledged about the key record and about the backup of the HSM key does not
-// hold for it.
+// hold for it; it is kept with the version for which it does.
 func (r *record) addVersion(v version) {
-	r.Versions = append(r.Versions, v)
-	r.Acknowledgements.RecordRead = nil
+	r.keepRecordRead()
+	if newest := r.newest(); newest != nil {
+		newest.Kept.BackupConfirmed = r.Acknowledgements.BackupConfirmed
+	}
 	r.Acknowledgements.BackupConfirmed = nil
+	r.Versions = append(r.Versions, v)
 }
 
 // noteWeakness records that somebody accepted a weak HSM key.
@@ -69,6 +72,7 @@ func describe(r *record) *Key {
 		CreatedBy:            r.CreatedBy,
 		LatestVersion:        len(r.Versions),
 		MinDecryptionVersion: r.MinDecryptionVersion,
+		EncryptVersion:       r.encryptVersion(),
 		DeletionAllowed:      r.DeletionAllowed,
 		RecordRead:           clonePointer(r.Acknowledgements.RecordRead),
 		BackupConfirmed:      clonePointer(r.Acknowledgements.BackupConfirmed),
@@ -90,7 +94,7 @@ func describe(r *record) *Key {
 		key.State = StateDeleting
 	}
 	for i := range r.Versions {
-		key.Versions = append(key.Versions, describeVersion(&r.Versions[i]))
+		key.Versions = append(key.Versions, r.describeVersion(&r.Versions[i]))
 	}
 	if len(r.Versions) > 0 {
 		key.RecordSHA256 = newKeyRecord(r).SHA256
@@ -98,20 +102,24 @@ func describe(r *record) *Key {
 	return key
 }
 
-func describeVersion(v *version) Version {
+func (r *record) describeVersion(v *version) Version {
+	recordRead, _ := r.recordRead(v)
 	described := Version{
 		Number:        v.Number,
 		Created:       v.Created,
 		CreatedBy:     v.CreatedBy,
 		ServedEncrypt: v.ServedEncrypt,
 		Locked:        len(v.AuthKey) == 0,
+
+		RecordRead:      clonePointer(recordRead),
+		BackupConfirmed: clonePointer(r.backupConfirmed(v)),
 	}
 	for i := range v.Recipients {
-		r := &v.Recipients[i]
+		rcpt := &v.Recipients[i]
 		described.Recipients = append(described.Recipients, Recipient{
-			Device: r.Device, Serial: r.Serial, Label: r.Label, ID: r.ID, KID: r.KID, Algorithm: r.Algorithm, Kind: r.kind, Public: r.sealTo.Public,
-			WeaknessesAccepted: slices.Clone(r.WeaknessesAccepted), AlsoUsableFor: slices.Clone(r.AlsoUsableFor),
-			Added: r.Added, AddedBy: r.AddedBy,
+			Device: rcpt.Device, Serial: rcpt.Serial, Label: rcpt.Label, ID: rcpt.ID, KID: rcpt.KID, Algorithm: rcpt.Algorithm,
+			Kind: rcpt.kind, Public: rcpt.sealTo.Public, Added: rcpt.Added, AddedBy: rcpt.AddedBy,
+			WeaknessesAccepted: slices.Clone(rcpt.WeaknessesAccepted), AlsoUsableFor: slices.Clone(rcpt.AlsoUsableFor),
 		})
 	}
 	return described
@@ -128,11 +136,19 @@ func (r *record) warnings() []string {
 	if v == nil {
 		return list
 	}
-	if r.Acknowledgements.RecordRead == nil {
-		warn("the key record was never read since version %d was made or changed: without it nothing can be opened once this "+
-			"mount is lost; read the key's backup and keep it", v.Number)
+	switch {
+	case r.Acknowledgements.RecordRead != nil:
+	case v.Kept.RecordRead != nil:
+		warn("the key record changed since it was read: the one that was read brings version %d back with fewer of its HSMs; read "+
+			"keys/%s/backup again and keep it", v.Number, r.Name)
+	default:
+		warn("the key record was never read since version %d was made: without it nothing that this version sealed can be opened "+
+			"once this mount is lost; read keys/%s/backup and keep it", v.Number, r.Name)
 	}
-	if v.devices() < 2 && r.Acknowledgements.BackupConfirmed == nil {
+	if serves := r.encryptVersion(); serves > 0 && serves < v.Number {
+		warn("version %d is not used by encrypt/ yet, which goes on with version %d: %s", v.Number, serves, r.lacks(v))
+	}
+	if countHSMs(v.Recipients) < 2 && r.Acknowledgements.BackupConfirmed == nil {
 		warn("version %d opens on one HSM only: add a recipient on another one, or back the HSM key up and set "+
 			"backup_confirmed=true", v.Number)
 	}
@@ -151,22 +167,6 @@ func (r *record) warnings() []string {
 		}
 	}
 	return list
-}
-
-// devices returns on how many HSMs a version can be opened. Two names of one HSM are one HSM.
-func (v *version) devices() int {
-	names, serials := map[string]bool{}, map[string]bool{}
-	for i := range v.Recipients {
-		rcpt := &v.Recipients[i]
-		if names[rcpt.Device] || serials[rcpt.Serial] {
-			continue
-		}
-		names[rcpt.Device] = true
-		if rcpt.Serial != "" {
-			serials[rcpt.Serial] = true
-		}
-	}
-	return len(names)
 }
 
 func clonePointer[T any](p *T) *T {

@@ -86,7 +86,8 @@ func madeBefore(rec *record, requestID, device string) (*Key, error) {
 
 // Rotate gives a key its next version. With Adopt it is done when Rotate returns; with Generate it is begun, as by
 // [Keyring.Begin], and Finish makes it. Envelopes of older versions open as before, down to min_decryption_version.
-// The new version's key record has to be read, and a backup of its HSM key confirmed anew.
+// The new version's key record has to be read, and a backup of its HSM key confirmed anew; `encrypt/` goes on with the
+// old version until then.
 func (k *Keyring) Rotate(ctx context.Context, name string, request RotateRequest) (*Key, error) {
 	if err := checkName(name); err != nil {
 		return nil, err

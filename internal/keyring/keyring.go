@@ -38,18 +38,23 @@ type Config struct {
 	Devices Devices
 	Logger  *slog.Logger     // nil for none
 	Now     func() time.Time // nil for time.Now
+	// InUse tells in a sentence who still needs a key to open what it sealed, "" for nobody. [Keyring.Delete] asks it;
+	// where it cannot tell, its error refuses the deletion as well. Nil for a keyring whose users keep their envelopes.
+	InUse func(ctx context.Context, name string) (string, error)
 	// CacheRecords keeps parsed records in memory, so that sealing and opening do not read the store. Set it only where
 	// nobody else writes the store, or where [Keyring.Invalidate] is called for every foreign write.
 	CacheRecords bool
 }
 
-// Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods are safe for concurrent use. Use one Keyring for each store: mutations of
-// one key take turns within a Keyring, and among several by compare-and-swap.
+// Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods
+// are safe for concurrent use. Use one Keyring for each store: mutations of one key take turns within a Keyring, and
+// among several by compare-and-swap.
 type Keyring struct {
 	records store.Store
 	devices Devices
 	logger  *slog.Logger
 	now     func() time.Time
+	inUse   func(ctx context.Context, name string) (string, error)
 	locks   nameLocks
 	cache   recordCache
 	found   foundKeys
@@ -63,6 +68,7 @@ func New(config Config) *Keyring {
 		devices: config.Devices,
 		logger:  config.Logger,
 		now:     config.Now,
+		inUse:   config.InUse,
 	}
 	if k.logger == nil {
 		k.logger = slog.New(slog.DiscardHandler)
@@ -84,11 +90,14 @@ type Key struct {
 	Versions             []Version
 	LatestVersion        int // 0 while there is no version
 	MinDecryptionVersion int
-	DeletionAllowed      bool
+	// EncryptVersion is the version that `encrypt/` seals with, 0 while none is ready for it: the newest one that
+	// is, see [Keyring.Ready]. Everything else is sealed with the newest version.
+	EncryptVersion  int
+	DeletionAllowed bool
 	// RecordSHA256 is the SHA-256 of the key record as [Keyring.Backup] returns it, in lower-case hexadecimal. Empty
 	// while there is no version.
 	RecordSHA256 string
-	// Acknowledgements of the newest state of the key; nil where nobody gave them.
+	// Acknowledgements of the newest state of the key; nil where nobody gave them. Versions have their own.
 	RecordRead, BackupConfirmed, AcceptSingleHSM, AcceptWeakKey *Acknowledgement
 	// Pending is the HSM key that is being made, nil for none.
 	Pending *Pending
@@ -116,6 +125,9 @@ type Version struct {
 	// ServedEncrypt is true once `encrypt/` sealed with this version: snapshots and backups of other Vaults depend on
 	// its HSM keys from then on.
 	ServedEncrypt bool
+	// RecordRead is when a key record with this version was read, BackupConfirmed when a backup of its HSM keys was
+	// confirmed; nil where nobody did. A record that was read may lack recipients that were added later.
+	RecordRead, BackupConfirmed *Acknowledgement
 	// Locked is true where a restored version's authentication key has not been opened by an HSM yet, because none of
 	// its devices answered; the first use does that, at the cost of one more operation.
 	Locked bool
@@ -196,7 +208,9 @@ type Settings struct {
 type DeleteRequest struct {
 	// DeleteHSMKeys destroys the HSM keys as well. Nothing they sealed can be opened ever after.
 	DeleteHSMKeys bool
-	By            string
+	// Force deletes the key without asking [Config.InUse].
+	Force bool
+	By    string
 }
 
 // Sealed is a new envelope.
@@ -221,8 +235,8 @@ type Opened struct {
 // Rewrapped is the answer to a rewrap.
 type Rewrapped struct {
 	Sealed
-	// Changed is false where the envelope is the old one, because it is of the newest version and every recipient of
-	// that is in it.
+	// Changed is false where the envelope is the old one, because it is of the version that seals now and every
+	// recipient of that is in it.
 	Changed     bool
 	FromVersion int
 	Device      string // that opened the old envelope; empty where nothing changed

@@ -35,6 +35,41 @@ type modelKey struct {
 	minimum  int
 	backup   KeyRecord
 	known    bool // the backup is of the newest state
+
+	// Acknowledgements, the first three by version: recipients in the newest record that was read, a confirmed backup of
+	// the HSM keys, and whether encrypt/ was served.
+	read      []map[string]string
+	confirmed []bool
+	served    []bool
+	accepted  bool // a single HSM
+}
+
+// rotated adds a version.
+func (k *modelKey) rotated(kid, device string) {
+	k.versions = append(k.versions, map[string]string{kid: device})
+	k.read, k.confirmed, k.served = append(k.read, nil), append(k.confirmed, false), append(k.served, false)
+	k.known = false
+}
+
+// encrypts returns the version that serves encrypt/ with that minimum, 0 for none.
+func (k *modelKey) encrypts(minimum int) int {
+	for i := len(k.versions) - 1; i >= minimum-1; i-- {
+		devices := map[string]bool{}
+		for _, device := range k.read[i] {
+			devices[device] = true
+		}
+		if len(devices) > 1 || len(devices) == 1 && (k.confirmed[i] || k.accepted) {
+			return i + 1
+		}
+	}
+	return 0
+}
+
+// hasRead notes that the record as it is now was read.
+func (k *modelKey) hasRead() {
+	for i, version := range k.versions {
+		k.read[i] = maps.Clone(version)
+	}
 }
 
 type modelEnvelope struct {
@@ -88,7 +123,8 @@ func (m *machine) Adopt(rt *rapid.T) {
 		return
 	}
 	if m.settle(rt, request.Device, err) {
-		m.keys[name] = &modelKey{versions: []map[string]string{{kid: request.Device}}, minimum: 1}
+		m.keys[name] = &modelKey{minimum: 1}
+		m.keys[name].rotated(kid, request.Device)
 	}
 }
 
@@ -123,8 +159,7 @@ func (m *machine) Generate(rt *rapid.T) {
 		rt.Fatal(err)
 	}
 	rcpt := key.Versions[key.LatestVersion-1].Recipients[0]
-	m.keys[name].versions = append(m.keys[name].versions, map[string]string{rcpt.KID: device})
-	m.keys[name].known = false
+	m.keys[name].rotated(rcpt.KID, device)
 }
 
 func (m *machine) RotateToAnExistingKey(rt *rapid.T) {
@@ -132,8 +167,7 @@ func (m *machine) RotateToAnExistingKey(rt *rapid.T) {
 	request, kid := m.newHSMKey(rt)
 	_, err := m.keyring.Rotate(m.ctx, name, RotateRequest{Adopt: &request})
 	if m.settle(rt, request.Device, err) {
-		key.versions = append(key.versions, map[string]string{kid: request.Device})
-		key.known = false
+		key.rotated(kid, request.Device)
 	}
 }
 
@@ -164,11 +198,52 @@ func (m *machine) SetMinimum(rt *rapid.T) {
 		}
 		return
 	}
+	if now := key.encrypts(key.minimum); now > 0 && key.served[now-1] && key.encrypts(minimum) == 0 {
+		if !errors.Is(err, ErrNotReady) {
+			rt.Fatalf("minimum %d above version %d, which serves encrypt/: %v", minimum, now, err)
+		}
+		return
+	}
 	if err != nil {
 		rt.Fatal(err)
 	}
 	key.minimum = minimum
 	key.known = false
+}
+
+func (m *machine) Acknowledge(rt *rapid.T) {
+	name, key := m.pick(rt)
+	yes := rapid.IntRange(0, 3).Draw(rt, "no") > 0 // most of the time
+	settings := Settings{By: "model"}
+	if rapid.Bool().Draw(rt, "backup") {
+		settings.BackupConfirmed = &yes
+		key.confirmed[len(key.confirmed)-1] = yes
+		if !yes {
+			clear(key.confirmed)
+		}
+	} else {
+		settings.AcceptSingleHSM = &yes
+		key.accepted = yes
+	}
+	if _, err := m.keyring.Configure(m.ctx, name, settings); err != nil {
+		rt.Fatal(err)
+	}
+}
+
+func (m *machine) Encrypt(rt *rapid.T) {
+	name, key := m.pick(rt)
+	want := key.encrypts(key.minimum)
+	sealed, err := m.keyring.Wrap(m.ctx, name, envelope.UseTransit, []byte("x"), nil)
+	if want == 0 {
+		if !errors.Is(err, ErrNotReady) {
+			rt.Fatalf("encrypted with a key that is not ready: %v", err)
+		}
+		return
+	}
+	if err != nil || sealed.Version != want || sealed.Recipients != len(key.versions[want-1]) {
+		rt.Fatalf("encrypted with version %d for %d recipients: %v, want version %d", sealed.Version, sealed.Recipients, err, want)
+	}
+	key.served[want-1] = true
 }
 
 func (m *machine) Wrap(rt *rapid.T) {
@@ -283,6 +358,7 @@ func (m *machine) Backup(rt *rapid.T) {
 		rt.Fatal(err)
 	}
 	key.backup, key.known = backup, true
+	key.hasRead()
 }
 
 // LoseTheMount brings all keys whose record is known back in an empty store; the others are lost with their envelopes.
@@ -305,6 +381,12 @@ func (m *machine) LoseTheMount(rt *rapid.T) {
 		if _, err := m.keyring.Restore(m.ctx, name, RestoreRequest{Record: key.backup.Record, SHA256: key.backup.SHA256}); err != nil {
 			rt.Fatal(err)
 		}
+		clear(key.confirmed)
+		key.accepted = false
+		key.hasRead()
+		for i := range key.served {
+			key.served[i] = true // nobody knows
+		}
 	}
 }
 
@@ -326,6 +408,9 @@ func (m *machine) Check(rt *rapid.T) {
 		}
 		if key.State != StateReady || key.LatestVersion != len(want.versions) || key.MinDecryptionVersion != want.minimum {
 			rt.Fatalf("key %s is %+v, want %d versions, minimum %d", name, key, len(want.versions), want.minimum)
+		}
+		if serves := want.encrypts(want.minimum); key.EncryptVersion != serves {
+			rt.Fatalf("version %d of key %s serves encrypt/, want %d: %+v", key.EncryptVersion, name, serves, key)
 		}
 		if want.known && key.RecordSHA256 != want.backup.SHA256 {
 			rt.Fatalf("key %s has another record than the one that was read", name)

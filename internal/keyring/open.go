@@ -1,11 +1,9 @@
 package keyring
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"strconv"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -62,9 +60,9 @@ func (k *Keyring) Unwrap(ctx context.Context, name string, use envelope.Use, raw
 	return k.Open(ctx, name, raw, envelope.Context{Use: use, Caller: caller})
 }
 
-// Rewrap opens an envelope and seals its payload to the newest version with the same context, at the cost of one
-// private-key operation. Where the envelope is of the newest version already and every recipient of that is in it, the
-// answer is the same envelope, and no HSM is touched.
+// Rewrap opens an envelope and seals its payload to the version that [Keyring.Seal] takes, with the same context, at the
+// cost of one private-key operation. Where the envelope is of that version already and every recipient of that is in it,
+// the answer is the same envelope, and no HSM is touched.
 func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want envelope.Context) (Rewrapped, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -74,14 +72,15 @@ func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want enve
 	if err != nil {
 		return Rewrapped{}, err
 	}
-	if v := rec.newest(); v != nil && exact.Version == v.Number && sealedToAll(parsed, v) {
+	v := rec.sealsWith(exact.Use)
+	if v != nil && exact.Version == v.Number && sealedToAll(parsed, v) {
 		return Rewrapped{
 			Sealed:      Sealed{Envelope: raw, Version: v.Number, Recipients: len(parsed.Recipients())},
 			FromVersion: v.Number,
 		}, nil
 	}
 	if exact.Use == envelope.UseTransit { // before an HSM is asked
-		if err := rec.ready(rec.newest(), PurposeEncrypt); err != nil {
+		if err := rec.ready(v, PurposeEncrypt); err != nil {
 			return Rewrapped{}, err
 		}
 	}
@@ -116,32 +115,13 @@ func parseFor(name string, raw []byte, want envelope.Context) (*envelope.Envelop
 	if want.Version == 0 {
 		want.Version = claimed.Version
 	}
-	if err := compare(claimed, want); err != nil {
+	// Opening compares again; here it comes before a device is asked, which may be away, and for envelopes that need not
+	// be opened.
+	if err := claimed.Differs(want); err != nil {
 		return nil, want, fmt.Errorf("key %q: %w: open it with the key, at the entrance and with the context that it was made with",
 			name, err)
 	}
 	return parsed, want, nil
-}
-
-// compare returns an *envelope.ContextError where an envelope claims to be something else than what is wanted. Opening
-// compares again; here it comes before a device is asked, which may be away, and for envelopes that need not be opened.
-func compare(claimed, want envelope.Context) error {
-	for _, field := range []struct{ name, claimed, wanted string }{
-		{"use", string(claimed.Use), string(want.Use)},
-		{"wrapping key", claimed.Key, want.Key},
-		{"wrapping key version", strconv.Itoa(claimed.Version), strconv.Itoa(want.Version)},
-		{"cluster", claimed.Cluster, want.Cluster},
-		{"name", claimed.Name, want.Name},
-		{"generation", strconv.FormatUint(claimed.Generation, 10), strconv.FormatUint(want.Generation, 10)},
-	} {
-		if field.claimed != field.wanted {
-			return &envelope.ContextError{Field: field.name, Claimed: field.claimed, Wanted: field.wanted}
-		}
-	}
-	if !bytes.Equal(claimed.Caller, want.Caller) {
-		return &envelope.ContextError{Field: "caller's context"}
-	}
-	return nil
 }
 
 // sealedToAll tells whether an envelope has exactly the recipients of a version.

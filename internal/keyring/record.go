@@ -34,7 +34,8 @@ type record struct {
 	Deleting             *deletion        `json:"deleting,omitempty"`
 }
 
-// acknowledgements are what people confirmed about the newest version.
+// acknowledgements are what people confirmed about the key as it is: RecordRead about all of it, BackupConfirmed about
+// the newest version. What they confirmed before that is kept with the versions.
 type acknowledgements struct {
 	RecordRead      *Acknowledgement `json:"record_read,omitempty"`
 	BackupConfirmed *Acknowledgement `json:"backup_confirmed,omitempty"`
@@ -54,6 +55,16 @@ type version struct {
 	// AuthEnvelope is AuthKey sealed to the recipients, an envelope of use "auth".
 	AuthEnvelope  json.RawMessage `json:"auth_envelope"`
 	ServedEncrypt bool            `json:"served_encrypt"`
+	Kept          kept            `json:"kept,omitzero"`
+}
+
+// kept is what was acknowledged about a version and was put aside when the key went on: it does not hold for what came
+// after, and goes on holding for what was there.
+type kept struct {
+	RecordRead *Acknowledgement `json:"record_read,omitempty"`
+	// Recipients is how many recipients the version had, the first ones, in the key record that was read then.
+	Recipients      int              `json:"recipients,omitempty"`
+	BackupConfirmed *Acknowledgement `json:"backup_confirmed,omitempty"`
 }
 
 // recipient is an HSM key pair.
@@ -230,6 +241,9 @@ func (r *record) validate(name string) error {
 		}
 		if err := validateRecipients(name, v); err != nil {
 			return fmt.Errorf("version %d: %w", v.Number, err)
+		}
+		if n := v.Kept.Recipients; n < 0 || n > len(v.Recipients) || (n == 0) != (v.Kept.RecordRead == nil) {
+			return bad("version %d has a key record that was read with %d of its recipients", v.Number, n)
 		}
 	}
 	return nil

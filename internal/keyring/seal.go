@@ -10,7 +10,7 @@ import (
 
 // Seal makes an envelope with the newest version of a key, or with c.Version where that is set. It fills c.Key and
 // c.Version. No HSM is touched, but for a restored version whose authentication key none of its devices has opened yet.
-// Use transit needs a key that is ready for it, see [Keyring.Ready].
+// Use transit is sealed with the newest version that is ready for it, see [Keyring.Ready].
 func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, payload []byte) (Sealed, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -19,7 +19,7 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 	if c.Key != "" && c.Key != name {
 		return Sealed{}, fmt.Errorf("%w: the context names key %q, the request names %q", ErrInvalid, c.Key, name)
 	}
-	v := rec.newest()
+	v := rec.sealsWith(c.Use)
 	if c.Version != 0 {
 		if v, err = rec.usable(c.Version); err != nil {
 			return Sealed{}, err

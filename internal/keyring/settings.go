@@ -14,6 +14,10 @@ func (k *Keyring) Configure(ctx context.Context, name string, settings Settings)
 		if rec.Deleting != nil {
 			return rec.settled()
 		}
+		served := rec.encryptVersion()
+		if served > 0 && !rec.Versions[served-1].ServedEncrypt {
+			served = 0 // nobody depends on it yet
+		}
 		if wanted := settings.MinDecryptionVersion; wanted != nil {
 			if latest := len(rec.Versions); *wanted < 1 || *wanted > max(1, latest) {
 				return fmt.Errorf("key %q: %w: min_decryption_version %d is not between 1 and the newest version, %d", name, ErrInvalid,
@@ -28,7 +32,19 @@ func (k *Keyring) Configure(ctx context.Context, name string, settings Settings)
 		if err := acknowledge(rec, &rec.Acknowledgements.BackupConfirmed, settings.BackupConfirmed, acknowledged); err != nil {
 			return err
 		}
-		return acknowledge(rec, &rec.Acknowledgements.AcceptSingleHSM, settings.AcceptSingleHSM, acknowledged)
+		if settings.BackupConfirmed != nil && !*settings.BackupConfirmed { // who takes it back means all of them
+			for i := range rec.Versions {
+				rec.Versions[i].Kept.BackupConfirmed = nil
+			}
+		}
+		if err := acknowledge(rec, &rec.Acknowledgements.AcceptSingleHSM, settings.AcceptSingleHSM, acknowledged); err != nil {
+			return err
+		}
+		if settings.MinDecryptionVersion != nil && served > 0 && rec.encryptVersion() == 0 {
+			return fmt.Errorf("key %q: %w (%s): it is still served by version %d, below min_decryption_version %d; first %s", name,
+				ErrNotReady, PurposeEncrypt, served, rec.MinDecryptionVersion, rec.lacks(rec.newest()))
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -53,45 +69,11 @@ func acknowledge(rec *record, field **Acknowledgement, wanted *bool, given *Ackn
 	return nil
 }
 
-// Ready returns nil where the key may be used for that purpose, and else ErrNotReady with what to do. Anything may be
-// wrapped and stored with any key; what a whole cluster depends on wants a key that survives the loss of this mount
-// and of one HSM.
-func (k *Keyring) Ready(ctx context.Context, name string, purpose Purpose) error {
-	rec, err := k.lookup(ctx, name)
-	if err != nil {
-		return err
-	}
-	return rec.ready(rec.newest(), purpose)
-}
-
-func (r *record) ready(v *version, purpose Purpose) error {
-	if r.Deleting != nil || v == nil {
-		return r.settled()
-	}
-	switch purpose {
-	case PurposeWrap, PurposeMaterial:
-		return nil
-	case PurposeEncrypt, PurposeCluster:
-	default:
-		return fmt.Errorf("%w: purpose %q is not known", ErrInvalid, purpose)
-	}
-	acknowledged := r.Acknowledgements
-	if acknowledged.RecordRead == nil {
-		return fmt.Errorf("key %q: %w (%s): its key record was never read since version %d was made or changed; read the key's "+
-			"backup and keep it, because with this mount everything sealed would be lost without it", r.Name, ErrNotReady, purpose,
-			len(r.Versions))
-	}
-	if v.devices() < 2 && acknowledged.BackupConfirmed == nil && acknowledged.AcceptSingleHSM == nil {
-		return fmt.Errorf("key %q: %w (%s): version %d opens on one HSM only; add a recipient on another one, or back the HSM key "+
-			"up and set backup_confirmed=true, or set accept_single_hsm=true", r.Name, ErrNotReady, purpose, v.Number)
-	}
-	return nil
-}
-
 // Delete deletes a wrapping key where deletion_allowed is set. Its HSM keys stay unless the request says otherwise;
 // those whose version ever served `encrypt/`, or that another wrapping key has, are never deleted. It may be called
 // again after any failure or crash: with DeleteHSMKeys it goes on where it stopped, without it leaves the HSM keys that
-// are still there. Deleting a key that is gone is [ErrKeyNotFound].
+// are still there. A key that [Config.InUse] knows a user of is [ErrInUse], unless by force. Deleting a key that is gone
+// is [ErrKeyNotFound].
 func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest) error {
 	if err := checkName(name); err != nil {
 		return err
@@ -101,6 +83,9 @@ func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest
 		return err
 	}
 	if err := rec.deletable(request.DeleteHSMKeys); err != nil {
+		return err
+	}
+	if err := k.unused(ctx, rec, request); err != nil {
 		return err
 	}
 	unlock, err := k.locks.lock(ctx, name)
@@ -168,6 +153,23 @@ func (r *record) deletable(hsmKeys bool) error {
 		}
 	}
 	return nil
+}
+
+// unused returns ErrInUse where somebody needs the key and nobody forces its deletion. What was decided is not asked
+// again.
+func (k *Keyring) unused(ctx context.Context, rec *record, request DeleteRequest) error {
+	if k.inUse == nil || request.Force || rec.Deleting != nil {
+		return nil
+	}
+	user, err := k.inUse(ctx, rec.Name)
+	if err != nil {
+		return fmt.Errorf("finding out whether key %q is still needed: %w; try again, or delete it with force=true", rec.Name, err)
+	}
+	if user == "" {
+		return nil
+	}
+	return fmt.Errorf("key %q: %w: %s; delete that first, or the key with force=true: what it sealed can then be opened by restoring "+
+		"its key record only", rec.Name, ErrInUse, user)
 }
 
 // notShared returns ErrInUse where another wrapping key has one of the same HSM keys.
