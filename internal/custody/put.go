@@ -19,10 +19,14 @@ type PutOptions struct {
 	// an item without a record in this mount is written over only by its generation.
 	CAS *uint64
 	By  string // display name of the caller, for the record
+	// RequestID, where it is given, names the write: where the item holds what an earlier sending of it stored, the write
+	// has happened and is a success.
+	RequestID string
 }
 
 // Put seals the fields into one envelope of a new generation and stores it. No HSM is touched. After an error that is
-// not [ErrConflict], [ErrInvalid] or one of the states, the item holds the old fields or the new ones.
+// not [ErrConflict], [ErrInvalid] or one of the states, the item holds the old fields or the new ones: who repeats the
+// write with a CAS gets ErrConflict where it holds the new ones, unless the write has a RequestID.
 func (k *Keeper) Put(ctx context.Context, cluster, name string, fields Fields, options PutOptions) (Metadata, error) {
 	if err := fields.check(); err != nil {
 		return Metadata{}, fmt.Errorf("writing %s: %w", describe(cluster, name), err)
@@ -34,20 +38,66 @@ func (k *Keeper) Put(ctx context.Context, cluster, name string, fields Fields, o
 		if err != nil {
 			return Metadata{}, err
 		}
+		c := change{key: options.Key, fields: fields.Names(), by: options.By}
+		if options.RequestID != "" {
+			c.request = &request{ID: options.RequestID, Replaces: i.current(), Fields: c.fields}
+		}
+		happened, err := i.holds(c, options.CAS)
+		if err != nil {
+			return Metadata{}, err
+		}
+		if happened {
+			return k.settled(ctx, i, c), nil
+		}
 		if err := i.expect(options.CAS); err != nil {
 			return Metadata{}, err
 		}
-		written, err := k.replace(ctx, i, payload, change{key: options.Key, fields: fields.Names(), by: options.By})
+		written, err := k.replace(ctx, i, payload, c)
 		switch {
 		case err == nil:
 			return written, nil
 		case !errors.Is(err, store.ErrConflict):
 			return Metadata{}, err
-		case options.CAS != nil:
+		case options.CAS != nil && c.request == nil: // with a request id, it may be our own first sending that was faster
 			return Metadata{}, fmt.Errorf("writing %s: %w: somebody else has just written it; read it again", describe(cluster, name), ErrConflict)
 		}
 	}
 	return Metadata{}, fmt.Errorf("writing %s: %w: others wrote it %d times meanwhile; try again", describe(cluster, name), ErrConflict, maxConflicts)
+}
+
+// holds tells whether the item holds what an earlier sending of a request stored. The envelope itself is recognised:
+// what it claims of itself proves nothing.
+func (i *item) holds(c change, cas *uint64) (bool, error) {
+	if c.request == nil || i.state != StateCurrent && i.state != StateUnconfirmed {
+		return false, nil
+	}
+	was := i.rec.request(c.request.ID)
+	if was == nil || was.Envelopes[i.claimed.Generation] != fingerprint(i.entry.Value) || cas != nil && *cas != was.Replaces {
+		return false, nil
+	}
+	if !slices.Equal(was.Fields, c.fields) || c.key != "" && c.key != i.claimed.Key {
+		return false, fmt.Errorf("writing %s: %w: the request id %q was used for another write, of other fields or with another key; give every "+
+			"write an id of its own", describe(i.cluster, i.name), ErrInvalid, c.request.ID)
+	}
+	return true, nil
+}
+
+// settled is the answer to a request that has happened before; what it left unconfirmed is confirmed.
+func (k *Keeper) settled(ctx context.Context, i *item, c change) Metadata {
+	generation := i.claimed.Generation
+	var warnings []string
+	if i.state != StateCurrent {
+		c.key = i.claimed.Key
+		done := k.confirmation(generation, c)
+		warnings = k.confirm(ctx, i, generation, done)
+		settled := *i.rec.record
+		settled.Pending = i.rec.Pending.clone()
+		done(&settled)
+		i.rec.record, i.state = &settled, StateCurrent
+	}
+	described := k.metadata(ctx, i)
+	described.Warnings = append(described.Warnings, warnings...)
+	return described
 }
 
 // expect returns an error where an item must not be written over.
@@ -73,6 +123,8 @@ type change struct {
 	key    string   // "" for the one that the item has
 	fields []string // names; nil where they stay
 	by     string
+	// request is what the write is recognised by when it is sent again; nil where it is not.
+	request *request
 }
 
 // replace puts a payload in place of an item as it was looked at: foresee, store, confirm. store.ErrConflict says that
@@ -95,6 +147,9 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 	if err != nil {
 		return Metadata{}, fmt.Errorf("sealing %s: %w", describe(i.cluster, i.name), err)
 	}
+	if c.request != nil {
+		next.sent(*c.request, generation, sealed.Envelope)
+	}
 	if _, err := k.saveRecord(ctx, i.cluster, i.name, recorded{next, i.rec.revision}); err != nil {
 		return Metadata{}, err
 	}
@@ -104,13 +159,7 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 		}
 		return Metadata{}, fmt.Errorf("writing %s to store %q: %w", describe(i.cluster, i.name), i.storeName, err)
 	}
-	done := func(rec *record) {
-		rec.confirm(generation)
-		rec.Key, rec.Updated, rec.UpdatedBy = c.key, k.today(), c.by
-		if c.fields != nil {
-			rec.Fields = c.fields
-		}
-	}
+	done := k.confirmation(generation, c)
 	warnings := k.confirm(ctx, i, generation, done)
 
 	parsed, err := envelope.Parse(sealed.Envelope)
@@ -124,6 +173,17 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 	described := k.metadata(ctx, &written)
 	described.Warnings = append(described.Warnings, warnings...)
 	return described, nil
+}
+
+// confirmation is what a write that has happened changes in the record.
+func (k *Keeper) confirmation(generation uint64, c change) func(*record) {
+	return func(rec *record) {
+		rec.confirm(generation)
+		rec.Key, rec.Updated, rec.UpdatedBy = c.key, k.today(), c.by
+		if c.fields != nil {
+			rec.Fields = c.fields
+		}
+	}
 }
 
 // key is the wrapping key that an item has, "" where it has none yet.
@@ -146,7 +206,7 @@ func (k *Keeper) foreseeing(i *item, c change) *record {
 		next.Key, next.Generation, next.Highest = i.claimed.Key, i.claimed.Generation, i.claimed.Generation
 	case rec == nil:
 	case i.state == "": // deleted, or a first write ended unclear
-		next.Highest, next.Pending = rec.Highest, rec.Pending.clone()
+		next.Highest, next.Pending, next.Requests = rec.Highest, rec.Pending.clone(), rec.Requests
 	default:
 		*next = *rec
 		next.Pending = rec.Pending.clone()

@@ -4,9 +4,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/store"
@@ -34,6 +38,9 @@ type record struct {
 	Deleting uint64 `json:"deleting,omitempty"`
 	Deleted  bool   `json:"deleted,omitempty"`
 
+	// Requests are the newest writes that carried a request id, the newest first.
+	Requests []request `json:"requests,omitempty"`
+
 	// Write is random and new with every write. Without it two writers that do the same write the same bytes, and after
 	// an unclear answer each would take the other's write for its own: both with one generation.
 	Write string `json:"write"`
@@ -42,6 +49,50 @@ type record struct {
 	Created   time.Time `json:"created"`
 	Updated   time.Time `json:"updated"`
 	UpdatedBy string    `json:"updated_by,omitempty"`
+}
+
+// request is a write that its client may send again, because no answer reached it.
+type request struct {
+	ID string `json:"id"`
+	// Replaces is the generation that it found, 0 for none. Fields are the names of what it writes.
+	Replaces uint64   `json:"replaces"`
+	Fields   []string `json:"fields"`
+	// Envelopes are what its sendings sealed, at most one of which was stored: hexadecimal SHA-256 by generation.
+	Envelopes map[uint64]string `json:"envelopes"`
+}
+
+// How many requests of an item, and sendings of each, are remembered.
+const (
+	maxRequests = 4
+	maxSendings = 8
+)
+
+// request returns what is known of the write with that id, nil for nothing.
+func (r *record) request(id string) *request {
+	if i := slices.IndexFunc(r.Requests, func(known request) bool { return known.ID == id }); i >= 0 {
+		return &r.Requests[i]
+	}
+	return nil
+}
+
+// sent notes one envelope of a request. What earlier sendings of it sealed stays known where they found the same.
+func (r *record) sent(now request, generation uint64, raw []byte) {
+	now.Envelopes = map[uint64]string{}
+	if known := r.request(now.ID); known != nil && known.Replaces == now.Replaces {
+		maps.Copy(now.Envelopes, known.Envelopes)
+	}
+	if len(now.Envelopes) == maxSendings {
+		delete(now.Envelopes, slices.Min(slices.Collect(maps.Keys(now.Envelopes))))
+	}
+	now.Envelopes[generation] = fingerprint(raw)
+	others := slices.DeleteFunc(slices.Clone(r.Requests), func(known request) bool { return known.ID == now.ID })
+	r.Requests = append([]request{now}, others[:min(len(others), maxRequests-1)]...)
+}
+
+// fingerprint tells one envelope from all others.
+func fingerprint(raw []byte) string {
+	sum := sha256.Sum256(raw)
+	return hex.EncodeToString(sum[:])
 }
 
 // pending is a range of generations, both ends included.
@@ -117,7 +168,7 @@ func (r *record) mayBeGone() bool { return r.Deleting > 0 && r.Deleting >= r.Gen
 // item back.
 func (r *record) bury(generation uint64) {
 	r.settle(generation)
-	r.Generation, r.Deleting, r.Deleted, r.Fields = 0, 0, true, nil
+	r.Generation, r.Deleting, r.Deleted, r.Fields, r.Requests = 0, 0, true, nil, nil
 }
 
 // validate returns ErrRecordMalformed where the record contradicts itself.

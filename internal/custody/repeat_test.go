@@ -1,0 +1,144 @@
+package custody_test
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	"vault-plugin-secrets-nitrokey/internal/custody"
+)
+
+// putAs writes an item as a client does that names its requests.
+func putAs(t *testing.T, k *custody.Keeper, id, value string, cas *uint64) (custody.Metadata, error) {
+	t.Helper()
+	return k.Put(t.Context(), "prod", "unseal", text(value), custody.PutOptions{Key: "prod", CAS: cas, By: "test", RequestID: id})
+}
+
+// A client that got no answer sends the same body again.
+func TestARepeatedWriteWithAGenerationIsNoConflictWithItself(t *testing.T) {
+	for name, test := range map[string]struct {
+		before uint64 // generation that is there
+	}{"of a new item": {0}, "of one that is there": {1}} {
+		t.Run(name, func(t *testing.T) {
+			h := newHouse(t)
+			if test.before > 0 {
+				h.put("prod", "unseal", "old")
+			}
+			cas := generation(test.before)
+			first, err := putAs(t, h.Keeper, "r-1", "new", cas)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				again, err := putAs(t, h.Keeper, "r-1", "new", cas)
+				if err != nil {
+					t.Fatalf("the repeat: %v", err)
+				}
+				if again.Generation != first.Generation || again.State != custody.StateCurrent || again.Updated != first.Updated ||
+					again.Expected != first.Expected || again.Size != first.Size || again.UpdatedBy != first.UpdatedBy {
+					t.Errorf("the repeat shows %+v, the first %+v", again, first)
+				}
+			}
+			h.wantOpen("prod", "unseal", "new")
+
+			for what, err := range map[string]error{
+				"a write without the id":       second(putAs(t, h.Keeper, "", "new", cas)),
+				"a write with another id":      second(putAs(t, h.Keeper, "r-2", "new", cas)),
+				"a repeat that expected other": second(putAs(t, h.Keeper, "r-1", "new", generation(7))),
+			} {
+				if !errors.Is(err, custody.ErrConflict) {
+					t.Errorf("%s: %v, want ErrConflict", what, err)
+				}
+			}
+			_, err = h.Put(t.Context(), "prod", "unseal", custody.Fields{"other": []byte("x")}, custody.PutOptions{Key: "prod", CAS: cas, RequestID: "r-1"})
+			if !errors.Is(err, custody.ErrInvalid) {
+				t.Errorf("the id for other fields: %v, want ErrInvalid", err)
+			}
+		})
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestARepeatAfterSomebodyElseWroteIsAConflict(t *testing.T) {
+	h := newHouse(t)
+	if _, err := putAs(t, h.Keeper, "r-1", "mine", generation(0)); err != nil {
+		t.Fatal(err)
+	}
+	h.put("prod", "unseal", "theirs")
+	if _, err := putAs(t, h.Keeper, "r-1", "mine", generation(0)); !errors.Is(err, custody.ErrConflict) {
+		t.Errorf("the repeat: %v, want ErrConflict", err)
+	}
+	h.wantOpen("prod", "unseal", "theirs")
+}
+
+// Whoever can write the store may put an envelope there that claims the generation of the write; it is not taken for it.
+func TestAnotherEnvelopeOfTheSameGenerationIsNotTakenForTheWrite(t *testing.T) {
+	h, elsewhere := newHouse(t), newHouse(t)
+	first, err := putAs(t, h.Keeper, "r-1", "mine", generation(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := putAs(t, elsewhere.Keeper, "r-1", "mine", generation(0)); err != nil {
+		t.Fatal(err)
+	}
+	h.plant("main", "material/prod/unseal", elsewhere.raw("main", "material/prod/unseal").Value)
+	if _, err := putAs(t, h.Keeper, "r-1", "mine", generation(0)); !errors.Is(err, custody.ErrConflict) {
+		t.Errorf("the repeat over a forged generation %d: %v, want ErrConflict", first.Generation, err)
+	}
+}
+
+// A fault at every call to a store, in every way: the client sends its request again, and it has happened once.
+func TestAWriteWhoseAnswerWasLostIsRepeatedWithSuccess(t *testing.T) {
+	for _, before := range []uint64{0, 1} {
+		for _, kind := range []fault{{}, {effect: true}, {crash: true}, {effect: true, crash: true}} {
+			for at := 1; ; at++ {
+				h := newHouse(t)
+				if before > 0 {
+					h.put("prod", "unseal", "old")
+				}
+				f := kind
+				f.at = at
+				_, first := putAs(t, h.keeper(faulty{h.records, &f}, faultyStores{h, &f}), "r-1", "new", generation(before))
+				if !f.struck() {
+					break
+				}
+				what := fmt.Sprintf("generation %d, fault %+v, first answer %v", before, f, first)
+				repeated, err := putAs(t, h.Keeper, "r-1", "new", generation(before))
+				if err != nil || repeated.State != custody.StateCurrent {
+					t.Fatalf("%s: the repeat gives %+v, %v", what, repeated, err)
+				}
+				opened := h.wantOpen("prod", "unseal", "new")
+				if opened.Generation != repeated.Generation {
+					t.Errorf("%s: generation %d opens, and the repeat said %d", what, opened.Generation, repeated.Generation)
+				}
+			}
+		}
+	}
+}
+
+func TestSendingsOfOneRequestAtOnceAreOneWrite(t *testing.T) {
+	h := newHouse(t)
+	h.put("prod", "unseal", "old")
+	var group sync.WaitGroup
+	var mu sync.Mutex
+	generations := map[uint64]int{}
+	for range 4 {
+		keeper := h.keeper(h.records, h)
+		group.Go(func() {
+			written, err := putAs(t, keeper, "r-1", "new", generation(1))
+			if err != nil {
+				t.Errorf("a sending: %v", err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			generations[written.Generation]++
+		})
+	}
+	group.Wait()
+	if len(generations) != 1 {
+		t.Errorf("the sendings say generations %v, want one", generations)
+	}
+	h.wantOpen("prod", "unseal", "new")
+}
