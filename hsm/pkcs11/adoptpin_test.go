@@ -103,7 +103,9 @@ func TestAPersonsWordEndsWithItsLogIn(t *testing.T) {
 	f, m, module := newFake(t)
 	d := f.open(t, m, module)
 	f.do(func() { f.flags |= ckfUserPINCountLow })
-	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpLogin && h.fail(r, ckrUserPINNotInitialized) })
+	f.follow(func(h *fakeHost, r wire.Frame) bool {
+		return r.Op == wire.OpLogin && h.fail(r, ckrUserPINNotInitialized)
+	})
 	if err := d.AdoptPIN(patient(t), []byte("111111"), false); err == nil {
 		t.Fatal("a log-in that failed is a success")
 	}
