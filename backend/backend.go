@@ -105,7 +105,9 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 
 	locks := new(vaultstore.Locks)
 	records := vaultstore.New(b.storage, "", locks)
-	b.keys = keyring.New(keyring.Config{Records: records, Devices: b, Logger: b.logger, CacheRecords: true})
+	b.keys = keyring.New(keyring.Config{
+		Records: records, Devices: b, Logger: b.logger, CacheRecords: true, InUse: b.keyUser,
+	})
 	b.stores.locks = locks
 	b.keeper = custody.New(custody.Config{
 		Keys: b.keys, Stores: b, Records: records, DefaultStore: b.defaultStore, Logger: b.logger,

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"net/http"
 	"strings"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
 // unsealKeys are five fields, as an operator would store them.
@@ -308,7 +310,10 @@ func TestKeyAndStoreInUseAreDeletedByForceOnly(t *testing.T) {
 	m.delete("stores/files", nil).want(t, http.StatusBadRequest).says(t, "c/i", "force=true")
 	m.delete("stores/own", nil).ok(t)
 	m.delete("stores/files", fields{"force": true}).ok(t)
-	m.delete("keys/prod", nil).want(t, http.StatusBadRequest).says(t, "not known whether")
+	m.delete("keys/prod", nil).want(t, http.StatusBadRequest).says(t, "not known whether", "force=true")
+	if err := m.keys.Delete(context.Background(), "prod", keyring.DeleteRequest{}); !errors.Is(err, keyring.ErrInUse) {
+		t.Errorf("the keyring itself does not ask: %v", err)
+	}
 	m.delete("keys/prod", fields{"force": true}).ok(t)
 }
 

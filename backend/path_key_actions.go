@@ -36,7 +36,8 @@ func (b *backend) keyActionPaths() []*framework.Path {
 			HelpSynopsis: "The key record of a wrapping key, for safe keeping.",
 			HelpDescription: "The record holds public keys, key ids and the authentication key sealed to the HSM keys: no secret. " +
 				"With it and one of the HSMs, keys/<name>/restore brings the key back where this mount is lost. Keep it and its " +
-				"SHA-256 outside of this Vault, in two places. Reading it is recorded: encrypt/ wants it to have been read.",
+				"SHA-256 outside of this Vault, in two places. Reading it is recorded: encrypt/ seals only with versions that are in " +
+				"a record that was read.",
 		},
 		{
 			Pattern: key + "/restore",
@@ -105,7 +106,8 @@ func (b *backend) keyActionPaths() []*framework.Path {
 				},
 			},
 			HelpSynopsis: "Give a wrapping key a new version.",
-			HelpDescription: "The new version seals from now on; older ones open as before. Adopt an HSM key (device, and key_label or " +
+			HelpDescription: "The new version seals from now on; older ones open as before. encrypt/ alone goes on with the old version until " +
+				"keys/<name>/backup was read and, where the new one is on one HSM, backup_confirmed or accept_single_hsm is set. Adopt an HSM key (device, and key_label or " +
 				"key_id) or let the HSM make one (generate=true): device and algorithm are then those of the newest version where " +
 				"they are left out. Stored material is sealed anew afterwards, in the background; keys/<name> shows how far that is. " +
 				"What you keep yourself goes through rewrap/<name>.",
@@ -127,7 +129,7 @@ func (b *backend) keyActionPaths() []*framework.Path {
 			HelpSynopsis: "Let a second HSM open what a wrapping key seals.",
 			HelpDescription: "Name an HSM key on another device (device, and key_label or key_id). Envelopes made from now on open in " +
 				"either HSM. Stored material is sealed anew afterwards, in the background; keys/<name> shows how far that is. The key " +
-				"record changes: read keys/<name>/backup again.",
+				"record changes: read keys/<name>/backup again. encrypt/ goes on meanwhile.",
 		},
 	}
 }

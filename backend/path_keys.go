@@ -66,7 +66,7 @@ func keyFields() map[string]*framework.FieldSchema {
 	fields := withGenerate(sourceFields())
 	fields["min_decryption_version"] = &framework.FieldSchema{
 		Type:        framework.TypeInt,
-		Description: "Envelopes of older versions do not open any more.",
+		Description: "Envelopes of older versions do not open any more. Refused above the version that serves encrypt/.",
 	}
 	fields["deletion_allowed"] = &framework.FieldSchema{Type: framework.TypeBool, Description: "Whether the key may be deleted."}
 	fields["backup_confirmed"] = &framework.FieldSchema{
@@ -96,23 +96,29 @@ func keyAnswer() map[string]*framework.FieldSchema {
 		return &framework.FieldSchema{Type: framework.TypeMap, Description: "Who " + what + ", and when; empty where nobody did."}
 	}
 	return map[string]*framework.FieldSchema{
-		"name":                   {Type: framework.TypeString, Description: "The name of the key.", Required: true},
-		"state":                  {Type: framework.TypeString, Description: "ready, generating, abandoning or deleting.", Required: true},
-		"created":                {Type: framework.TypeString, Description: "When the key was made, RFC 3339."},
-		"created_by":             {Type: framework.TypeString, Description: "Who made it."},
-		"latest_version":         {Type: framework.TypeInt, Description: "The version that seals; 0 while the first is being made.", Required: true},
+		"name":           {Type: framework.TypeString, Description: "The name of the key.", Required: true},
+		"state":          {Type: framework.TypeString, Description: "ready, generating, abandoning or deleting.", Required: true},
+		"created":        {Type: framework.TypeString, Description: "When the key was made, RFC 3339."},
+		"created_by":     {Type: framework.TypeString, Description: "Who made it."},
+		"latest_version": {Type: framework.TypeInt, Description: "The version that seals; 0 while the first is being made.", Required: true},
+		"encrypt_version": {
+			Type: framework.TypeInt,
+			Description: "The version that encrypt/ seals with: the newest one that is ready for it. 0 while none is; a warning says what " +
+				"a newer one waits for.",
+		},
 		"min_decryption_version": {Type: framework.TypeInt, Description: "The oldest version that opens."},
 		"deletion_allowed":       {Type: framework.TypeBool, Description: "Whether the key may be deleted."},
 		"versions": {
-			Type:        framework.TypeSlice,
-			Description: "The versions, oldest first, each with its recipients: device, HSM key, algorithm, public key, weaknesses accepted.",
+			Type: framework.TypeSlice,
+			Description: "The versions, oldest first, each with its recipients (device, HSM key, algorithm, public key, weaknesses " +
+				"accepted) and what was acknowledged about it.",
 		},
 		"record_sha256": {
 			Type:        framework.TypeString,
 			Description: "The SHA-256 of the key record that keys/:name/backup answers. Note it down: restoring asks for it.",
 		},
 		"record_read":       acknowledged("read the key record of the newest state"),
-		"backup_confirmed":  acknowledged("confirmed that the HSM keys are backed up"),
+		"backup_confirmed":  acknowledged("confirmed that the newest version's HSM keys are backed up"),
 		"accept_single_hsm": acknowledged("accepted that one HSM alone can open what this key seals"),
 		"accept_weak_key":   acknowledged("accepted a weak HSM key"),
 		"pending":           {Type: framework.TypeMap, Description: "The HSM key that is being made, and why the last attempt failed; empty where none is."},
@@ -312,12 +318,9 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	if key.LatestVersion == 0 && (key.State == keyring.StateGenerating || key.State == keyring.StateAbandoning) {
 		return nil, b.keys.Abandon(ctx, name)
 	}
-	if !data.Get("force").(bool) && key.DeletionAllowed {
-		if err := b.checkUnused(ctx, name); err != nil {
-			return nil, err
-		}
-	}
-	err = b.keys.Delete(ctx, name, keyring.DeleteRequest{DeleteHSMKeys: data.Get("delete_hsm_keys").(bool), By: by(req)})
+	err = b.keys.Delete(ctx, name, keyring.DeleteRequest{
+		DeleteHSMKeys: data.Get("delete_hsm_keys").(bool), Force: data.Get("force").(bool), By: by(req),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -327,20 +330,19 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	return nil, nil
 }
 
-// checkUnused refuses to delete a wrapping key that stored material is sealed with.
-func (b *backend) checkUnused(ctx context.Context, name string) error {
+// keyUser tells the keyring whether stored material is sealed with a wrapping key. What cannot be looked at may be.
+func (b *backend) keyUser(ctx context.Context, name string) (string, error) {
 	survey, err := b.keeper.Survey(ctx, name)
 	if err != nil {
-		return err
+		return "", err
 	}
-	const choice = "delete the material first, or delete the key with force=true: what it sealed can then be opened by restoring its key record only"
 	switch unseen := append(survey.Problems, survey.Warnings...); {
 	case survey.Items > 0:
-		return mistake("%d items of material are sealed with key %q; %s", survey.Items, name, choice)
+		return fmt.Sprintf("%d items of material are sealed with it", survey.Items), nil
 	case len(unseen) > 0:
-		return mistake("it is not known whether material is sealed with key %q (%s); %s", name, unseen[0], choice)
+		return fmt.Sprintf("it is not known whether material is sealed with it (%s)", unseen[0]), nil
 	default:
-		return nil
+		return "", nil
 	}
 }
 
@@ -364,6 +366,7 @@ func (b *backend) keyResponse(ctx context.Context, key *keyring.Key) (*logical.R
 		"created":                stamp(key.Created),
 		"created_by":             key.CreatedBy,
 		"latest_version":         key.LatestVersion,
+		"encrypt_version":        key.EncryptVersion,
 		"min_decryption_version": key.MinDecryptionVersion,
 		"deletion_allowed":       key.DeletionAllowed,
 		"versions":               versions,
@@ -409,6 +412,9 @@ func showVersion(version keyring.Version) (map[string]any, error) {
 		"recipients":     recipients,
 		"served_encrypt": version.ServedEncrypt,
 		"locked":         version.Locked,
+
+		"record_read":      showAcknowledgement(version.RecordRead),
+		"backup_confirmed": showAcknowledgement(version.BackupConfirmed),
 	}, nil
 }
 

@@ -41,8 +41,8 @@ func (b *backend) transitPaths() []*framework.Path {
 			},
 			HelpSynopsis: "Seal for the seal \"transit\" of another Vault.",
 			HelpDescription: "Point another Vault's seal \"transit\" at this mount: mount_path is this mount, key_name the wrapping key, " +
-				"and the token's policy grants update on encrypt/<key> and decrypt/<key>. The key must be ready for it: its record " +
-				"read (keys/<key>/backup), and a second HSM, a confirmed backup or accept_single_hsm. Never point the Vault that " +
+				"and the token's policy grants update on encrypt/<key> and decrypt/<key>. The newest version that is ready for it " +
+				"seals: its record read (keys/<key>/backup), and a second HSM, a confirmed backup or accept_single_hsm. Never point the Vault that " +
 				"this mount lives in at it: it could not unseal itself.",
 		},
 		{

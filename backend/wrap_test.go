@@ -153,6 +153,48 @@ func TestEncryptWantsAKeyThatSurvives(t *testing.T) {
 	m.delete("keys/prod", fields{"delete_hsm_keys": true}).want(t, http.StatusBadRequest).says(t, "served encrypt/")
 }
 
+// A Vault that uses the mount as its seal may start at any moment, and seals a test value then.
+func TestEncryptGoesOnWhileANewVersionWaitsForItsRecordToBeRead(t *testing.T) {
+	m := newMount(t)
+	token := m.addKey("prod")
+	m.readyForEncrypt("prod")
+	encrypt := fields{"plaintext": "YQ=="}
+	sealed := m.write("encrypt/prod", encrypt).ok(t).text("ciphertext")
+	token.AddRSA(t, "second", "22", 2048)
+	rotated := m.write("keys/prod/rotate", fields{"device": "prod-hsm", "key_label": "second"}).ok(t)
+	if rotated.text("latest_version") != "2" || rotated.text("encrypt_version") != "1" {
+		t.Errorf("rotate = %v", rotated.data)
+	}
+	if said := strings.Join(rotated.warnings, "\n"); !strings.Contains(said, "version 2 is not used by encrypt/ yet") ||
+		!strings.Contains(said, "read keys/prod/backup") {
+		t.Errorf("warnings = %v", rotated.warnings)
+	}
+	if got := m.write("encrypt/prod", encrypt).ok(t); got.text("key_version") != "1" {
+		t.Errorf("encrypt = %v", got.data)
+	}
+	m.write("keys/prod", fields{"min_decryption_version": 2}).want(t, http.StatusBadRequest).says(t, "read keys/prod/backup")
+	m.read("keys/prod/backup").ok(t)
+	if got := m.write("encrypt/prod", encrypt).ok(t); got.text("key_version") != "2" {
+		t.Errorf("encrypt = %v", got.data)
+	}
+	m.write("decrypt/prod", fields{"ciphertext": sealed}).ok(t)
+
+	m.addDevice("spare").AddEC(t, "spare-key", "77", p256())
+	m.write("keys/prod/recipients", fields{"device": "spare", "key_label": "spare-key"}).ok(t)
+	if got := m.write("encrypt/prod", encrypt).ok(t); got.text("key_version") != "2" {
+		t.Errorf("encrypt = %v", got.data)
+	}
+	got := m.read("keys/prod").ok(t)
+	if said := strings.Join(got.warnings, "\n"); !strings.Contains(said, "changed since it was read") {
+		t.Errorf("warnings = %v", got.warnings)
+	}
+	versions, _ := got.data["versions"].([]any)
+	newest, _ := versions[1].(map[string]any)
+	if read, _ := newest["record_read"].(map[string]any); len(read) != 2 {
+		t.Errorf("version 2 = %v", newest)
+	}
+}
+
 func TestSealOfAnHSMThatIsAwayIsAnsweredWith503(t *testing.T) {
 	m := newMount(t)
 	token := m.addKey("prod")
