@@ -193,7 +193,8 @@ type PINChanger interface {
 	// for it is a person's word for this one log-in: it is sent although the token shows that a wrong PIN came before,
 	// unless this very PIN is barred; but the last try is spent only where lastTry says so too.
 	AdoptPIN(ctx context.Context, pin []byte, lastTry bool) error
-	// Unbar lifts the bar that a wrong PIN left on this machine, so that the next operation logs in once more.
+	// Unbar lifts the bar of the PIN that the device was opened with on this machine, so that the next operation logs in
+	// with it once more. Bars of other PINs stay. While another mount uses the token with another PIN it is a *PINError.
 	Unbar(ctx context.Context) error
 }
 

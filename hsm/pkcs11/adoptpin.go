@@ -60,6 +60,9 @@ func (d *Device) AdoptPIN(ctx context.Context, pin []byte, last bool) error {
 
 // adoptPIN logs in on an attachment that nobody uses yet.
 func (d *Device) adoptPIN(ctx context.Context, a *attachment, pin []byte, said word) error {
+	if !a.token.mayTry(d) && !a.token.took(d.manager.digest(pin)) {
+		return d.anotherPIN() // the word of one mount's person must not spend the tries that another mount may need
+	}
 	release, err := a.token.queue.acquire(ctx, d.config.Owner)
 	if err != nil {
 		return err

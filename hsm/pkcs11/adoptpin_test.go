@@ -144,3 +144,22 @@ func TestANewPINOnADeviceThatCannotAnswer(t *testing.T) {
 		t.Errorf("%d PINs were sent, want none", n)
 	}
 }
+
+func TestOneMountsWordSpendsNoTryOfATokenThatAnotherMountUses(t *testing.T) {
+	f, m, module := newFake(t)
+	if err := list(t, f.open(t, m, module)); err != nil {
+		t.Fatal(err)
+	}
+	stranger := f.open(t, m, module, otherPIN)
+	for _, pin := range []string{"222222", "333333"} {
+		if refused := pinError(t, stranger.AdoptPIN(patient(t), []byte(pin), true)); !refused.Barred {
+			t.Errorf("%s gives %+v, want Barred", pin, refused)
+		}
+	}
+	if err := stranger.AdoptPIN(patient(t), []byte(fakePIN), false); err != nil {
+		t.Errorf("the PIN that is right: %v", err)
+	}
+	if n := f.count(wire.OpLogin); n != 2 {
+		t.Errorf("%d PINs were sent, want the right one twice", n)
+	}
+}

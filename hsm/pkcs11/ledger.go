@@ -108,10 +108,7 @@ func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState)
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
-	pass := before.Pass
-	before.Pass = pass || said.passes(flags)
-	known, again, refusal := before.admit(mark, key, flags)
-	known.Pass = pass
+	known, again, refusal := before.admit(mark, key, flags, said)
 	if refusal != nil {
 		if len(known.Barred) > len(before.Barred) {
 			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
@@ -121,7 +118,7 @@ func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState)
 	}
 	a := &attempt{ledger: l, serial: serial, known: known}
 	a.intent = intent{Mark: mark, At: l.now().UTC().Truncate(time.Second), Again: again}
-	if err := l.files.write(serial, known.resolved(&a.intent)); err != nil {
+	if err := l.files.write(serial, known.resolved(mark, &a.intent)); err != nil {
 		return nil, l.noIntent(serial, err)
 	}
 	return a, nil
@@ -138,8 +135,8 @@ func (l *ledger) noIntent(serial string, err error) error {
 // next one, which the token's full count of tries will then resolve.
 func (a *attempt) succeeded() error {
 	defer a.unlock()
-	after := a.known.resolved(nil)
-	after.Good = &a.intent.Mark
+	after := a.known.resolved(a.intent.Mark, nil)
+	after.Good, after.PassFor = &a.intent.Mark, nil // the token shows all its tries again, so nobody needs a pass
 	if err := a.ledger.files.write(a.serial, after); err != nil {
 		return fmt.Errorf("recording that the log-in to the token %q worked, in %q: %w", a.serial, a.ledger.files.dir, err)
 	}
@@ -160,7 +157,7 @@ func (a *attempt) succeededInPlaceOf(old []byte) error {
 // intent stays, which bars the PIN as long as the token shows fewer than all its tries.
 func (a *attempt) wrong() error {
 	defer a.unlock()
-	after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected})
+	after := a.known.resolved(a.intent.Mark, nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected})
 	if err := a.ledger.files.write(a.serial, after); err != nil {
 		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
 			"is mended: %w", a.serial, a.ledger.files.dir, err)
@@ -174,7 +171,7 @@ func (a *attempt) changed(pin []byte) error {
 	defer a.unlock()
 	mark, _, err := a.ledger.files.fingerprint(a.serial, pin)
 	if err == nil {
-		after := a.known.resolved(nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: replaced})
+		after := a.known.resolved(a.intent.Mark, nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: replaced})
 		after.Good = &mark
 		after.Barred = slices.DeleteFunc(after.Barred, func(b bar) bool { return b.Mark == mark })
 		err = a.ledger.files.write(a.serial, after)
@@ -203,9 +200,10 @@ func (a *attempt) withdrawn() error {
 // unbarPatience is how long unbar waits for a log-in that runs: longer than a hanging one is left alone.
 const unbarPatience = 30 * time.Second
 
-// unbar lifts every bar of a token and lets the next log-in through whatever the token shows, once. A damaged file of
-// the ledger is set aside.
-func (l *ledger) unbar(serial string) error {
+// unbar lifts the bar of one PIN of a token and lets its next log-in through whatever the token shows, once. The bars of
+// other PINs stay: what a person knows about this one says nothing about those of other mounts. A damaged file of the
+// ledger is set aside.
+func (l *ledger) unbar(serial string, pin []byte) error {
 	if err := l.files.checkDir(); err != nil {
 		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
 	}
@@ -216,25 +214,24 @@ func (l *ledger) unbar(serial string) error {
 		return fmt.Errorf("unbarring the token %q, waiting for a log-in that runs: %w", serial, err)
 	}
 	defer unlock()
-	if err := l.unbarLocked(serial); err != nil {
+	if err := l.unbarLocked(serial, pin); err != nil {
 		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
 	}
 	return nil
 }
 
-func (l *ledger) unbarLocked(serial string) error {
+func (l *ledger) unbarLocked(serial string, pin []byte) error {
 	var damaged *damagedError
-	key, err := l.files.key()
+	mark, key, err := l.files.fingerprint(serial, pin)
 	if errors.As(err, &damaged) {
 		if err := damaged.setAside(); err != nil {
 			return err
 		}
-		key, err = l.files.key()
+		mark, key, err = l.files.fingerprint(serial, pin)
 	}
 	if err != nil {
 		return err
 	}
-	defer clear(key)
 	before, err := l.files.read(serial)
 	if errors.As(err, &damaged) {
 		if err := damaged.setAside(); err != nil {
@@ -245,11 +242,7 @@ func (l *ledger) unbarLocked(serial string) error {
 	if err != nil {
 		return err
 	}
-	after := record{Key: keyName(key), Pass: true}
-	if before.Key == after.Key {
-		after.Good = before.Good
-	}
-	return l.files.write(serial, after)
+	return l.files.write(serial, before.unbarred(mark, key))
 }
 
 // record is what the ledger knows about one token.
@@ -262,7 +255,9 @@ type record struct {
 	Barred []bar `json:"barred,omitempty"`
 	// Intent is a log-in that was begun.
 	Intent *intent `json:"intent,omitempty"`
-	// Pass lets one log-in through whatever the token shows: a person said so.
+	// PassFor is a PIN that is let through once, whatever the token shows: a person said so.
+	PassFor *fingerprint `json:"pass_for,omitempty"`
+	// Pass lets the next log-in through with any PIN that is not barred. Files written before there was PassFor have it.
 	Pass bool `json:"pass,omitempty"`
 }
 
@@ -293,7 +288,7 @@ type intent struct {
 
 // admit decides whether a PIN may be sent. It returns what is known now, which may be more than before even where the PIN
 // is refused, and whether the intent to come follows an unresolved one of the same PIN.
-func (r record) admit(mark fingerprint, key string, flags hsm.PINState) (known record, again bool, refused *refusal) {
+func (r record) admit(mark fingerprint, key string, flags hsm.PINState, said word) (known record, again bool, refused *refusal) {
 	if flags.Locked {
 		return r, false, &refusal{why: becauseLocked}
 	}
@@ -301,7 +296,7 @@ func (r record) admit(mark fingerprint, key string, flags hsm.PINState) (known r
 		if r.Intent != nil || len(r.Barred) > 0 {
 			return r, false, &refusal{why: becauseOtherKey}
 		}
-		r.Key, r.Good = key, nil
+		r.Key, r.Good, r.PassFor = key, nil, nil
 	}
 	allTries := !flags.CountLow && !flags.FinalTry
 	if i := r.Intent; i != nil && !allTries {
@@ -317,15 +312,36 @@ func (r record) admit(mark fingerprint, key string, flags hsm.PINState) (known r
 	if i := slices.IndexFunc(r.Barred, func(b bar) bool { return b.Mark == mark }); i >= 0 {
 		return r, false, &refusal{why: becauseBarred, bar: r.Barred[i]}
 	}
-	if !allTries && !r.isGood(mark) && !r.Pass {
+	if !allTries && !r.isGood(mark) && !r.passes(mark) && !said.passes(flags) {
 		return r, false, &refusal{why: becauseFewTries}
 	}
 	return r, again, nil
 }
 
-// resolved returns the record with another intent, or none, in place of the one before it. That uses up the pass.
-func (r record) resolved(next *intent) record {
+// resolved returns the record with another intent, or none, in place of the one before it, where the PIN mark was sent. That
+// uses up its pass.
+func (r record) resolved(mark fingerprint, next *intent) record {
 	r.Intent, r.Pass = next, false
+	if r.passes(mark) {
+		r.PassFor = nil
+	}
+	return r
+}
+
+func (r record) passes(mark fingerprint) bool {
+	return r.Pass || r.PassFor != nil && *r.PassFor == mark
+}
+
+// unbarred returns the record after a person's word for one PIN. What was recorded with another key tells nothing any more.
+func (r record) unbarred(mark fingerprint, key string) record {
+	if r.Key != key {
+		return record{Key: key, PassFor: &mark}
+	}
+	r.Barred = slices.DeleteFunc(slices.Clone(r.Barred), func(b bar) bool { return b.Mark == mark })
+	if r.Intent != nil && r.Intent.Mark == mark {
+		r.Intent = nil
+	}
+	r.PassFor, r.Pass = &mark, false
 	return r
 }
 

@@ -243,7 +243,7 @@ func parseRecord(content []byte, token string) (record, error) {
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return record{}, errors.New("something follows its end")
 	}
-	marks := make([]fingerprint, 0, len(file.Barred)+2)
+	marks := make([]fingerprint, 0, len(file.Barred)+3)
 	for _, b := range file.Barred {
 		if b.Why != rejected && b.Why != unanswered && b.Why != replaced {
 			return record{}, fmt.Errorf("%q is no reason for a bar", b.Why)
@@ -252,6 +252,9 @@ func parseRecord(content []byte, token string) (record, error) {
 	}
 	if file.Good != nil {
 		marks = append(marks, *file.Good)
+	}
+	if file.PassFor != nil {
+		marks = append(marks, *file.PassFor)
 	}
 	if file.Intent != nil {
 		marks = append(marks, file.Intent.Mark)

@@ -30,7 +30,11 @@ func TestTheRecordsFormat(t *testing.T) {
 		"intent":   func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).unresolved()) },
 		"good":     func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219") },
 		"rejected": func(t *testing.T, l *ledger) { t.Helper(); must(t, begins(t, l, "111111", allTries).wrong()) },
-		"unbarred": func(t *testing.T, l *ledger) { t.Helper(); good(t, l, "648219"); must(t, l.unbar(serial)) },
+		"unbarred-one": func(t *testing.T, l *ledger) {
+			t.Helper()
+			good(t, l, "648219")
+			must(t, l.unbar(serial, []byte("111111")))
+		},
 		"changed": func(t *testing.T, l *ledger) {
 			t.Helper()
 			must(t, begins(t, l, "111111", allTries).changed([]byte("648219")))
@@ -56,6 +60,19 @@ func TestTheRecordsFormat(t *testing.T) {
 				t.Errorf("%s does not read: %v", golden, err)
 			}
 		})
+	}
+}
+
+// TestRecordsOfEarlierVersionsRead goes through all that was ever written, also what is not written any more.
+func TestRecordsOfEarlierVersionsRead(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join("testdata", "ledger", "*.json"))
+	must(t, err)
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		must(t, err)
+		if _, err := parseRecord(content, escapeSerial(serial)); err != nil {
+			t.Errorf("%s does not read: %v", file, err)
+		}
 	}
 }
 

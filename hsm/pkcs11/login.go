@@ -32,6 +32,7 @@ func (d *Device) logIn(ctx context.Context, a *attachment) error {
 			digest := a.pinDigest
 			a.mu.Unlock()
 			if d.holds(digest) {
+				a.token.share(d, digest)
 				return nil
 			}
 			return d.anotherPIN()
@@ -92,29 +93,50 @@ func (d *Device) anotherPIN() error {
 // device is open. Hosts come and go, and the one that comes first on a new host must not be the one with a wrong PIN.
 func (t *token) mayTry(d *Device) bool {
 	t.mu.Lock()
-	holder, digest := t.holder, t.digest
+	held, digest := len(t.holders) > 0, t.digest
 	t.mu.Unlock()
-	return holder == nil || d.holds(digest)
+	return !held || d.holds(digest)
 }
 
-// hold records whose PIN logged in.
+// took reports whether a PIN with this digest is the one that logged in last.
+func (t *token) took(digest [32]byte) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.holders) > 0 && subtle.ConstantTimeCompare(digest[:], t.digest[:]) == 1
+}
+
+// hold records whose PIN logged in. A device that was closed meanwhile holds nothing.
 func (t *token) hold(d *Device, digest [32]byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.holder, t.digest = d, digest
-}
-
-// leave forgets the PIN of the last log-in where it was this device's.
-func (t *token) leave(d *Device) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.holder == d {
-		t.holder = nil
+	t.holders, t.digest = make(map[*Device]struct{}), digest
+	if d.open() == nil {
+		t.holders[d] = struct{}{}
 	}
 }
 
-// forget forgets whose PIN logged in last.
-func (t *token) forget() { t.hold(nil, [32]byte{}) }
+// share records that a device uses the log-in of another one, and has the same PIN.
+func (t *token) share(d *Device, digest [32]byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.holders != nil && t.digest == digest && d.open() == nil {
+		t.holders[d] = struct{}{}
+	}
+}
+
+// leave ends what a device holds.
+func (t *token) leave(d *Device) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.holders, d)
+}
+
+// forget forgets which PIN logged in last.
+func (t *token) forget() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.holders, t.digest = nil, [32]byte{}
+}
 
 // digest makes PINs comparable without keeping them.
 func (m *Manager) digest(pin []byte) (sum [32]byte) {
@@ -337,7 +359,7 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 	return nil
 }
 
-// Unbar implements [hsm.PINChanger].
+// Unbar implements [hsm.PINChanger]. It lifts the bar of this device's PIN only.
 func (d *Device) Unbar(ctx context.Context) error {
 	t := d.known()
 	if t == nil { // the bar is filed under the token's serial, which only the token itself tells
@@ -346,10 +368,25 @@ func (d *Device) Unbar(ctx context.Context) error {
 		}
 		t = d.known()
 	}
-	t.forget() // a person says that this device's PIN may be tried
 	during := "lifting the PIN bar of " + d.describeToken()
+	if !t.mayTry(d) {
+		return fmt.Errorf("%s: %w", during, &hsm.PINError{TriesLeft: -1, Barred: true, Detail: "another mount is open with another PIN, " +
+			"which the token took, so this device's is wrong; give the right one to the device (devices/NAME/pin); where the PIN was " +
+			"changed since, correct or delete the other mount's device first"})
+	}
+	pin, err := d.takePIN()
+	if err != nil {
+		return fmt.Errorf("%s: %w", during, err)
+	}
+	if len(pin) == 0 {
+		return fmt.Errorf("%s: no PIN is set; %s", during, giveIt)
+	}
 	result := make(chan error, 1)
-	if !d.module.goWaitedFor(func() { result <- d.manager.ledger.unbar(t.identity) }) {
+	if !d.module.goWaitedFor(func() {
+		defer clear(pin)
+		result <- d.manager.ledger.unbar(t.identity, pin)
+	}) {
+		clear(pin)
 		return fmt.Errorf("%s: %w", during, ErrClosed)
 	}
 	select {

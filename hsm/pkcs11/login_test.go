@@ -3,6 +3,7 @@ package pkcs11
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -202,5 +203,89 @@ func TestChangingThePIN(t *testing.T) {
 	}
 	if err := list(t, d); err != nil {
 		t.Errorf("after a change that was refused: %v", err)
+	}
+}
+
+func TestUnbarDoesNotSendAnotherMountsWrongPINAgain(t *testing.T) {
+	f, m, module := newFake(t)
+	stranger := f.open(t, m, module, otherPIN)
+	if pin := pinError(t, list(t, stranger)); pin.Barred {
+		t.Fatalf("the first time gives %+v, want one that was sent", pin)
+	}
+	mine := f.open(t, m, module)
+	if pin := pinError(t, list(t, mine)); !pin.Barred {
+		t.Fatalf("while the token shows a wrong PIN mine gives %+v, want Barred", pin)
+	}
+	if err := mine.Unbar(patient(t)); err != nil {
+		t.Fatal(err)
+	}
+	if pin := pinError(t, list(t, stranger)); !pin.Barred {
+		t.Errorf("after the unbarring of mine the stranger's PIN gives %+v, want Barred", pin)
+	}
+	if err := list(t, mine); err != nil {
+		t.Errorf("mine: %v", err)
+	}
+	if n := f.count(wire.OpLogin); n != 2 {
+		t.Errorf("%d PINs were sent, want the wrong one once and mine", n)
+	}
+}
+
+func TestUnbarSendsNothingPastAMountWhosePINIsRight(t *testing.T) {
+	f, m, module := newFake(t)
+	first, second := f.open(t, m, module), f.open(t, m, module)
+	if err := errors.Join(list(t, first), list(t, second)); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Close(); err != nil { // the second one has the same PIN and holds on
+		t.Fatal(err)
+	}
+	lost := 0
+	f.follow(func(h *fakeHost, r wire.Frame) bool { // the host is replaced now and then, as after any loss
+		return h.number == lost+1 && r.Op == wire.OpMechanisms && h.fail(r, ckrSessionHandleInvalid)
+	})
+	for _, pin := range []string{"111111", "222222", "333333"} {
+		b := f.open(t, m, module, func(c *Config) { c.PIN, c.Owner = []byte(pin), "other" })
+		if refused := pinError(t, b.Unbar(patient(t))); !refused.Barred || !strings.Contains(refused.Detail, "another mount") {
+			t.Errorf("Unbar gives %+v", refused)
+		}
+		f.do(func() { lost = f.hosts - 1 })
+		eventually(t, "there is another host", func() bool { _, err := b.Info(patient(t)); return err == nil })
+		if refused := pinError(t, list(t, b)); !refused.Barred {
+			t.Errorf("its PIN gives %+v, want Barred", refused)
+		}
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d wrong PINs were sent while a mount with the right one is open", n-1)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b := f.open(t, m, module, otherPIN)
+	if err := b.Unbar(patient(t)); err != nil {
+		t.Errorf("with the other mount closed: %v", err)
+	}
+}
+
+func TestADeviceThatWasClosedDuringItsLogInHoldsNothing(t *testing.T) {
+	f, m, module := newFake(t)
+	keep := f.open(t, m, module, otherPIN) // another mount keeps the host alive
+	if _, err := keep.Info(patient(t)); err != nil {
+		t.Fatal(err)
+	}
+	d := f.open(t, m, module)
+	release := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpLogin && !h.hang(release) })
+	listed := waits(t, func() error { return list(t, d) })
+	eventually(t, "the log-in is inside", func() bool { return f.count(wire.OpLogin) == 1 })
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	_ = listed() // whatever it gets: its device is closed
+	if !keep.known().mayTry(keep) {
+		t.Error("a closed device holds the token for ever")
 	}
 }

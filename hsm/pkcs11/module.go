@@ -314,9 +314,9 @@ type token struct {
 
 	mu     sync.Mutex
 	proved map[string]proofs // what keys were shown to do, by fingerprint; the maps inside are never changed
-	// holder is the open device whose PIN, with this digest, logged in last; nil where there is none.
-	holder *Device
-	digest [32]byte
+	// holders are the open devices with the PIN that logged in last, which has this digest; nil where no PIN is known to be right.
+	holders map[*Device]struct{}
+	digest  [32]byte
 }
 
 // token returns the token of that identity, with the parallelism of the device that asked first.
