@@ -53,7 +53,7 @@ func (k *Keyring) Adopt(ctx context.Context, name string, request AdoptRequest) 
 // adoptedBefore answers a request for a name that is taken.
 func (k *Keyring) adoptedBefore(rec *record, request AdoptRequest) (*Key, error) {
 	if v := rec.version(1); v != nil && rec.Pending == nil {
-		repeated := request.RequestID != "" && request.RequestID == v.RequestID
+		repeated := request.RequestID != "" && request.RequestID == v.RequestID && !v.Recipients[0].Generated
 		if repeated || (len(rec.Versions) == 1 && request.names(&v.Recipients[0].recipientCore)) {
 			return describe(rec), nil
 		}

@@ -118,7 +118,7 @@ func (r *record) describeVersion(v *version) Version {
 		rcpt := &v.Recipients[i]
 		described.Recipients = append(described.Recipients, Recipient{
 			Device: rcpt.Device, Serial: rcpt.Serial, Label: rcpt.Label, ID: rcpt.ID, KID: rcpt.KID, Algorithm: rcpt.Algorithm,
-			Kind: rcpt.kind, Public: rcpt.sealTo.Public, Added: rcpt.Added, AddedBy: rcpt.AddedBy,
+			Kind: rcpt.kind, Public: rcpt.sealTo.Public, Generated: rcpt.Generated, Added: rcpt.Added, AddedBy: rcpt.AddedBy,
 			WeaknessesAccepted: slices.Clone(rcpt.WeaknessesAccepted), AlsoUsableFor: slices.Clone(rcpt.AlsoUsableFor),
 		})
 	}

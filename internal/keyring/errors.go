@@ -32,6 +32,8 @@ var (
 	ErrSameKey = errors.New("the HSM key is in use here already")
 	// ErrInUse: something still depends on it.
 	ErrInUse = errors.New("still in use")
+	// ErrNotOurs: the HSM key was adopted or restored; this wrapping key did not make it.
+	ErrNotOurs = errors.New("the HSM key was not made for this wrapping key")
 	// ErrDeletionNotAllowed: deletion_allowed is not set.
 	ErrDeletionNotAllowed = errors.New("deletion is not allowed")
 	// ErrRequestReused: a request id came again with another request.

@@ -118,6 +118,13 @@ func (f *fixture) adopt() *Key {
 	return key
 }
 
+// generate makes key "prod" of an elliptic-curve key that device one makes.
+func (f *fixture) generate() *Key {
+	f.t.Helper()
+	f.begin(generateRequest())
+	return f.finish()
+}
+
 // addTwo adds the elliptic-curve key on device two to "prod".
 func (f *fixture) addTwo() *Key {
 	f.t.Helper()

@@ -60,14 +60,15 @@ func (k *Keyring) begunBefore(rec *record, number int, request GenerateRequest) 
 			return nil, generating(rec)
 		}
 	}
-	if key, err := madeBefore(rec, request.RequestID, request.Device); key != nil || err != nil {
+	if key, err := madeBefore(rec, request.RequestID, request.Device, true); key != nil || err != nil {
 		return key, err
 	}
 	return nil, fmt.Errorf("key %q: %w: rotate it to give it another HSM key, or choose another name", rec.Name, ErrKeyExists)
 }
 
-// madeBefore answers a request whose id made a version already; nil and nil where there is none.
-func madeBefore(rec *record, requestID, device string) (*Key, error) {
+// madeBefore answers a request whose id made a version already, by generating an HSM key or adopting one; nil and nil
+// where there is none.
+func madeBefore(rec *record, requestID, device string, generated bool) (*Key, error) {
 	if requestID == "" {
 		return nil, nil //nolint:nilnil // documented
 	}
@@ -75,7 +76,7 @@ func madeBefore(rec *record, requestID, device string) (*Key, error) {
 		if rec.Versions[i].RequestID != requestID {
 			continue
 		}
-		if rec.Versions[i].Recipients[0].Device != device {
+		if made := &rec.Versions[i].Recipients[0]; made.Device != device || made.Generated != generated {
 			return nil, fmt.Errorf("key %q: %w: it made version %d; send this one with another request id", rec.Name,
 				ErrRequestReused, rec.Versions[i].Number)
 		}
@@ -123,7 +124,7 @@ func (k *Keyring) rotateGenerate(ctx context.Context, name string, request Gener
 		if rec.Pending != nil {
 			answer, err = k.begunBefore(rec, len(rec.Versions)+1, request)
 		} else {
-			answer, err = madeBefore(rec, request.RequestID, request.Device)
+			answer, err = madeBefore(rec, request.RequestID, request.Device, true)
 		}
 		if err != nil {
 			return err
@@ -170,7 +171,7 @@ func (k *Keyring) rotateAdopt(ctx context.Context, name string, request AdoptReq
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
-	if key, err := madeBefore(rec, request.RequestID, request.Device); key != nil || err != nil {
+	if key, err := madeBefore(rec, request.RequestID, request.Device, false); key != nil || err != nil {
 		return key, err
 	}
 	if err := rec.hasRoom(); err != nil {
@@ -251,6 +252,7 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 	if err != nil {
 		return nil, err
 	}
+	rcpt.Generated = true
 	v, err := k.newVersion(ctx, rec, rcpt, key, intent.RequestID)
 	if err != nil {
 		return nil, err
@@ -273,6 +275,12 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 		return nil
 	})
 	gone = gone || errors.Is(err, ErrKeyNotFound)
+	if gone && !made {
+		// Whoever undid the intent has deleted the key, unless it came only after that: an attempt whose caller had gone
+		// went on in the HSM.
+		k.logger.Warn("an HSM key of an abandoned intent may be left over; list the keys of the device, and delete it if it is there",
+			"key", rec.Name, "device", intent.Device, "id", intent.ID)
+	}
 	if gone && made {
 		// Another process undid the intent, perhaps before it could see this key. No version ever had it.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)

@@ -22,7 +22,7 @@ func TestAKeyThatSomebodyNeedsIsDeletedByForceOnly(t *testing.T) {
 				return user, failure
 			},
 		})
-		f.adopt()
+		f.generate()
 		asked = nil
 		return f
 	}
@@ -43,7 +43,7 @@ func TestAKeyThatSomebodyNeedsIsDeletedByForceOnly(t *testing.T) {
 				t.Errorf("got %v, want ErrInUse that says by whom", err)
 			}
 		}
-		if key, err := f.Get(ctx, "prod"); err != nil || key.State != StateReady || len(hsmKeys(t, f.one)) != 2 {
+		if key, err := f.Get(ctx, "prod"); err != nil || key.State != StateReady || len(hsmKeys(t, f.one)) != 3 {
 			t.Errorf("a refused deletion left %+v, %v", key, err)
 		}
 		if err := f.Delete(ctx, "prod", DeleteRequest{Force: true}); err != nil {

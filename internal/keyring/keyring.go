@@ -146,8 +146,10 @@ type Recipient struct {
 	WeaknessesAccepted []string
 	// AlsoUsableFor is [hsm.Traits.AlsoUsableFor] at adoption.
 	AlsoUsableFor []string
-	Added         time.Time
-	AddedBy       string
+	// Generated is true where the HSM key was made for this wrapping key, false where it was adopted or restored.
+	Generated bool
+	Added     time.Time
+	AddedBy   string
 }
 
 // Acknowledgement says who took note of something, and when.
@@ -206,7 +208,8 @@ type Settings struct {
 
 // DeleteRequest says how much is deleted.
 type DeleteRequest struct {
-	// DeleteHSMKeys destroys the HSM keys as well. Nothing they sealed can be opened ever after.
+	// DeleteHSMKeys destroys the HSM keys as well, all of which must have been made for this wrapping key. Nothing they
+	// sealed can be opened ever after.
 	DeleteHSMKeys bool
 	// Force deletes the key without asking [Config.InUse].
 	Force bool

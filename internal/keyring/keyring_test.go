@@ -492,19 +492,23 @@ func TestAFailedDeviceIsAskedLastForAWhileAndUsedAgainWhenItIsBack(t *testing.T)
 	}
 }
 
-func TestAnEnvelopeThatIsAtFaultIsNotTriedElsewhere(t *testing.T) {
+func TestAForgedEnvelopeIsNotTriedElsewhere(t *testing.T) {
 	f := newFixture(t)
 	f.adopt()
 	f.addTwo()
-	raw := f.wrap("secret")
-	count := f.operations()
-	damaged := slices.Clone(raw)
-	i := strings.Index(string(damaged), `"ciphertext":"`) + len(`"ciphertext":"`)
-	if damaged[i]++; damaged[i] == 'Z'+1 || damaged[i] == 'z'+1 || damaged[i] == '9'+1 {
-		damaged[i] = 'A'
+	rec, _, err := f.load(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, damaged, []byte("ctx")); !errors.Is(err, envelope.ErrDecrypt) {
-		t.Errorf("a damaged envelope: %v, want ErrDecrypt", err)
+	// The public keys are public, so anyone can do this.
+	forged, err := envelope.Seal(envelope.Context{Use: envelope.UseWrap, Key: "prod", Version: 1, Caller: []byte("ctx")},
+		rec.newest().sealTo(), envelope.NewAuthKey(), []byte("forged"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := f.operations()
+	if _, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, forged, []byte("ctx")); !errors.Is(err, envelope.ErrNotAuthentic) {
+		t.Errorf("a forged envelope: %v, want ErrNotAuthentic", err)
 	}
 	if got := count(); got != [2]int{1, 0} {
 		t.Errorf("it cost %v operations, want one", got)
@@ -709,8 +713,8 @@ func TestDeletingIsGuarded(t *testing.T) {
 		t.Errorf("a key that is gone: %v, want ErrKeyNotFound", err)
 	}
 
-	f.adopt()
-	if _, err := f.Adopt(t.Context(), "other", AdoptRequest{Device: "one", Label: "ec"}); err != nil {
+	made := f.generate().Versions[0].Recipients[0]
+	if _, err := f.Adopt(t.Context(), "other", AdoptRequest{Device: "one", ID: made.ID}); err != nil {
 		t.Fatal(err)
 	}
 	f.configure(Settings{DeletionAllowed: ptr(true)})

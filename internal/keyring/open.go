@@ -12,7 +12,7 @@ import (
 
 // Open opens an envelope that was made with this key for want. want.Key is filled; want.Version may be 0 for whatever
 // version the envelope names, down to min_decryption_version. It costs one private-key operation; a recipient whose
-// device is away, locked or without its key is passed over for the next one.
+// device is away, locked, without its key or unable to decrypt is passed over for the next one.
 func (k *Keyring) Open(ctx context.Context, name string, raw []byte, want envelope.Context) (Opened, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -160,8 +160,11 @@ func (k *Keyring) openAnywhere(
 		if err == nil {
 			return payload, rcpt, nil
 		}
-		tried = append(tried, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
-		if ctx.Err() != nil || !elsewhere(err) {
+		// That it does not decrypt may be this HSM's fault: another one may open it. Where none does, the first said why.
+		if !undecryptable(err) || !undecryptable(tried) {
+			tried = append(tried, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
+		}
+		if ctx.Err() != nil || !elsewhere(err) && !undecryptable(err) {
 			break
 		}
 		k.logger.Warn("a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
@@ -195,7 +198,7 @@ func (k *Keyring) openAt(
 	return payload, err
 }
 
-// elsewhere tells whether another HSM may open what this one did not: everything but a fault of the envelope itself.
+// elsewhere tells whether the trouble is with this HSM: everything but a fault of the envelope itself.
 func elsewhere(err error) bool {
 	for _, final := range []error{
 		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrDecrypt, envelope.ErrNotAuthentic, envelope.ErrInvalid,
@@ -206,4 +209,10 @@ func elsewhere(err error) bool {
 		}
 	}
 	return true
+}
+
+// undecryptable tells whether an HSM answered that the envelope does not decrypt with its key. Nearly always that is the
+// envelope's fault, so nothing is held against the HSM.
+func undecryptable(err error) bool {
+	return errors.Is(err, envelope.ErrDecrypt) || errors.Is(err, hsm.ErrCiphertext)
 }

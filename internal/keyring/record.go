@@ -74,6 +74,9 @@ type recipient struct {
 	AddedBy string    `json:"added_by"`
 	// RequestID is that of the AddRecipient that brought it; a version's first recipient has none.
 	RequestID string `json:"request_id,omitempty"`
+	// Generated is true where this record's own intent made the HSM key. Nobody else had it before; an adopted key may
+	// be in use by another mount or program, and what a restored one is used for nobody knows.
+	Generated bool `json:"generated,omitempty"`
 }
 
 // recipientCore is what the record and the key record tell of a recipient alike.

@@ -89,6 +89,8 @@ func TestEveryErrorSaysWhatToDo(t *testing.T) {
 			return err
 		}},
 		{"a key that is being deleted", ErrDeleting, "delete it once more", func(f *fixture) error {
+			f.lose()
+			f.generate()
 			f.configure(Settings{DeletionAllowed: ptr(true)})
 			f.one.SetError(hsm.ErrUnavailable)
 			if err := f.Delete(t.Context(), "prod", DeleteRequest{DeleteHSMKeys: true}); !errors.Is(err, hsm.ErrUnavailable) {
@@ -110,6 +112,10 @@ func TestEveryErrorSaysWhatToDo(t *testing.T) {
 		{"the same HSM key twice", ErrSameKey, "name another one", func(f *fixture) error {
 			_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "one", Label: "ec"})
 			return err
+		}},
+		{"an HSM key that was adopted", ErrNotOurs, "pkcs11-tool --delete-object --type privkey --id 01", func(f *fixture) error {
+			f.configure(Settings{DeletionAllowed: ptr(true)})
+			return f.Delete(t.Context(), "prod", DeleteRequest{DeleteHSMKeys: true})
 		}},
 		{"an HSM key that served encrypt/", ErrInUse, "delete the wrapping key without its HSM keys", func(f *fixture) error {
 			f.configure(Settings{DeletionAllowed: ptr(true), AcceptSingleHSM: ptr(true)})

@@ -70,7 +70,8 @@ func acknowledge(rec *record, field **Acknowledgement, wanted *bool, given *Ackn
 }
 
 // Delete deletes a wrapping key where deletion_allowed is set. Its HSM keys stay unless the request says otherwise;
-// those whose version ever served `encrypt/`, or that another wrapping key has, are never deleted. It may be called
+// those that were adopted or restored, whose version ever served `encrypt/`, or that another wrapping key has, are never
+// deleted. It may be called
 // again after any failure or crash: with DeleteHSMKeys it goes on where it stopped, without it leaves the HSM keys that
 // are still there. A key that [Config.InUse] knows a user of is [ErrInUse], unless by force. Deleting a key that is gone
 // is [ErrKeyNotFound].
@@ -147,9 +148,18 @@ func (r *record) deletable(hsmKeys bool) error {
 		return nil
 	}
 	for i := range r.Versions {
-		if r.Versions[i].ServedEncrypt {
+		v := &r.Versions[i]
+		if v.ServedEncrypt {
 			return fmt.Errorf("key %q: %w: version %d served encrypt/, so snapshots and backups of other Vaults can be unsealed with "+
-				"its HSM key only; delete the wrapping key without its HSM keys", r.Name, ErrInUse, r.Versions[i].Number)
+				"its HSM key only; delete the wrapping key without its HSM keys", r.Name, ErrInUse, v.Number)
+		}
+		for j := range v.Recipients {
+			if rcpt := &v.Recipients[j]; !rcpt.Generated {
+				return fmt.Errorf("key %q: %w: the one of version %d on device %q, label %q, id %q, was adopted or restored, so another "+
+					"mount or program may need it; delete the wrapping key without its HSM keys, and this one, where nobody needs it, with "+
+					"the vendor's tool (pkcs11-tool --delete-object --type privkey --id %s)", r.Name, ErrNotOurs, v.Number, rcpt.Device,
+					rcpt.Label, rcpt.ID, rcpt.ID)
+			}
 		}
 	}
 	return nil
@@ -195,6 +205,11 @@ func (k *Keyring) deleteHSMKeys(ctx context.Context, rec *record) error {
 	for i := range rec.Versions {
 		for j := range rec.Versions[i].Recipients {
 			rcpt := &rec.Versions[i].Recipients[j]
+			if !rcpt.Generated { // a deletion that an earlier release began
+				k.logger.Warn("an HSM key is left because it was not made for the wrapping key that is deleted", "key", rec.Name,
+					"device", rcpt.Device, "id", rcpt.ID, "kid", rcpt.KID)
+				continue
+			}
 			if err := k.deleteHSMKey(ctx, rcpt); err != nil {
 				return fmt.Errorf("deleting the HSM keys of key %q: %w; delete it once more when the device is back, or without its "+
 					"HSM keys", rec.Name, err)
