@@ -46,6 +46,53 @@ func TestLossesAreMendedByANewHost(t *testing.T) {
 	}
 }
 
+func TestAReturnValueThatNobodyForesawEndsItsHost(t *testing.T) {
+	for name, code := range map[string]uint{
+		"CKR_HOST_MEMORY": 0x02, "CKR_FUNCTION_CANCELED": 0x50, "CKR_CANT_LOCK": 0x0A, "CKR_MUTEX_BAD": 0x1A0,
+		"a vendor's own": 0x80000201, "one that PKCS#11 does not have": 0x4711,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			k := key(t, d)
+			f.follow(func(h *fakeHost, r wire.Frame) bool {
+				return h.number == 1 && r.Op != wire.OpSlots && h.fail(r, code)
+			})
+			if err := f.decrypts(patient(t), k); err != nil {
+				t.Errorf("decrypting: %v", err)
+			}
+			if f.born() != 2 {
+				t.Errorf("%d hosts were born, want a second one", f.born())
+			}
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpGenerateKey && h.fail(r, code) })
+			_, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"})
+			if !errors.Is(err, hsm.ErrUnavailable) || f.count(wire.OpGenerateKey) != 1 {
+				t.Errorf("generating gives %v after %d tries; want ErrUnavailable and one", err, f.count(wire.OpGenerateKey))
+			}
+		})
+	}
+}
+
+func TestARefusalKeepsItsHost(t *testing.T) {
+	for name, code := range map[string]uint{
+		"arguments": ckrArgumentsBad, "a template": ckrTemplateInconsistent, "an attribute": ckrAttributeValueInvalid,
+		"a mechanism": ckrMechanismInvalid, "no room": ckrDeviceMemory, "the host's own": wire.CodeBadRequest,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			k := key(t, d)
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpGenerateKey && h.fail(r, code) })
+			if _, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"}); err == nil {
+				t.Error("what the token refused is done")
+			}
+			if err := f.decrypts(patient(t), k); err != nil || f.born() != 1 {
+				t.Errorf("afterwards %v, and %d hosts were born", err, f.born())
+			}
+		})
+	}
+}
+
 func TestATokenIsFoundAgainInAnotherSlot(t *testing.T) {
 	f, m, module := newFake(t)
 	slot := uint(7)

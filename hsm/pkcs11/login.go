@@ -336,7 +336,7 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 	case err == nil:
 	case answered && (failed.Code == ckrPINIncorrect || failed.Code == ckrPINLocked):
 		return d.refusedPIN(ctx, a, intent, failed.Code)
-	case answered && judge(failed.Code) != verdictBroken, errors.Is(err, errRetired):
+	case answered && judge(failed.Code) != verdictBroken && failed.Code != wire.CodeInternal, errors.Is(err, errRetired):
 		// The new PIN is too short, too long or too weak, or the token was not there: the old one holds.
 		return errors.Join(plain(err), intent.withdrawn())
 	default:

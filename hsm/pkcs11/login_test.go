@@ -289,3 +289,23 @@ func TestADeviceThatWasClosedDuringItsLogInHoldsNothing(t *testing.T) {
 		t.Error("a closed device holds the token for ever")
 	}
 }
+
+func TestAPINChangeWithAnUnknownReturnValueMayHaveHappened(t *testing.T) {
+	for name, code := range map[string]uint{
+		"CKR_HOST_MEMORY": 0x02, "a vendor's own": 0x80000201, "a bug in the host": wire.CodeInternal,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpSetPIN && h.fail(r, code) })
+			err := d.ChangePIN(patient(t), []byte("777777"))
+			if !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "may or may not") {
+				t.Errorf("it gives %v, want an unknown outcome", err)
+			}
+			r, err := m.ledger.files.read(fakeSerial)
+			if err != nil || r.Intent == nil {
+				t.Errorf("the ledger holds %+v, %v; want the intent that nobody resolved", r, err)
+			}
+		})
+	}
+}
