@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -136,17 +137,45 @@ func (b *backend) fail(ctx context.Context, req *logical.Request, err error) (*l
 	}
 }
 
-// describeFailures adds to an operation's documentation what every operation may answer.
-func describeFailures(operation *framework.PathOperation) {
+// failures describes the errors that clients meet.
+var failures = map[int]string{
+	http.StatusBadRequest:          "The request is wrong; the error says what to do.",
+	http.StatusNotFound:            "There is nothing of that name, or nothing to list.",
+	http.StatusConflict:            "The store holds two values where one belongs, written by two machines at once; the error names them.",
+	http.StatusServiceUnavailable:  "An HSM or a store did not answer in time, or cannot be used now. Repeating the request is harmless.",
+	http.StatusInsufficientStorage: "The HSM or the store has no room.",
+}
+
+// describeFailures adds to an operation's documentation the errors that it may answer: a fault of the plugin itself, 500,
+// apart.
+func describeFailures(pattern string, captured []string, kind logical.Operation, operation *framework.PathOperation) {
 	if operation.Responses == nil {
 		operation.Responses = map[int][]framework.Response{}
 	}
-	for code, description := range map[int]string{
-		http.StatusBadRequest:         "The request is wrong; the error says what to do.",
-		http.StatusServiceUnavailable: "An HSM or a store did not answer in time, or cannot be used now. Repeating the request is harmless.",
-	} {
+	for _, code := range mayAnswer(pattern, captured, kind) {
 		if operation.Responses[code] == nil {
-			operation.Responses[code] = []framework.Response{{Description: description}}
+			operation.Responses[code] = []framework.Response{{Description: failures[code]}}
 		}
 	}
+}
+
+// mayAnswer lists the errors that an operation may answer.
+func mayAnswer(pattern string, captured []string, kind logical.Operation) []int {
+	codes := []int{http.StatusBadRequest, http.StatusServiceUnavailable}
+	writes := kind == logical.CreateOperation || kind == logical.UpdateOperation
+	material := strings.HasPrefix(pattern, "material/")
+	one := strings.HasSuffix(pattern, framework.GenericNameRegex("name")) // and not an action on it
+	// Devices and stores are made by the same write that changes them, and what is not there is deleted without a word.
+	configures := one && (strings.HasPrefix(pattern, devicesPrefix) || strings.HasPrefix(pattern, storesPrefix))
+	if kind == logical.ListOperation || len(captured) > 0 && kind != logical.DeleteOperation && !(writes && configures) {
+		codes = append(codes, http.StatusNotFound)
+	}
+	usesStore := material && len(captured) > 0 || writes && strings.HasPrefix(pattern, storesPrefix)
+	if usesStore {
+		codes = append(codes, http.StatusConflict)
+		if writes && one {
+			codes = append(codes, http.StatusInsufficientStorage)
+		}
+	}
+	return codes
 }

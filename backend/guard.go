@@ -16,13 +16,13 @@ import (
 // deadline, and lets errors through as they are: 500 to a client that then repeats the request three times.
 func (b *backend) guard(path *framework.Path) {
 	captured := captures(path.Pattern)
-	for _, handler := range path.Operations {
+	for kind, handler := range path.Operations {
 		operation, ok := handler.(*framework.PathOperation)
 		if !ok {
 			panic(fmt.Sprintf("path %s: operation of type %T", path.Pattern, handler)) // a bug of this package
 		}
 		operation.Callback = b.guarded(path, captured, operation.Callback)
-		describeFailures(operation)
+		describeFailures(path.Pattern, captured, kind, operation)
 	}
 	if check := path.ExistenceCheck; check != nil {
 		path.ExistenceCheck = func(ctx context.Context, req *logical.Request, data *framework.FieldData) (bool, error) {

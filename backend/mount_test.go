@@ -314,7 +314,24 @@ func (m *mount) do(operation logical.Operation, path string, data fields) reply 
 	if response != nil && !response.IsError() && err == nil {
 		m.checkSchema(request, response)
 	}
-	return m.receive(request, response, err)
+	received := m.receive(request, response, err)
+	m.checkStatus(request, received)
+	return received
+}
+
+// checkStatus fails where the OpenAPI document does not know an answer. 500 is a fault and in no document; the catch-all
+// path is no operation of ours.
+func (m *mount) checkStatus(request *logical.Request, received reply) {
+	m.t.Helper()
+	path := m.Route(request.Path)
+	if path == nil || path.Pattern == "^.*$" || received.status == http.StatusInternalServerError {
+		return
+	}
+	handler := path.Operations[request.Operation]
+	if handler == nil || handler.Properties().Responses[received.status] != nil {
+		return
+	}
+	m.t.Errorf("%s %s answers %d, which is not documented: %s", request.Operation, request.Path, received.status, received.message)
 }
 
 // carry takes a request over to the plugin's process.

@@ -66,6 +66,11 @@ func (b *backend) materialPaths() []*framework.Path {
 		Type: framework.TypeInt64, Query: true,
 		Description: "Write or delete only where the item is at this generation; 0: only where there is none.",
 	}
+	write["request_id"] = &framework.FieldSchema{
+		Type: framework.TypeString,
+		Description: "Optional, for a write: names it, so that a repetition of it is recognised and is a success, not a conflict of cas with " +
+			"itself. Clients repeat a request on their own after a 5xx answer, with the same body. At most 128 characters.",
+	}
 	write["cluster_id"] = &framework.FieldSchema{
 		Type: framework.TypeString,
 		Description: "The id of the Vault cluster that the material unseals, as vault status shows it. Where it is the cluster that this mount " +
@@ -120,7 +125,9 @@ func (b *backend) materialPaths() []*framework.Path {
 			HelpSynopsis: "An item of a cluster's material: unseal keys, a root token, any secret of one or more fields.",
 			HelpDescription: "Writing seals all fields into one envelope and stores it; no HSM is needed for that. Reading shows what is known " +
 				"of it, never the secrets: those are at material/<cluster>/<name>/open, so that a policy can forbid it. A write without cas " +
-				"replaces what is there.",
+				"replaces what is there. A write with cas whose answer was lost may have been stored: give every write a request_id, with " +
+				"which a repetition is recognised, or read the item before you repeat. Where the store is of type vault, a write is " +
+				"refused if cluster_id says that the material is this very Vault's, and warned about if there is no cluster_id.",
 		},
 		{
 			Pattern:      pattern + "/open",
@@ -231,6 +238,9 @@ func (b *backend) materialWrite(ctx context.Context, req *logical.Request, data 
 		return nil, err
 	}
 	options.CAS = cas
+	if options.RequestID, err = requestID(data); err != nil {
+		return nil, err
+	}
 	if err := b.chooseKeyAndStore(ctx, cluster, name, &options); err != nil {
 		return nil, err
 	}
@@ -245,6 +255,10 @@ func (b *backend) materialWrite(ctx context.Context, req *logical.Request, data 
 	defer secrets.Wipe()
 	metadata, err := b.keeper.Put(ctx, cluster, name, secrets, options)
 	if err != nil {
+		if passes(err) && options.CAS != nil && options.RequestID == "" {
+			err = fmt.Errorf("%w; it may have been stored nevertheless: read the item before you repeat with cas, or give a request_id, with which "+
+				"a repetition is recognised", err)
+		}
 		return nil, err
 	}
 	response := materialResponse(metadata)

@@ -88,6 +88,39 @@ func checkResponses(t *testing.T, operation logical.Operation, responses map[int
 	}
 }
 
+func TestErrorsAreDocumentedWhereTheyOccur(t *testing.T) {
+	m := newMount(t)
+	for _, test := range []struct {
+		operation logical.Operation
+		path      string
+		codes     []int
+	}{
+		{logical.ReadOperation, "devices/a", []int{404}},
+		{logical.UpdateOperation, "devices/a", nil},
+		{logical.DeleteOperation, "devices/a", nil},
+		{logical.ListOperation, "devices/", []int{404}},
+		{logical.ListOperation, "devices/a/keys/", []int{404}},
+		{logical.UpdateOperation, "devices/a/pin", []int{404}},
+		{logical.UpdateOperation, "stores/a", []int{409, 507}},
+		{logical.UpdateOperation, "keys/a", []int{404}},
+		{logical.UpdateOperation, "unwrap/a", []int{404}},
+		{logical.UpdateOperation, "decrypt/a", []int{404}},
+		{logical.ReadOperation, "material/c/a", []int{404, 409}},
+		{logical.UpdateOperation, "material/c/a", []int{404, 409, 507}},
+		{logical.UpdateOperation, "material/c/a/open", []int{404, 409}},
+		{logical.DeleteOperation, "material/c/a", []int{409}},
+		{logical.UpdateOperation, "random", nil},
+		{logical.ReadOperation, "config", nil},
+	} {
+		responses := m.Route(test.path).Operations[test.operation].Properties().Responses
+		for _, code := range []int{404, 409, 507} {
+			if documented := responses[code] != nil; documented != slices.Contains(test.codes, code) {
+				t.Errorf("%s %s: %d documented: %v", test.operation, test.path, code, documented)
+			}
+		}
+	}
+}
+
 func TestExistenceChecksOnlyAskTheMountsOwnStorage(t *testing.T) {
 	m := newMount(t)
 	for _, path := range m.Paths {
