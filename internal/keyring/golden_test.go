@@ -191,6 +191,55 @@ func makeGolden(t *testing.T, all *devices) {
 	writeGolden(t, "record.json", entry.Value)
 }
 
+// makeGoldenKept makes a key whose first version serves encrypt/ while the second is not ready: acknowledgements of the
+// first are kept with it, and it has a recipient that the key record which was read lacks.
+func makeGoldenKept(t *testing.T, all *devices) {
+	t.Helper()
+	records := newStore(t)
+	moment := time.Date(2026, 3, 1, 3, 0, 0, 0, time.UTC)
+	k := New(Config{Records: records, Devices: all, Now: func() time.Time { return moment }})
+	ctx := t.Context()
+	must := func(_ any, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(k.Adopt(ctx, "prod", AdoptRequest{Device: "card", Label: "ec-1", By: "alice"}))
+	must(k.Configure(ctx, "prod", Settings{BackupConfirmed: ptr(true), By: "carol"}))
+	must(k.Backup(ctx, "prod", "dora"))
+	must(k.AddRecipient(ctx, "prod", AdoptRequest{Device: "spare", Label: "ec-3", By: "bob"}))
+	must(k.Rotate(ctx, "prod", RotateRequest{Adopt: &AdoptRequest{Device: "card", Label: "rsa-2", By: "bob"}}))
+	entry, err := records.Get(ctx, recordPrefix+"prod")
+	must(nil, err)
+	writeGolden(t, "record-kept.json", entry.Value)
+}
+
+func TestWhatARecordKeepsOfOlderVersionsIsRead(t *testing.T) {
+	if *update {
+		all := &devices{}
+		all.set("card", newGoldenDevice(t, "ec-1.pem", "rsa-2.pem"))
+		all.set("spare", newGoldenDevice(t, "ec-3.pem"))
+		makeGoldenKept(t, all)
+	}
+	raw := golden(t, "record-kept.json")
+	rec, err := decodeRecord("prod", raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := rec.encode()
+	if err != nil || !bytes.Equal(raw, again) {
+		t.Errorf("encoded again it is something else (%v):\n%s", err, cmp.Diff(string(raw), string(again)))
+	}
+	key := describe(rec)
+	if key.EncryptVersion != 1 || key.RecordRead != nil || key.BackupConfirmed != nil {
+		t.Errorf("the key is %+v", key)
+	}
+	if v := key.Versions[0]; v.RecordRead == nil || v.RecordRead.By != "dora" || v.BackupConfirmed == nil || v.BackupConfirmed.By != "carol" {
+		t.Errorf("version 1 is %+v", v)
+	}
+}
+
 func TestRecordsAndKeyRecordsOfEarlierReleasesAreRead(t *testing.T) {
 	all := &devices{}
 	if *update {

@@ -11,6 +11,7 @@ import (
 
 func TestADamagedRecordIsRefused(t *testing.T) {
 	good := string(golden(t, "record.json"))
+	kept := string(golden(t, "record-kept.json"))
 	for name, change := range map[string]func(string) string{
 		"empty":                     func(string) string { return "" },
 		"truncated":                 func(s string) string { return s[:len(s)/2] },
@@ -32,15 +33,22 @@ func TestADamagedRecordIsRefused(t *testing.T) {
 			before, after, _ := strings.Cut(s, `"auth_key":"`)
 			return before + `"auth_key":"` + after[4:]
 		},
-		"another kid":                         func(s string) string { return strings.Replace(s, `"kid":"`, `"kid":"A`, 1) },
-		"no device":                           func(s string) string { return strings.Replace(s, `"device":"card"`, `"device":""`, 1) },
-		"a pending version that is taken":     func(s string) string { return strings.Replace(s, `"version":3,"since"`, `"version":2,"since"`, 1) },
-		"a pending key of an unknown kind":    func(s string) string { return strings.Replace(s, `rsa-4096`, `rsa-1024`, 1) },
+		"another kid":                      func(s string) string { return strings.Replace(s, `"kid":"`, `"kid":"A`, 1) },
+		"no device":                        func(s string) string { return strings.Replace(s, `"device":"card"`, `"device":""`, 1) },
+		"a pending version that is taken":  func(s string) string { return strings.Replace(s, `"version":3,"since"`, `"version":2,"since"`, 1) },
+		"a pending key of an unknown kind": func(s string) string { return strings.Replace(s, `rsa-4096`, `rsa-1024`, 1) },
+		"more recipients read than there are": func(string) string {
+			return strings.Replace(kept, `"recipients":1`, `"recipients":3`, 1)
+		},
+		"fewer than no recipients read": func(string) string { return strings.Replace(kept, `"recipients":1`, `"recipients":-1`, 1) },
+		"a record read without its recipients": func(string) string {
+			return strings.Replace(kept, `"recipients":1,`, ``, 1)
+		},
 		"no versions and none that is coming": func(string) string { return `{"format":1,"name":"prod","min_decryption_version":1}` },
 	} {
 		t.Run(name, func(t *testing.T) {
 			damaged := change(good)
-			if damaged == good {
+			if damaged == good || damaged == kept {
 				t.Fatal("the test changed nothing")
 			}
 			_, err := decodeRecord("prod", []byte(damaged))
@@ -97,6 +105,7 @@ func TestAPublicKeyIsReadInOneFormOnly(t *testing.T) {
 // Whatever the parser takes it writes again to the same meaning, and nothing makes it panic.
 func FuzzDecodeRecord(f *testing.F) {
 	f.Add(golden(f, "record.json"))
+	f.Add(golden(f, "record-kept.json"))
 	f.Add([]byte(`{"format":1,"name":"prod","min_decryption_version":1,"versions":[]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		rec, err := decodeRecord("prod", raw)
