@@ -70,6 +70,8 @@ type operation struct {
 	idempotent bool
 	// directory operations look names up on the token and must not miss what another process wrote.
 	directory bool
+	// turn, where set, is the right to write, which the operation has until it has left the module.
+	turn *writeTurn
 	// build makes the request for one attachment; it may ask the host for a handle first. The caller of run owns data.
 	build func(ctx context.Context, a *attachment) (meta any, data []byte, err error)
 	// doubt, where set, is asked about a failure that may be the token's or the request's fault. An error that it
@@ -147,13 +149,18 @@ func (d *Device) try(ctx context.Context, o operation, a *attachment) (frame wir
 	if err != nil {
 		return wire.Frame{}, false, err
 	}
-	frame, err = d.exchange(ctx, a, o.op, meta, data)
+	frame, err = d.send(ctx, a, o.turn, o.op, meta, data)
 	return frame, true, err
 }
 
 // exchange waits for this owner's turn on the token and calls the host. The turn ends when the call has left the module,
 // which may be long after the caller has.
 func (d *Device) exchange(ctx context.Context, a *attachment, op wire.Op, meta any, data []byte) (wire.Frame, error) {
+	return d.send(ctx, a, nil, op, meta, data)
+}
+
+// send is exchange for a call that may have the right to write, and then keeps it as long as its turn on the token.
+func (d *Device) send(ctx context.Context, a *attachment, turn *writeTurn, op wire.Op, meta any, data []byte) (wire.Frame, error) {
 	release, err := a.token.queue.acquire(ctx, d.config.Owner)
 	if err != nil {
 		return wire.Frame{}, fmt.Errorf("waiting for a turn on the token: %w", err)
@@ -162,7 +169,12 @@ func (d *Device) exchange(ctx context.Context, a *attachment, op wire.Op, meta a
 	if op == wire.OpGenerateKey {
 		limit = d.config.GenerateLimit
 	}
-	frame, err := a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: limit, returned: release})
+	returned := release
+	if turn != nil {
+		turn.enter()
+		returned = func() { release(); turn.leave() }
+	}
+	frame, err := a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: limit, returned: returned})
 	if err != nil && err == ctx.Err() { //nolint:errorlint // this very error: the caller gave up, and nothing else happened
 		err = fmt.Errorf("waiting for the token's answer: %w", err)
 	}

@@ -196,6 +196,44 @@ func TestAQueuedGenerationOutlivesTheHost(t *testing.T) {
 	}
 }
 
+func TestAWriteThatItsCallerLeftKeepsOthersOutUntilItHasLeftTheModule(t *testing.T) {
+	spec := hsm.KeySpec{Algorithm: hsm.RSA2048, Label: "l", ID: "aabb"}
+	ref := hsm.ObjectRef{Application: "a", Label: "l"}
+	for name, test := range map[string]struct {
+		op    wire.Op
+		write func(ctx context.Context, d *Device) error
+	}{
+		"a generation": {wire.OpGenerateKey, func(ctx context.Context, d *Device) error {
+			_, err := d.GenerateKey(ctx, spec)
+			return err
+		}},
+		"an object": {wire.OpCreateObject, func(ctx context.Context, d *Device) error {
+			return d.WriteObject(ctx, ref, []byte("v"))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module, func(c *Config) { c.Parallel = 8 })
+			release := make(chan struct{})
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == test.op && !h.hang(release) })
+			for range 2 {
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				if err := test.write(ctx, d); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("the write gives %v, want its deadline", err)
+				}
+				cancel()
+			}
+			if n := f.count(test.op); n != 1 {
+				t.Errorf("%d writes of one name are inside the module at one time", n)
+			}
+			close(release)
+			if err := test.write(patient(t), d); err != nil && !errors.Is(err, hsm.ErrExists) {
+				t.Errorf("once it has left: %v", err)
+			}
+		})
+	}
+}
+
 func TestALargeWriteToAStoppedHostKeepsItsDeadline(t *testing.T) {
 	f, m, module := newFake(t)
 	d := f.open(t, m, module, func(c *Config) { c.DecryptLimit = time.Second })

@@ -204,14 +204,14 @@ func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, er
 		id = hex.EncodeToString(random)
 	}
 	// On a token that does several things at a time, two requests for one id would both find it free.
-	done, err := d.writing(ctx)
+	turn, err := d.writing(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", during, err)
 	}
-	defer done()
+	defer turn.leave()
 	var known map[uint]wire.Mechanism
 	frame, a, err := d.runAt(ctx, operation{
-		during: during, op: wire.OpGenerateKey, private: true, directory: true,
+		during: during, op: wire.OpGenerateKey, private: true, directory: true, turn: turn,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
 			there, err := d.keysWithID(ctx, a, id)
 			if err != nil {

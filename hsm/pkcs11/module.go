@@ -309,7 +309,7 @@ type token struct {
 	identity string
 	parallel int
 	queue    *queue
-	// writing is held while an object or key is written or destroyed and checked.
+	// writing is held while an object or key is written or destroyed and checked, see [writeTurn].
 	writing chan struct{}
 
 	mu     sync.Mutex

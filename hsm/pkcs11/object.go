@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
@@ -60,14 +61,14 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 	if len(value) == 0 || len(value) > maxObject {
 		return fmt.Errorf("%s: %w: a value of %d bytes; 1 to %d are possible", during, hsm.ErrUnsupported, len(value), maxObject)
 	}
-	done, err := d.writing(ctx)
+	turn, err := d.writing(ctx)
 	if err != nil {
 		return fmt.Errorf("%s: %w", during, err)
 	}
-	defer done()
+	defer turn.leave()
 
 	create := operation{
-		during: during, op: wire.OpCreateObject, private: true, directory: true,
+		during: during, op: wire.OpCreateObject, private: true, directory: true, turn: turn,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
 			labels, err := d.labels(ctx, a, ref.Application)
 			if err == nil && slices.Contains(labels, ref.Label) {
@@ -124,11 +125,12 @@ func (d *Device) DeleteObject(ctx context.Context, ref hsm.ObjectRef) error {
 // removed runs an operation that destroys something, and has a fresh host confirm it. What is still there is destroyed
 // once more through that host, whose log-in is the newest.
 func (d *Device) removed(ctx context.Context, destroy operation, gone func(context.Context, *attachment) (bool, error)) error {
-	done, err := d.writing(ctx)
+	turn, err := d.writing(ctx)
 	if err != nil {
 		return fmt.Errorf("%s: %w", destroy.during, err)
 	}
-	defer done()
+	defer turn.leave()
+	destroy.turn = turn
 	for first := true; ; first = false {
 		_, err := d.run(ctx, destroy)
 		if mayHaveWritten(err) {
@@ -153,8 +155,31 @@ func (d *Device) removed(ctx context.Context, destroy operation, gone func(conte
 	}
 }
 
-// writing waits until nobody else of this process writes to the token.
-func (d *Device) writing(ctx context.Context) (done func(), err error) {
+// writeTurn is the right of one write to a token. It ends when its holder is done and every call that it sent has left the
+// module: a caller that gives up at its deadline leaves its key or object half made in there.
+type writeTurn struct {
+	mu    sync.Mutex
+	users int
+	end   func()
+}
+
+// enter counts a call that writes; the turn lasts until it calls leave.
+func (w *writeTurn) enter() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.users++
+}
+
+func (w *writeTurn) leave() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.users--; w.users == 0 {
+		w.end()
+	}
+}
+
+// writing waits until nobody else of this process writes to the token. The caller calls leave when it is done.
+func (d *Device) writing(ctx context.Context) (*writeTurn, error) {
 	if err := d.open(); err != nil {
 		return nil, err
 	}
@@ -172,7 +197,7 @@ func (d *Device) writing(ctx context.Context) (done func(), err error) {
 	}
 	select {
 	case t.writing <- struct{}{}:
-		return func() { <-t.writing }, nil
+		return &writeTurn{users: 1, end: func() { <-t.writing }}, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("waiting for another write: %w", ctx.Err())
 	}
