@@ -95,7 +95,7 @@ var statuses = []struct {
 		store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,
 		keyring.ErrInvalid, keyring.ErrKeyExists, keyring.ErrVersionTooOld, keyring.ErrVersionUnknown, keyring.ErrNotReady,
 		keyring.ErrDeleting, keyring.ErrWeakKey, keyring.ErrUnusableKey, keyring.ErrSameKey, keyring.ErrInUse,
-		keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMismatch,
+		keyring.ErrDeletionNotAllowed, keyring.ErrNotOurs, keyring.ErrRequestReused, keyring.ErrRecordMismatch,
 		keyring.ErrTooLarge,
 		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 	}},

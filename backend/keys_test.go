@@ -223,7 +223,9 @@ func TestKeyThatCannotBeJournalledIsNotBegun(t *testing.T) {
 
 func TestKeyIsDeletedOnlyWhereThatIsAllowed(t *testing.T) {
 	m := newMount(t)
-	token := m.addKey("prod")
+	token := m.addDevice("card")
+	m.write("keys/prod", fields{"device": "card", "generate": true, "algorithm": "ecdh-p256"}).ok(t)
+	m.awaitState("prod", "ready")
 	m.delete("keys/prod", nil).want(t, http.StatusBadRequest).says(t, "deletion_allowed=true")
 	m.write("keys/prod", fields{"deletion_allowed": true}).ok(t)
 	m.delete("keys/prod", fields{"delete_hsm_keys": true}).want(t, http.StatusNoContent)
@@ -232,6 +234,56 @@ func TestKeyIsDeletedOnlyWhereThatIsAllowed(t *testing.T) {
 	if keys, err := token.FindKeys(context.Background(), hsm.KeyQuery{}); err != nil || len(keys) != 0 {
 		t.Errorf("the HSM still has %d keys, %v", len(keys), err)
 	}
+}
+
+// recipient returns the first recipient of a key's first version.
+func (r reply) recipient(t testing.TB) map[string]any {
+	t.Helper()
+	return r.ok(t).data["versions"].([]any)[0].(map[string]any)["recipients"].([]any)[0].(map[string]any)
+}
+
+// Whoever may write another mount's configuration needs the PIN to adopt an HSM key, and no more.
+func TestHSMKeyThatAnotherMountNeedsIsNotDestroyed(t *testing.T) {
+	m := newMount(t)
+	m.addKey("prod")
+	sealed := m.write("wrap/prod", fields{"plaintext": "aGVsbG8="}).ok(t).text("ciphertext")
+	recipient := m.read("keys/prod").recipient(t)
+	if recipient["generated"] != false {
+		t.Errorf("an adopted key is shown as generated = %v", recipient["generated"])
+	}
+	other := mountOn(t, &faultyStorage{Storage: new(logical.InmemStorage)}, m.rack, t.TempDir(), t.TempDir())
+	other.write("devices/d", fields{"module": testModule, "serial": "SN-prod-hsm", "pin": rightPIN}).ok(t)
+	other.write("keys/mine", fields{"device": "d", "key_id": recipient["key_id"]}).ok(t)
+	other.write("keys/mine", fields{"deletion_allowed": true}).ok(t)
+	other.delete("keys/mine", fields{"delete_hsm_keys": true}).want(t, http.StatusBadRequest).says(t, "adopted", "pkcs11-tool --delete-object")
+	m.write("unwrap/prod", fields{"ciphertext": sealed}).ok(t)
+	other.delete("keys/mine", nil).ok(t)
+	m.write("unwrap/prod", fields{"ciphertext": sealed}).ok(t)
+}
+
+func TestHSMKeyThatServedEncryptIsNotDestroyedInTwoSteps(t *testing.T) {
+	m := newMount(t)
+	m.addDevice("card")
+	m.write("keys/prod", fields{"device": "card", "generate": true, "algorithm": "ecdh-p256"}).ok(t)
+	recipient := m.awaitState("prod", "ready").recipient(t)
+	if recipient["generated"] != true {
+		t.Errorf("a key that was made is shown as generated = %v", recipient["generated"])
+	}
+	m.read("keys/prod/backup").ok(t)
+	m.write("keys/prod", fields{"accept_single_hsm": true, "deletion_allowed": true}).ok(t)
+	m.write("encrypt/prod", fields{"plaintext": "YQ=="}).ok(t)
+	m.delete("keys/prod", fields{"delete_hsm_keys": true}).want(t, http.StatusBadRequest).says(t, "served encrypt/")
+	m.delete("keys/prod", nil).ok(t)
+	m.write("keys/again", fields{"device": "card", "key_id": recipient["key_id"]}).ok(t)
+	m.write("keys/again", fields{"deletion_allowed": true}).ok(t)
+	m.delete("keys/again", fields{"delete_hsm_keys": true}).want(t, http.StatusBadRequest).says(t, "adopted")
+}
+
+func TestRequestToMakeAKeyIsNotAnsweredByOneThatWasAdopted(t *testing.T) {
+	m := newMount(t)
+	m.addKey("prod")
+	request := fields{"device": "prod-hsm", "generate": true, "algorithm": "rsa-2048", "key_label": "label-prod"}
+	m.write("keys/prod", request).want(t, http.StatusBadRequest).says(t, "exists already")
 }
 
 func TestKeyIsRotatedAndOldEnvelopesOpen(t *testing.T) {

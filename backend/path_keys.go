@@ -80,8 +80,8 @@ func keyFields() map[string]*framework.FieldSchema {
 	}
 	fields["delete_hsm_keys"] = &framework.FieldSchema{
 		Type: framework.TypeBool, Query: true,
-		Description: "For a deletion: destroy the HSM keys as well. Nothing that they sealed opens ever after, neither here nor " +
-			"from a backup.",
+		Description: "For a deletion: destroy the HSM keys as well, where all of them were made for this wrapping key (generated) and none " +
+			"served encrypt/. Nothing that they sealed opens ever after, neither here nor from a backup.",
 	}
 	fields["force"] = &framework.FieldSchema{
 		Type: framework.TypeBool, Query: true,
@@ -110,8 +110,8 @@ func keyAnswer() map[string]*framework.FieldSchema {
 		"deletion_allowed":       {Type: framework.TypeBool, Description: "Whether the key may be deleted."},
 		"versions": {
 			Type: framework.TypeSlice,
-			Description: "The versions, oldest first, each with its recipients (device, HSM key, algorithm, public key, weaknesses " +
-				"accepted) and what was acknowledged about it.",
+			Description: "The versions, oldest first, each with its recipients (device, HSM key, generated for this wrapping key or " +
+				"adopted, algorithm, public key, weaknesses accepted) and what was acknowledged about it.",
 		},
 		"record_sha256": {
 			Type:        framework.TypeString,
@@ -244,7 +244,7 @@ func wasMadeBy(key *keyring.Key, request keyring.GenerateRequest) bool {
 		return false
 	}
 	made := key.Versions[0].Recipients[0]
-	return made.Device == request.Device && made.Kind == request.Algorithm && (request.Label == "" || request.Label == made.Label)
+	return made.Generated && made.Device == request.Device && made.Kind == request.Algorithm && (request.Label == "" || request.Label == made.Label)
 }
 
 // readSource reads where an HSM key is to come from; nil where the request does not say.
@@ -401,6 +401,7 @@ func showVersion(version keyring.Version) (map[string]any, error) {
 			"public_key":          public,
 			"weaknesses_accepted": present(recipient.WeaknessesAccepted),
 			"also_usable_for":     present(recipient.AlsoUsableFor),
+			"generated":           recipient.Generated,
 			"added":               stamp(recipient.Added),
 			"added_by":            recipient.AddedBy,
 		})
