@@ -109,6 +109,26 @@ func TestDeviceWhoseSecretWouldGoElsewhereWantsItAgain(t *testing.T) {
 	}
 }
 
+// A file is a secret as well: whoever may write the configuration must not send what it holds elsewhere unawares.
+func TestDeviceWhosePINFileWouldGoElsewhereWantsItAgain(t *testing.T) {
+	for field, value := range map[string]any{
+		"module": "/usr/lib/other/module.so", "serial": "SN-other", "token_label": "other", "slot": 3,
+	} {
+		t.Run(field, func(t *testing.T) {
+			m := newMount(t)
+			m.secretFile("pin", rightPIN)
+			m.write("devices/card", fields{"module": testModule, "serial": "SN-card", "pin_file": "pin"}).ok(t)
+			before := m.stored()["devices/card"]
+			m.write("devices/card", fields{field: value, "parallel": 7}).want(t, http.StatusBadRequest).
+				says(t, field, "give pin or pin_file in the same write", "nothing was changed")
+			if m.stored()["devices/card"] != before {
+				t.Error("the refused write changed the record")
+			}
+			m.write("devices/card", fields{field: value, "pin_file": "pin"}).ok(t)
+		})
+	}
+}
+
 func TestPINFileUnderTheSecretsDirectoryServes(t *testing.T) {
 	m := newMount(t)
 	m.rack.add("SN-card").AddRSA(t, "k", "01", 2048)

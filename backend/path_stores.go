@@ -42,6 +42,11 @@ func storeFields() map[string]*framework.FieldSchema {
 		"request_timeout": {
 			Type: framework.TypeDurationSecond, Description: "etcd: how long one operation may take, at most 60 seconds. 0 means the default, 10 seconds.",
 		},
+		"insecure": {
+			Type: framework.TypeBool,
+			Description: "etcd: accept endpoints with http:// beyond this machine. Whoever is on the way can then read names and envelopes, put " +
+				"old ones back, and answer in etcd's place. TLS is verified in any case.",
+		},
 		"device":      {Type: framework.TypeString, Description: "object: the device that holds the data objects."},
 		"application": {Type: framework.TypeString, Description: "object: CKA_APPLICATION of the data objects; nitroseal where it is left out."},
 		"dir":         {Type: framework.TypeString, Description: "file: the name of a directory under the plugin's -state-dir."},
@@ -142,6 +147,7 @@ func (b *backend) storeRead(ctx context.Context, _ *logical.Request, data *frame
 		shown["client_cert"] = record.ClientCert
 		shown["client_key_set"] = record.ClientKey != ""
 		shown["server_name"] = record.ServerName
+		shown["insecure"] = record.Insecure
 		shown["request_timeout"] = int64(record.RequestTimeout / time.Second)
 	case storeObject:
 		shown["device"] = record.Device
@@ -187,10 +193,15 @@ func (b *backend) storeWrite(ctx context.Context, _ *logical.Request, data *fram
 	if err := b.writeStore(ctx, name, record); err != nil {
 		return nil, err
 	}
-	if record.Type != storeVault {
+	response := new(logical.Response)
+	switch {
+	case record.Insecure:
+		response.AddWarning("etcd is spoken to without TLS: whoever is on the way can read the names and envelopes that are kept there, put " +
+			"old ones back, and answer in etcd's place; what the envelopes hold stays sealed. Give etcd certificates and write https://")
+		return response, nil
+	case record.Type != storeVault:
 		return nil, nil
 	}
-	response := new(logical.Response)
 	response.AddWarning("this store is the storage of this very Vault: what lies in it cannot be opened while this Vault is sealed, so it is " +
 		"no place for the keys that unseal this Vault")
 	return response, nil
@@ -226,6 +237,9 @@ func mergeStore(record *storeRecord, data *framework.FieldData) error {
 		}
 		record.Password = password
 	}
+	if insecure, given := data.GetOk("insecure"); given {
+		record.Insecure = insecure.(bool)
+	}
 	if timeout, given := duration(data, "request_timeout"); given {
 		record.RequestTimeout = timeout
 	}
@@ -236,6 +250,7 @@ func mergeStore(record *storeRecord, data *framework.FieldData) error {
 var storeTypeFields = map[string][]string{
 	storeEtcd: {
 		"endpoints", "prefix", "username", "password", "ca_cert", "client_cert", "client_key", "server_name", "request_timeout",
+		"insecure",
 	},
 	storeObject: {"device", "application"},
 	storeVault:  nil,
@@ -299,6 +314,7 @@ func checkStoreDestination(old, changed storeRecord, data *framework.FieldData) 
 	note("ca_cert", old.CACert != changed.CACert)
 	note("server_name", old.ServerName != changed.ServerName)
 	note("username", old.Username != changed.Username)
+	note("insecure", old.Insecure != changed.Insecure)
 	if len(fields) == 0 {
 		return nil
 	}

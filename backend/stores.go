@@ -49,6 +49,7 @@ type storeRecord struct {
 	ClientKey      string        `json:"client_key,omitempty"`
 	ServerName     string        `json:"server_name,omitempty"`
 	RequestTimeout time.Duration `json:"request_timeout,omitempty"`
+	Insecure       bool          `json:"insecure,omitempty"`
 
 	// object
 	Device      string `json:"device,omitempty"`
@@ -189,7 +190,7 @@ func (b *backend) openStore(ctx context.Context, name string, record *storeRecor
 		opened, err := etcd.Open(etcd.Config{
 			Endpoints: record.Endpoints, Prefix: record.Prefix, Username: record.Username, Password: record.Password,
 			CACert: []byte(record.CACert), ClientCert: []byte(record.ClientCert), ClientKey: []byte(record.ClientKey),
-			ServerName: record.ServerName, RequestTimeout: record.RequestTimeout,
+			ServerName: record.ServerName, RequestTimeout: record.RequestTimeout, Insecure: record.Insecure,
 		})
 		if err != nil {
 			return nil, mistake("%w", err)

@@ -66,6 +66,8 @@ func TestStoreWritesThatAreRefused(t *testing.T) {
 		"with a bad CA":               {etcd(fields{"ca_cert": "no PEM"}), "PEM"},
 		"with a bad client key":       {etcd(fields{"client_cert": "x", "client_key": "y"}), "client certificate"},
 		"with an endless timeout":     {etcd(fields{"request_timeout": "2m"}), "out of range"},
+		"without TLS":                 {etcd(fields{"endpoints": "http://etcd.example:2379"}), "insecure=true"},
+		"insecure with TLS":           {etcd(fields{"insecure": true}), "insecure=false"},
 		"with another kind's field":   {etcd(fields{"device": "card"}), `belongs to stores of type "object"`},
 		"with a directory outside":    {fields{"type": "file", "dir": "../../etc"}, "not the name of a directory"},
 		"with an absolute directory":  {fields{"type": "file", "dir": "/etc"}, "not the name of a directory"},
@@ -88,6 +90,21 @@ func TestStoreWritesThatAreRefused(t *testing.T) {
 			m.read("stores/s").want(t, http.StatusNotFound)
 		})
 	}
+}
+
+func TestStoreWithoutTLSIsWarnedOf(t *testing.T) {
+	m := newMount(t)
+	warned := m.write("stores/s", fields{
+		"type": "etcd", "endpoints": "http://etcd.example:2379", "prefix": "p", "insecure": true,
+	}).want(t, http.StatusOK).warnings
+	if len(warned) != 1 || !strings.Contains(warned[0], "without TLS") {
+		t.Errorf("warnings = %v", warned)
+	}
+	if got := m.read("stores/s").ok(t).text("insecure"); got != "true" {
+		t.Errorf("insecure = %s", got)
+	}
+	m.write("stores/s", fields{"endpoints": "https://etcd.example:2379"}).want(t, http.StatusBadRequest).says(t, "insecure=false")
+	m.write("stores/s", fields{"endpoints": "https://etcd.example:2379", "insecure": false}).want(t, http.StatusNoContent)
 }
 
 func TestStoreKeepsItsType(t *testing.T) {

@@ -22,8 +22,12 @@ import (
 
 // Config says where an etcd cluster is and who we are to it.
 type Config struct {
-	// Endpoints are the members' client URLs, https://host:port, or all of them http:// where etcd has no TLS.
+	// Endpoints are the members' client URLs, https://host:port, or all of them http:// where etcd has no TLS: on loopback
+	// addresses, or anywhere with Insecure.
 	Endpoints []string
+	// Insecure accepts http:// beyond loopback. Whoever is on the way can then read names and envelopes, put old ones back
+	// and answer in etcd's place; what the envelopes hold stays sealed. TLS is verified in any case.
+	Insecure bool
 	// Prefix is the folder of all our keys, "nitroseal/prod" for example. It is required, keeps to store.CheckName and
 	// so never begins with "/": a NetHSM that shares the etcd backs up and restores that range.
 	Prefix string
@@ -110,6 +114,14 @@ func (c Config) checkEndpoints() (secure bool, err error) {
 		if !secure && c.Username != "" && !loopback(u.Hostname()) {
 			return false, fmt.Errorf("endpoint %q would get the password in the clear; use https://", endpoint)
 		}
+		if !secure && !c.Insecure && !loopback(u.Hostname()) {
+			return false, fmt.Errorf("endpoint %q is spoken to without TLS, so whoever is on the way can read names and envelopes and put old ones "+
+				"back; use https://, or accept that with insecure=true", endpoint)
+		}
+	}
+	if secure && c.Insecure {
+		return false, errors.New("insecure=true belongs to endpoints with http://: certificates are verified in any case; set insecure=false, " +
+			"and name the authority of etcd's certificates in ca_cert")
 	}
 	return secure, nil
 }

@@ -94,6 +94,21 @@ func TestKeysLieUnderThePrefixOnly(t *testing.T) {
 	}
 }
 
+func TestEndpointsWithoutTLSAreAcceptedOnThisMachineOrByASetting(t *testing.T) {
+	for _, config := range []etcd.Config{
+		{Endpoints: []string{"http://127.0.0.1:1", "http://[::1]:1", "http://localhost:1"}, Prefix: "p"},
+		{Endpoints: []string{"http://etcd.example:2379"}, Prefix: "p", Insecure: true},
+	} {
+		s, err := etcd.Open(config)
+		if err != nil {
+			t.Fatalf("%v: %v", config.Endpoints, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestConfiguration(t *testing.T) {
 	cluster := etcdtest.Shared(t)
 	good := config(t, cluster)
@@ -116,6 +131,13 @@ func TestConfiguration(t *testing.T) {
 		"password in the clear": func(c *etcd.Config) {
 			*c = etcd.Config{Endpoints: []string{"http://etcd.example:2379"}, Prefix: "p", Username: "u", Password: "pass"}
 		},
+		"password in the clear, although insecure": func(c *etcd.Config) {
+			*c = etcd.Config{Endpoints: []string{"http://etcd.example:2379"}, Prefix: "p", Username: "u", Password: "pass", Insecure: true}
+		},
+		"no TLS beyond this machine": func(c *etcd.Config) {
+			*c = etcd.Config{Endpoints: []string{"http://127.0.0.1:2379", "http://etcd.example:2379"}, Prefix: "p"}
+		},
+		"insecure with TLS": func(c *etcd.Config) { c.Insecure = true },
 	}
 	for sentence, change := range tests {
 		t.Run(sentence, func(t *testing.T) {
