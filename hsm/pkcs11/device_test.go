@@ -420,6 +420,39 @@ func TestAWriteIsBelievedOnlyWhenAFreshHostReadsIt(t *testing.T) {
 	})
 }
 
+func TestAWriteThatHappenedAlthoughTheTokenSaidNoIsDone(t *testing.T) {
+	ref := hsm.ObjectRef{Application: "a", Label: "l"}
+	for name, test := range map[string]struct {
+		stored string // by the module that then says that the log-in was gone
+		want   error
+	}{
+		"our value":         {"value", nil},
+		"another's value":   {"other", hsm.ErrExists},
+		"a half of a value": {"va", hsm.ErrExists},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			f.follow(func(h *fakeHost, r wire.Frame) bool {
+				if r.Op != wire.OpCreateObject || h.number > 1 {
+					return false
+				}
+				h.do(func() { h.objects[ref.Label] = test.stored })
+				return h.fail(r, ckrUserNotLoggedIn)
+			})
+			if err := d.WriteObject(patient(t), ref, []byte("value")); !errors.Is(err, test.want) {
+				t.Errorf("WriteObject = %v, want %v", err, test.want)
+			}
+			if n := f.count(wire.OpCreateObject); n != 1 {
+				t.Errorf("it was sent %d times, want once", n)
+			}
+			if err := d.WriteObject(patient(t), ref, []byte("value")); !errors.Is(err, hsm.ErrExists) {
+				t.Errorf("another write of the name = %v, want ErrExists", err)
+			}
+		})
+	}
+}
+
 func TestInfoNeverLogsIn(t *testing.T) {
 	f, m, module := newFake(t)
 	d := f.open(t, m, module, func(c *Config) { c.PIN = nil })

@@ -67,6 +67,7 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 	}
 	defer turn.leave()
 
+	sent := false
 	create := operation{
 		during: during, op: wire.OpCreateObject, private: true, directory: true, turn: turn,
 		build: func(ctx context.Context, a *attachment) (any, []byte, error) {
@@ -74,43 +75,50 @@ func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byt
 			if err == nil && slices.Contains(labels, ref.Label) {
 				err = hsm.ErrExists
 			}
+			sent = sent || err == nil
 			return wire.ObjectRequest{Slot: a.slot, Application: ref.Application, Label: ref.Label}, value, err
 		},
 	}
 	for first := true; ; first = false {
 		_, err := d.run(ctx, create)
-		if mayHaveWritten(err) {
+		// A module may write and then say that it did not. Then the repeat meets the object that is our own.
+		taken := sent && errors.Is(err, hsm.ErrExists)
+		if taken || mayHaveWritten(err) {
 			d.manager.wrote(nil)
 		}
-		if err != nil {
+		if err != nil && !taken {
 			return err
 		}
-		kept := false
-		err = d.verify(ctx, func(ctx context.Context, a *attachment) error {
-			stored, err := d.exchange(ctx, a, wire.OpReadObject, wire.ObjectRequest{Slot: a.slot, Application: ref.Application, Label: ref.Label}, nil)
-			if failed, ok := errors.AsType[*wire.Error](err); ok && failed.Code == wire.CodeNotFound {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			defer clear(stored.Data)
-			if !bytes.Equal(stored.Data, value) {
-				return fmt.Errorf("%w: the token holds something else than was written", hsm.ErrUnavailable)
-			}
-			kept = true
-			return nil
-		})
+		found, there, unread := d.stored(ctx, ref)
+		kept := there && bytes.Equal(found, value)
+		clear(found)
 		switch {
-		case err != nil:
-			return fmt.Errorf("%s: checking with a fresh module host: %w", during, plain(err))
+		case unread != nil:
+			return fmt.Errorf("%s: checking with a fresh module host: %w", during, plain(unread))
 		case kept:
 			return nil
+		case there && taken:
+			return err
+		case there:
+			return fmt.Errorf("%s: checking with a fresh module host: %w: the token holds something else than was written", during, hsm.ErrUnavailable)
 		case !first:
 			return fmt.Errorf("%s: %w: the token said yes twice and did not keep the %d bytes; delete objects or keys that are not needed",
 				during, hsm.ErrFull, len(value))
 		}
 	}
+}
+
+// stored is the value of an object as a fresh host reads it, and whether there is one.
+func (d *Device) stored(ctx context.Context, ref hsm.ObjectRef) (value []byte, there bool, err error) {
+	err = d.verify(ctx, func(ctx context.Context, a *attachment) error {
+		frame, err := d.exchange(ctx, a, wire.OpReadObject, wire.ObjectRequest{Slot: a.slot, Application: ref.Application, Label: ref.Label}, nil)
+		if failed, ok := errors.AsType[*wire.Error](err); ok && failed.Code == wire.CodeNotFound {
+			return nil
+		}
+		value, there = frame.Data, err == nil
+		return err
+	})
+	return value, there, err
 }
 
 // DeleteObject implements [hsm.ObjectStore]. It is believed only when a fresh host no longer finds the object.

@@ -16,6 +16,7 @@
 package object
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -143,7 +144,12 @@ func (s *Store) put(ctx context.Context, device hsm.ObjectStore, name string, va
 	}
 	revision := frame.NewRevision()
 	next := version{hsm.ObjectRef{Application: s.application, Label: label(name, current.newest+1)}, current.newest + 1}
-	if err := device.WriteObject(ctx, next.ref, frame.Encode(revision, value)); err != nil {
+	framed := frame.Encode(revision, value)
+	err = device.WriteObject(ctx, next.ref, framed)
+	if errors.Is(err, hsm.ErrExists) {
+		err = s.whose(ctx, device, next.ref, framed, err)
+	}
+	if err != nil {
 		return store.NoRevision, explain(ctx, err)
 	}
 	// The new value is safe. What remains can wait for the next writer, except for another writer's trace.
@@ -158,6 +164,23 @@ func (s *Store) put(ctx context.Context, device hsm.ObjectStore, name string, va
 	older := slices.DeleteFunc(all, func(v version) bool { return v.generation >= next.generation })
 	_ = s.remove(ctx, device, older)
 	return revision, nil
+}
+
+// whose asks whether an object that was in the way of a write is that very write: an HSM may do what it says that it did
+// not, and a repeat below us then meets its own trace. The random revision in the frame makes every write different. nil
+// means that it is ours; where that cannot be told, the write may or may not have happened.
+func (s *Store) whose(ctx context.Context, device hsm.ObjectStore, ref hsm.ObjectRef, framed []byte, exists error) error {
+	there, err := device.ReadObject(ctx, ref)
+	switch {
+	case errors.Is(err, hsm.ErrAmbiguous):
+		return err
+	case err != nil:
+		return fmt.Errorf("%w: an object is in the way of the write that may be the write itself: %w", hsm.ErrUnavailable, err)
+	case bytes.Equal(there, framed):
+		return nil
+	default:
+		return exists
+	}
 }
 
 // List implements [store.Store].

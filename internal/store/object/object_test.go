@@ -159,14 +159,56 @@ func TestWriterWithoutOurLockIsNoticed(t *testing.T) {
 }
 
 // refuser is a token that refuses a name that exists, as a NetHSM does on all machines at once.
-type refuser struct{ hsm.ObjectStore }
+// refuser finds an object in the way of a write: what there returns of the bytes to be written, none for nil.
+type refuser struct {
+	hsm.ObjectStore
+	there func(framed []byte) []byte
+	read  error // what reading it gives instead
+}
 
-func (refuser) WriteObject(context.Context, hsm.ObjectRef, []byte) error { return hsm.ErrExists }
+func (r refuser) WriteObject(ctx context.Context, ref hsm.ObjectRef, framed []byte) error {
+	if there := r.there(framed); there != nil {
+		if err := r.ObjectStore.WriteObject(ctx, ref, there); err != nil {
+			return err
+		}
+	}
+	return hsm.ErrExists
+}
 
-func TestNameTakenByAnotherMachineConflicts(t *testing.T) {
-	s := open(t, refuser{hsmtest.NewMemory()}, t.TempDir())
-	if _, err := s.Put(t.Context(), "a", nil, store.NoRevision); !errors.Is(err, store.ErrConflict) {
-		t.Errorf("Put = %v, want ErrConflict", err)
+func (r refuser) ReadObject(ctx context.Context, ref hsm.ObjectRef) ([]byte, error) {
+	if r.read != nil {
+		return nil, r.read
+	}
+	return r.ObjectStore.ReadObject(ctx, ref)
+}
+
+func TestAnObjectInTheWayOfAWriteIsOursOrAConflict(t *testing.T) {
+	same := func(framed []byte) []byte { return framed }
+	for name, test := range map[string]struct {
+		there func(framed []byte) []byte
+		read  error
+		want  error
+	}{
+		"another machine's value":  {there: func([]byte) []byte { return []byte("of another machine") }, want: store.ErrConflict},
+		"the very value":           {there: same},
+		"one that is gone again":   {there: func([]byte) []byte { return nil }, want: store.ErrUnavailable},
+		"one that does not answer": {there: same, read: hsm.ErrUnavailable, want: store.ErrUnavailable},
+		"two of them":              {there: same, read: hsm.ErrAmbiguous, want: store.ErrAmbiguous},
+	} {
+		t.Run(name, func(t *testing.T) {
+			token := hsmtest.NewMemory()
+			s := open(t, refuser{ObjectStore: token, there: test.there, read: test.read}, t.TempDir())
+			revision, err := s.Put(t.Context(), "a", []byte("value"), store.NoRevision)
+			if !errors.Is(err, test.want) {
+				t.Fatalf("Put = %v, want %v", err, test.want)
+			}
+			if test.want == nil {
+				entry, err := s.Get(t.Context(), "a")
+				if err != nil || string(entry.Value) != "value" || entry.Revision != revision {
+					t.Errorf("Get = %+v, %v; want the value at revision %q", entry, err, revision)
+				}
+			}
+		})
 	}
 }
 
