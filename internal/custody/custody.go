@@ -39,6 +39,8 @@ type Keys interface {
 	Seal(ctx context.Context, name string, c envelope.Context, payload []byte) (keyring.Sealed, error)
 	Open(ctx context.Context, name string, raw []byte, want envelope.Context) (keyring.Opened, error)
 	Get(ctx context.Context, name string) (*keyring.Key, error)
+	// Lives returns keyring.ErrKeyNotFound or keyring.ErrDeleting where the key is gone or going, and asks no cache.
+	Lives(ctx context.Context, name string) error
 }
 
 // Stores opens stores by the names that they were configured with.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -150,6 +151,12 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 	if c.request != nil {
 		next.sent(*c.request, generation, sealed.Envelope)
 	}
+	// A key may be deleted at any moment, and what seals does not notice: it may have the key in a cache. Asked before,
+	// nothing is replaced by what cannot be opened; asked afterwards, who deleted the key has seen the envelope, or the
+	// writer hears of it.
+	if err := k.lives(ctx, c.key); err != nil {
+		return Metadata{}, fmt.Errorf("sealing %s: %w", describe(i.cluster, i.name), err)
+	}
 	if _, err := k.saveRecord(ctx, i.cluster, i.name, recorded{next, i.rec.revision}); err != nil {
 		return Metadata{}, err
 	}
@@ -158,6 +165,10 @@ func (k *Keeper) replace(ctx context.Context, i *item, payload []byte, c change)
 			k.withdraw(ctx, i, generation)
 		}
 		return Metadata{}, fmt.Errorf("writing %s to store %q: %w", describe(i.cluster, i.name), i.storeName, err)
+	}
+	if err := k.lives(ctx, c.key); err != nil {
+		return Metadata{}, fmt.Errorf("%s was stored, and cannot be opened: its wrapping key was deleted meanwhile: %w; write it again "+
+			"with another key", describe(i.cluster, i.name), err)
 	}
 	done := k.confirmation(generation, c)
 	warnings := k.confirm(ctx, i, generation, done)
@@ -184,6 +195,19 @@ func (k *Keeper) confirmation(generation uint64, c change) func(*record) {
 			rec.Fields = c.fields
 		}
 	}
+}
+
+// lives returns an error where a wrapping key is gone or going. One that could not be asked about is logged only: the
+// write itself is not in doubt.
+func (k *Keeper) lives(ctx context.Context, key string) error {
+	err := k.keys.Lives(ctx, key)
+	if errors.Is(err, keyring.ErrKeyNotFound) || errors.Is(err, keyring.ErrDeleting) {
+		return err
+	}
+	if err != nil {
+		k.logger.Warn("finding out whether a wrapping key was deleted meanwhile", "key", key, "error", err)
+	}
+	return nil
 }
 
 // key is the wrapping key that an item has, "" where it has none yet.

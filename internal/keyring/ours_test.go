@@ -194,3 +194,30 @@ func TestAnEnvelopeThatNoHSMDecryptsCostsOneOperationEachAndOneSentence(t *testi
 		t.Errorf("operations: %v, want one of each HSM", got)
 	}
 }
+
+func TestWhetherAKeyLivesIsAskedOfTheStoreAndNotOfTheCache(t *testing.T) {
+	f := newFixture(t)
+	f.generate()
+	cached := New(Config{Records: f.store, Devices: f.devices, CacheRecords: true})
+	lives := func(want error) {
+		t.Helper()
+		if _, err := cached.Get(t.Context(), "prod"); err != nil {
+			t.Fatal(err)
+		}
+		if err := cached.Lives(t.Context(), "prod"); !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	lives(nil)
+	f.configure(Settings{DeletionAllowed: ptr(true)})
+	f.one.SetError(hsm.ErrUnavailable)
+	if err := f.Delete(t.Context(), "prod", DeleteRequest{DeleteHSMKeys: true}); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Fatal(err)
+	}
+	lives(ErrDeleting)
+	f.one.SetError(nil)
+	if err := f.Delete(t.Context(), "prod", DeleteRequest{DeleteHSMKeys: true}); err != nil {
+		t.Fatal(err)
+	}
+	lives(ErrKeyNotFound)
+}

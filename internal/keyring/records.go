@@ -133,6 +133,19 @@ func (k *Keyring) Get(ctx context.Context, name string) (*Key, error) {
 	return describe(rec), nil
 }
 
+// Lives returns ErrKeyNotFound or ErrDeleting where a key is gone, or going together with its HSM keys. It reads the
+// store, never the cache: who has stored what the key sealed asks it whether the key was deleted meanwhile.
+func (k *Keyring) Lives(ctx context.Context, name string) error {
+	rec, _, err := k.load(ctx, name)
+	if err != nil {
+		return err
+	}
+	if rec.Deleting != nil {
+		return rec.settled()
+	}
+	return nil
+}
+
 // Invalidate forgets what is cached of a key because somebody else wrote its record; an empty name forgets all keys.
 func (k *Keyring) Invalidate(name string) {
 	if name == "" {
