@@ -262,6 +262,29 @@ func TestPINChangeThatWasCutShortIsSettledByTheNextUse(t *testing.T) {
 	}
 }
 
+// A PIN that proves right settles a change that was cut short, also where neither of its two PINs may be tried any more.
+func TestPINChangeThatWasCutShortIsSettledByAPINThatIsRight(t *testing.T) {
+	m := newMount(t)
+	token := m.addKey("prod")
+	record, err := m.readDevice(context.Background(), "prod-hsm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	record.NextPIN = "735591"
+	if err := m.putDevice(context.Background(), "prod-hsm", record); err != nil {
+		t.Fatal(err)
+	}
+	if err := token.ChangePIN(context.Background(), []byte("111111")); err != nil { // by another program
+		t.Fatal(err)
+	}
+	m = m.remount()
+	m.write("devices/prod-hsm/pin", fields{"new_pin": "111111", "on_token": false}).ok(t)
+	m.list("devices/prod-hsm/keys/").ok(t)
+	if got := m.read("devices/prod-hsm"); got.text("pin_change_pending") != "false" || token.wrong != 0 {
+		t.Errorf("after it: %v, %d wrong PINs were sent", got.data, token.wrong)
+	}
+}
+
 // Another mount may be logged in with the old PIN, so that the new one cannot be tried.
 func TestPINChangeThatWasCutShortIsSettledByTheOldPINWhereTheNewOneIsBarred(t *testing.T) {
 	m := newMount(t)

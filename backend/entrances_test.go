@@ -115,3 +115,24 @@ func authEnvelope(t *testing.T, record string) string {
 	}
 	return string(parsed.Versions[0].AuthEnvelope)
 }
+
+// The sizes that the documentation names.
+func TestHowMuchAnItemTakes(t *testing.T) {
+	m, _ := newKeeping(t)
+	for _, test := range []struct {
+		store string
+		kib   int
+		want  int
+	}{
+		{"own", 47, http.StatusOK},
+		{"own", 49, http.StatusBadRequest},
+		{"objects", 34, http.StatusOK},
+		{"objects", 36, http.StatusBadRequest},
+	} {
+		value := base64.StdEncoding.EncodeToString(make([]byte, test.kib<<10))
+		got := m.write("material/"+test.store+"/item", fields{"fields": fields{"x": value}, "key": "prod", "store": test.store})
+		if got.status != test.want {
+			t.Errorf("%d KiB in the store %q: status %d, want %d; %s", test.kib, test.store, got.status, test.want, got.message)
+		}
+	}
+}

@@ -167,7 +167,8 @@ func mayAnswer(pattern string, captured []string, kind logical.Operation) []int 
 	one := strings.HasSuffix(pattern, framework.GenericNameRegex("name")) // and not an action on it
 	// Devices and stores are made by the same write that changes them, and what is not there is deleted without a word.
 	configures := one && (strings.HasPrefix(pattern, devicesPrefix) || strings.HasPrefix(pattern, storesPrefix))
-	if kind == logical.ListOperation || len(captured) > 0 && kind != logical.DeleteOperation && !(writes && configures) {
+	named := len(captured) > 0 && kind != logical.DeleteOperation
+	if kind == logical.ListOperation || named && (!writes || !configures) {
 		codes = append(codes, http.StatusNotFound)
 	}
 	usesStore := material && len(captured) > 0 || writes && strings.HasPrefix(pattern, storesPrefix)
