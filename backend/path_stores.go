@@ -118,7 +118,8 @@ func (b *backend) storePaths() []*framework.Path {
 			HelpDescription: "etcd serves more than one machine; object keeps data objects on the HSM itself; file is for one machine. " +
 				"vault is this mount's own storage: what lies there is out of reach while this very Vault is sealed, so it is no " +
 				"place for the keys that unseal this Vault: material is refused there where its cluster_id is this Vault's own, and warned " +
-				"about where no cluster_id is given. etcd is spoken to with TLS, or on this machine; elsewhere insecure=true accepts http://. Fields that a write leaves out keep their values; secrets are never shown, " +
+				"about where no cluster_id is given. etcd is spoken to with TLS, or on this machine; elsewhere insecure=true accepts " +
+				"http://. Fields that a write leaves out keep their values; secrets are never shown, " +
 				"and a write that would send one somewhere else must carry it again.",
 		},
 	}
