@@ -17,7 +17,7 @@ import (
 // in between leaves is an unresolved intent, and whether that bars its PIN is asked of the token: where it still shows
 // all its tries, the PIN was right or never arrived. A PIN that was rejected stays barred until another one is
 // configured or a person unbars the token. Where a token shows fewer than all its tries, only the PIN that worked there
-// last is sent without a person's word.
+// last is sent without a person's word. Where the disk is full, that PIN needs no intent (docs/decisions/0005).
 //
 // PINs are told apart by fingerprints that are made to be poor (see [ledgerFiles.fingerprint]). All processes of a
 // machine share the ledger's directory; one log-in to a token runs at a time, under a lock that dies with its process.
@@ -31,14 +31,16 @@ func openLedger(dir string) *ledger {
 	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now}
 }
 
-// attempt is a log-in under way. Exactly one of succeeded, succeededInPlaceOf, wrong, changed, unresolved and withdrawn must be called; until then
-// other log-ins to the same token wait, in every process.
+// attempt is a log-in under way. Exactly one of succeeded, succeededInPlaceOf, wrong, changed, unresolved and withdrawn must
+// be called; until then other log-ins to the same token wait, in every process.
 type attempt struct {
 	ledger *ledger
 	serial string
 	known  record // what is known without this attempt
 	intent intent
-	unlock func()
+	// unrecorded is why the intent could not be written, nil where it was, see [ledger.attemptOnFullDisk].
+	unrecorded error
+	unlock     func()
 }
 
 // attempt records the intent to log in to the token with that serial number, and returns once it is durable. shows asks
@@ -48,7 +50,16 @@ type attempt struct {
 func (l *ledger) attempt(
 	ctx context.Context, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
 ) (*attempt, error) {
-	return l.attemptAtWord(ctx, noWord, serial, pin, shows)
+	return l.start(ctx, terms{}, serial, pin, shows)
+}
+
+// attemptOnFullDisk is attempt for log-ins that a Vault needs to be unsealed. Where there is no room for the intent (the disk
+// is full, or read-only after an error), the PIN that worked last goes ahead without one, as long as the token shows all its
+// tries. A wrong one then costs one try, and with that try missing and no intent it is not sent again.
+func (l *ledger) attemptOnFullDisk(
+	ctx context.Context, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
+) (*attempt, error) {
+	return l.start(ctx, terms{evenUnrecorded: true}, serial, pin, shows)
 }
 
 // word is what a person said about one log-in.
@@ -68,6 +79,19 @@ func (w word) passes(flags hsm.PINState) bool { return w == lastTry || w == oneT
 func (l *ledger) attemptAtWord(
 	ctx context.Context, said word, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
 ) (*attempt, error) {
+	return l.start(ctx, terms{said: said}, serial, pin, shows)
+}
+
+// terms are what an attempt may do beyond the rule.
+type terms struct {
+	said           word
+	evenUnrecorded bool
+}
+
+// start begins an attempt under the token's lock.
+func (l *ledger) start(
+	ctx context.Context, on terms, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
+) (*attempt, error) {
 	if err := l.files.checkDir(); err != nil {
 		return nil, l.noIntent(serial, err)
 	}
@@ -81,7 +105,7 @@ func (l *ledger) attemptAtWord(
 	flags, err := shows(ctx)
 	var a *attempt
 	if err == nil {
-		a, err = l.begin(said, serial, pin, flags)
+		a, err = l.begin(on, serial, pin, flags)
 	}
 	if err != nil {
 		unlock()
@@ -92,7 +116,7 @@ func (l *ledger) attemptAtWord(
 }
 
 // begin decides and writes the intent. The caller holds the token's lock.
-func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
+func (l *ledger) begin(on terms, serial string, pin []byte, flags hsm.PINState) (*attempt, error) {
 	var damaged *damagedError
 	mark, key, err := l.files.fingerprint(serial, pin)
 	if errors.As(err, &damaged) {
@@ -108,7 +132,7 @@ func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState)
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
-	known, again, refusal := before.admit(mark, key, flags, said)
+	known, again, refusal := before.admit(mark, key, flags, on.said)
 	if refusal != nil {
 		if len(known.Barred) > len(before.Barred) {
 			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
@@ -118,7 +142,11 @@ func (l *ledger) begin(said word, serial string, pin []byte, flags hsm.PINState)
 	}
 	a := &attempt{ledger: l, serial: serial, known: known}
 	a.intent = intent{Mark: mark, At: l.now().UTC().Truncate(time.Second), Again: again}
-	if err := l.files.write(serial, known.resolved(mark, &a.intent)); err != nil {
+	err = l.files.write(serial, known.resolved(mark, &a.intent))
+	if err != nil && on.evenUnrecorded && noRoom(err) && known.surely(mark, flags) {
+		a.unrecorded, err = err, nil
+	}
+	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
 	return a, nil
@@ -135,6 +163,9 @@ func (l *ledger) noIntent(serial string, err error) error {
 // next one, which the token's full count of tries will then resolve.
 func (a *attempt) succeeded() error {
 	defer a.unlock()
+	if a.unrecorded != nil {
+		return nil // which the record says already
+	}
 	after := a.known.resolved(a.intent.Mark, nil)
 	after.Good, after.PassFor = &a.intent.Mark, nil // the token shows all its tries again, so nobody needs a pass
 	if err := a.ledger.files.write(a.serial, after); err != nil {
@@ -158,7 +189,7 @@ func (a *attempt) succeededInPlaceOf(old []byte) error {
 func (a *attempt) wrong() error {
 	defer a.unlock()
 	after := a.known.resolved(a.intent.Mark, nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected})
-	if err := a.ledger.files.write(a.serial, after); err != nil {
+	if err := a.write(after); err != nil {
 		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
 			"is mended: %w", a.serial, a.ledger.files.dir, err)
 	}
@@ -184,13 +215,32 @@ func (a *attempt) changed(pin []byte) error {
 
 // unresolved leaves the intent as it is, because nobody knows what the token did with the PIN: the module hung or died.
 func (a *attempt) unresolved() error {
-	a.unlock()
+	defer a.unlock()
+	if a.unrecorded == nil {
+		return nil
+	}
+	if err := a.write(a.known.resolved(a.intent.Mark, &a.intent)); err != nil {
+		return fmt.Errorf("recording that a PIN was sent to the token %q, in %q: %w", a.serial, a.ledger.files.dir, err)
+	}
 	return nil
+}
+
+// write records what came of an attempt. Where there was no room for the intent there is hardly any for that; the old record
+// has room.
+func (a *attempt) write(r record) error {
+	err := a.ledger.files.write(a.serial, r)
+	if err != nil && a.unrecorded != nil {
+		err = a.ledger.files.overwrite(a.serial, r)
+	}
+	return err
 }
 
 // withdrawn takes the intent back, because the PIN surely did not reach the token or did not count.
 func (a *attempt) withdrawn() error {
 	defer a.unlock()
+	if a.unrecorded != nil {
+		return nil
+	}
 	if err := a.ledger.files.write(a.serial, a.known); err != nil {
 		return fmt.Errorf("recording that no PIN was sent to the token %q, in %q: %w", a.serial, a.ledger.files.dir, err)
 	}
@@ -343,6 +393,12 @@ func (r record) unbarred(mark fingerprint, key string) record {
 	}
 	r.PassFor, r.Pass = &mark, false
 	return r
+}
+
+// surely tells whether a PIN is right as far as anybody knows: it worked last, nothing is missing on the token, and no log-in
+// is open but one with this very PIN.
+func (r record) surely(mark fingerprint, flags hsm.PINState) bool {
+	return r.isGood(mark) && !flags.CountLow && !flags.FinalTry && (r.Intent == nil || r.Intent.Mark == mark)
 }
 
 func (r record) isGood(mark fingerprint) bool { return r.Good != nil && *r.Good == mark }

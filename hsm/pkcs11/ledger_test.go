@@ -1,9 +1,11 @@
 package pkcs11
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,7 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -274,7 +277,7 @@ func TestAWithdrawnIntentLeavesEverythingAsItWas(t *testing.T) {
 	must(t, begins(t, l, "975310", allTries).withdrawn())
 	after, err := l.files.read(serial)
 	must(t, err)
-	if diff := cmp.Diff(before, after); diff != "" {
+	if diff := gocmp.Diff(before, after); diff != "" {
 		t.Errorf("the record changed (-before +after):\n%s", diff)
 	}
 }
@@ -439,6 +442,145 @@ func TestWithoutAnIntentThereIsNoLogIn(t *testing.T) {
 	}
 }
 
+// full is a disk that takes no new file; what is there can be written over where inPlace says so.
+func full(errno unix.Errno, inPlace bool) func(*os.File) error {
+	return func(f *os.File) error {
+		if inPlace && strings.HasSuffix(f.Name(), ".json") {
+			return nil
+		}
+		return &fs.PathError{Op: "write", Path: f.Name(), Err: errno}
+	}
+}
+
+func hasRoom(*os.File) error { return nil }
+
+func TestAFullDiskKeepsTheGoodPINFromNoToken(t *testing.T) {
+	for _, errno := range []unix.Errno{unix.ENOSPC, unix.EDQUOT, unix.EROFS} {
+		t.Run(errno.Error(), func(t *testing.T) {
+			l := testLedger(t)
+			good(t, l, "648219")
+			l.files.sync = full(errno, false)
+			for range 3 { // a Vault that starts again and again
+				a, err := l.again().attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(allTries))
+				must(t, err)
+				if !errors.Is(a.unrecorded, errno) {
+					t.Errorf("the attempt says %v of its intent", a.unrecorded)
+				}
+				must(t, a.succeeded())
+			}
+			l.files.sync = hasRoom
+			must(t, begins(t, l, "648219", countLow).succeeded())
+		})
+	}
+}
+
+func TestAFullDiskLetsNothingElseThrough(t *testing.T) {
+	for name, c := range map[string]struct {
+		pin    string
+		flags  hsm.PINState
+		errno  unix.Errno
+		before func(t *testing.T, l *ledger)
+	}{
+		"another PIN":                     {pin: "111111"},
+		"a missing try":                   {flags: countLow},
+		"the last try":                    {flags: finalTry},
+		"a disk that is broken, not full": {errno: unix.EIO},
+		"an open log-in with another PIN": {before: func(t *testing.T, l *ledger) {
+			t.Helper()
+			must(t, begins(t, l, "111111", allTries).unresolved())
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := testLedger(t)
+			good(t, l, "648219")
+			if c.before != nil {
+				c.before(t, l)
+			}
+			l.files.sync = full(cmp.Or(c.errno, unix.ENOSPC), true)
+			_, err := l.attemptOnFullDisk(t.Context(), serial, []byte(cmp.Or(c.pin, "648219")), shows(c.flags))
+			if _, barred := errors.AsType[*hsm.PINError](err); barred || !errors.Is(err, hsm.ErrUnavailable) {
+				t.Errorf("it gives %v, want ErrUnavailable", err)
+			}
+		})
+	}
+	// A change of the PIN, and a new PIN, have a person there who can make room.
+	l := testLedger(t)
+	good(t, l, "648219")
+	l.files.sync = full(unix.ENOSPC, true)
+	if _, err := l.attempt(t.Context(), serial, []byte("648219"), shows(allTries)); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("an attempt that must be recorded gives %v", err)
+	}
+}
+
+func TestALogInOnAFullDiskMayFollowItsOwnOpenOne(t *testing.T) {
+	l := testLedger(t)
+	good(t, l, "648219")
+	must(t, begins(t, l, "648219", allTries).unresolved()) // the disk was full before the log-in could be recorded
+	l.files.sync = full(unix.ENOSPC, false)
+	a, err := l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(allTries))
+	must(t, err)
+	must(t, a.succeeded())
+}
+
+func TestAPINThatWasWrongOnAFullDiskIsBarred(t *testing.T) {
+	for name, inPlace := range map[string]bool{"where the old record has room": true, "where nothing can be written": false} {
+		t.Run(name, func(t *testing.T) {
+			l := testLedger(t)
+			good(t, l, "648219")
+			l.files.sync = full(unix.ENOSPC, inPlace)
+			a, err := l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(allTries))
+			must(t, err)
+			if err := a.wrong(); (err == nil) != inPlace {
+				t.Errorf("recording it gives %v", err)
+			}
+			if _, err := l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(countLow)); err == nil {
+				t.Error("it is sent again while the disk is full")
+			}
+			if inPlace {
+				l.files.sync = hasRoom
+				refuses(t, l, "648219", countLow)
+				refuses(t, l, "648219", allTries)
+			}
+		})
+	}
+}
+
+func TestALogInWithoutAnAnswerOnAFullDiskIsRemembered(t *testing.T) {
+	l := testLedger(t)
+	good(t, l, "648219")
+	l.files.sync = full(unix.ENOSPC, true)
+	a, err := l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(allTries))
+	must(t, err)
+	must(t, a.unresolved())
+	l.files.sync = hasRoom
+	must(t, begins(t, l, "648219", countLow).unresolved()) // good until now, so once more
+	refuses(t, l, "648219", finalTry)
+
+	l = testLedger(t)
+	good(t, l, "648219")
+	l.files.sync = full(unix.ENOSPC, true)
+	before, err := l.files.read(serial)
+	must(t, err)
+	a, err = l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(allTries))
+	must(t, err)
+	must(t, a.withdrawn())
+	after, err := l.files.read(serial)
+	must(t, err)
+	if diff := gocmp.Diff(before, after); diff != "" {
+		t.Errorf("a withdrawn one leaves (-before +after):\n%s", diff)
+	}
+}
+
+func TestARecordWrittenOverALongerOneReads(t *testing.T) {
+	l := testLedger(t)
+	everything(t, l)
+	short := record{Key: "c7a9f643"}
+	must(t, l.files.overwrite(serial, short))
+	if got, err := l.files.read(serial); err != nil || gocmp.Diff(short, got) != "" {
+		t.Errorf("it reads as %+v, %v", got, err)
+	}
+}
+
 func TestAnIntentIsDurableBeforeTheAttemptBegins(t *testing.T) {
 	l := testLedger(t)
 	good(t, l, "648219") // the key of fingerprints exists from here on
@@ -460,7 +602,7 @@ func TestAnIntentIsDurableBeforeTheAttemptBegins(t *testing.T) {
 		return nil
 	}
 	a := begins(t, l, "111111", allTries)
-	if diff := cmp.Diff([]string{"content, not yet in place", "directory, with the intent in place"}, events); diff != "" {
+	if diff := gocmp.Diff([]string{"content, not yet in place", "directory, with the intent in place"}, events); diff != "" {
 		t.Errorf("what reached the disk when attempt returned (-want +got):\n%s", diff)
 	}
 	must(t, a.unresolved())

@@ -90,6 +90,9 @@ func (f ledgerFiles) checkDir() error {
 func (f ledgerFiles) lock(ctx context.Context, serial string) (unlock func(), err error) {
 	path := f.path(serial, ".lock")
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if errors.Is(err, unix.EROFS) { // one that was there before the disk became read-only does as well
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -277,7 +280,7 @@ func parseRecord(content []byte, token string) (record, error) {
 
 // write makes a record durable. The caller holds the token's lock.
 func (f ledgerFiles) write(serial string, r record) error {
-	content, err := json.MarshalIndent(recordFile{Version: ledgerVersion, Token: escapeSerial(serial), record: r}, "", "  ")
+	content, err := encodeRecord(serial, r)
 	if err != nil {
 		return err
 	}
@@ -290,7 +293,7 @@ func (f ledgerFiles) write(serial string, r record) error {
 	if err != nil {
 		return err
 	}
-	if err := f.fill(file, append(content, '\n')); err != nil {
+	if err := f.fill(file, content); err != nil {
 		return err
 	}
 	if err := os.Rename(beside, path); err != nil { //nolint:gosec // as path says
@@ -299,7 +302,39 @@ func (f ledgerFiles) write(serial string, r record) error {
 	return f.syncDir()
 }
 
-// fill writes all of a new file, makes it durable and closes it.
+func encodeRecord(serial string, r record) ([]byte, error) {
+	content, err := json.MarshalIndent(recordFile{Version: ledgerVersion, Token: escapeSerial(serial), record: r}, "", "  ")
+	return append(content, '\n'), err
+}
+
+// overwrite writes a record over the one before, which takes no room on most disks. A power cut meanwhile may leave neither:
+// a damaged file, which is a bar.
+func (f ledgerFiles) overwrite(serial string, r record) error {
+	content, err := encodeRecord(serial, r)
+	if err != nil {
+		return err
+	}
+	file, err := os.OpenFile(f.path(serial, ".json"), os.O_WRONLY|unix.O_NOFOLLOW, 0) //nolint:gosec // below -state-dir, the serial escaped
+	if err != nil {
+		return err
+	}
+	info, err := file.Stat()
+	if err != nil {
+		_ = file.Close()
+		return err
+	}
+	if missing := info.Size() - int64(len(content)); missing > 0 { // blanks at the end are none of JSON's business
+		content = append(content, bytes.Repeat([]byte{'\n'}, int(missing))...)
+	}
+	return f.fill(file, content)
+}
+
+// noRoom tells errors of a disk that takes nothing more from those of a directory that is not as it should be.
+func noRoom(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS)
+}
+
+// fill writes all of a file, makes it durable and closes it.
 func (f ledgerFiles) fill(file *os.File, content []byte) error {
 	_, err := file.Write(content)
 	if err == nil {

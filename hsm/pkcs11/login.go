@@ -174,9 +174,13 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 		return err
 	}
 	defer release()
-	intent, err := d.manager.ledger.attempt(ctx, a.token.identity, pin, d.showsPIN(a))
+	intent, err := d.manager.ledger.attemptOnFullDisk(ctx, a.token.identity, pin, d.showsPIN(a))
 	if err != nil {
 		return err
+	}
+	if intent.unrecorded != nil {
+		d.manager.logger.Warn("logging in with the PIN that worked last although that cannot be recorded; make room in the state "+
+			"directory", "token", d.describeToken(), "state_dir", d.manager.options.StateDir, "error", intent.unrecorded)
 	}
 	// From here on the caller's patience does not matter: the PIN is on its way, and what comes of it must be recorded. The
 	// watchdog bounds the wait.

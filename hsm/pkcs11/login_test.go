@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
@@ -307,5 +309,40 @@ func TestAPINChangeWithAnUnknownReturnValueMayHaveHappened(t *testing.T) {
 				t.Errorf("the ledger holds %+v, %v; want the intent that nobody resolved", r, err)
 			}
 		})
+	}
+}
+
+func TestAFullDiskKeepsNoVaultSealed(t *testing.T) {
+	f, m, module := newFake(t)
+	if err := list(t, f.open(t, m, module)); err != nil {
+		t.Fatal(err)
+	}
+	start := func(spoil func(*ledger)) *Device { // the plugin again, after a restart
+		other := New(m.options)
+		other.spawn = f.spawn
+		spoil(other.ledger)
+		t.Cleanup(func() {
+			if err := other.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		return f.open(t, other, module)
+	}
+	noRoom := func(l *ledger) { l.files.sync = full(unix.ENOSPC, false) }
+	if err := list(t, start(noRoom)); err != nil {
+		t.Errorf("with a full disk: %v", err)
+	}
+	if err := start(noRoom).ChangePIN(patient(t), []byte("777777")); !errors.Is(err, hsm.ErrUnavailable) || f.count(wire.OpSetPIN) != 0 {
+		t.Errorf("a change of the PIN, which has to be recorded, gives %v", err)
+	}
+	f.do(func() { f.pin = "777777" }) // by another program
+	before := f.count(wire.OpLogin)
+	for range 3 {
+		if err := list(t, start(noRoom)); err == nil {
+			t.Fatal("a wrong PIN works")
+		}
+	}
+	if n := f.count(wire.OpLogin) - before; n != 1 {
+		t.Errorf("a PIN that is wrong now was sent %d times, want once", n)
 	}
 }
