@@ -84,6 +84,9 @@ var statuses = []struct {
 	errors []error
 }{
 	{http.StatusServiceUnavailable, passing},
+	// What lies in a store is damaged: nobody's mistake in this request either, and a backup mends it. The parts of a
+	// record have mistakes of their own, which are none of the request's.
+	{http.StatusServiceUnavailable, []error{keyring.ErrRecordMalformed, custody.ErrRecordMalformed, store.ErrCorrupt}},
 	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound}},
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},

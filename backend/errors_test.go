@@ -28,7 +28,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			hsm.ErrCiphertext, store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,
 			keyring.ErrInvalid, keyring.ErrKeyExists, keyring.ErrVersionTooOld, keyring.ErrVersionUnknown, keyring.ErrNotReady,
 			keyring.ErrDeleting, keyring.ErrWeakKey, keyring.ErrUnusableKey, keyring.ErrSameKey, keyring.ErrInUse,
-			keyring.ErrDeletionNotAllowed, keyring.ErrRequestReused, keyring.ErrRecordMismatch, keyring.ErrTooLarge,
+			keyring.ErrDeletionNotAllowed, keyring.ErrNotOurs, keyring.ErrRequestReused, keyring.ErrRecordMismatch, keyring.ErrTooLarge,
 			custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 			errNoStore, mistake("x"),
 		},
@@ -38,12 +38,14 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			store.ErrUnavailable, store.ErrDenied, device.ErrClosed, keyring.ErrGenerating, keyring.ErrNoDevice,
 			context.DeadlineExceeded, context.Canceled,
 			&hsm.PINError{TriesLeft: 2}, &hsm.PINError{TriesLeft: 0}, &hsm.PINError{TriesLeft: -1, Barred: true},
+			keyring.ErrRecordMalformed, custody.ErrRecordMalformed, store.ErrCorrupt,
+			fmt.Errorf("%w: %w", keyring.ErrRecordMalformed, envelope.ErrMalformed),
 			// One HSM is away and the other cannot: a repeat may succeed.
 			errors.Join(hsm.ErrNotFound, hsm.ErrUnavailable), errors.Join(envelope.ErrDecrypt, hsm.ErrUnavailable),
 		},
 		http.StatusInsufficientStorage: {hsm.ErrFull, store.ErrFull},
 		http.StatusConflict:            {store.ErrAmbiguous},
-		http.StatusInternalServerError: {keyring.ErrRecordMalformed, custody.ErrRecordMalformed, errStorage},
+		http.StatusInternalServerError: {errStorage},
 	} {
 		for _, err := range errs {
 			if got := status(fmt.Errorf("doing something: %w", err)); got != want {

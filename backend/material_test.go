@@ -214,7 +214,8 @@ func TestMaterialOutlivesItsMount(t *testing.T) {
 	other := mountOn(t, &faultyStorage{Storage: new(logical.InmemStorage)}, m.rack, m.secrets, m.state)
 	other.write("devices/prod-hsm", fields{"module": testModule, "serial": "SN-prod-hsm", "pin": rightPIN}).ok(t)
 	other.write("keys/prod/restore", fields{"key_record": backup.text("key_record"), "sha256": backup.text("sha256")}).ok(t)
-	other.write("stores/files", fields{"type": "file", "dir": "prod"}).ok(t)
+	other.write("stores/files", fields{"type": "file", "dir": "prod"}).want(t, http.StatusBadRequest).says(t, "take_over=true")
+	other.write("stores/files", fields{"type": "file", "dir": "prod", "take_over": true}).ok(t)
 	got := other.do(logical.ReadOperation, "material/c/i", fields{"store": "files"}).ok(t)
 	if got.text("state") != "unrecorded" {
 		t.Errorf("read = %v", got.data)

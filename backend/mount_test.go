@@ -61,6 +61,8 @@ type rack struct {
 type testToken struct {
 	*hsmtest.Memory
 	wrong int
+	// unnumbered makes a token that tells no serial number.
+	unnumbered bool
 }
 
 func newRack() *rack { return &rack{tokens: map[string]*testToken{}} }
@@ -149,6 +151,14 @@ func (s *session) AdoptPIN(ctx context.Context, pin []byte, lastTry bool) error 
 	return s.Memory.AdoptPIN(ctx, pin, lastTry)
 }
 
+func (s *session) Info(ctx context.Context) (hsm.Info, error) {
+	info, err := s.Memory.Info(ctx)
+	if s.token.unnumbered {
+		info.Serial = ""
+	}
+	return info, err
+}
+
 func (s *session) ChangePIN(ctx context.Context, pin []byte) error {
 	if changing := s.rack.changing; changing != nil {
 		return changing(ctx)
@@ -215,7 +225,7 @@ func (*mount) configFor(storage logical.Storage) *logical.BackendConfig {
 	config.System = &logical.StaticSystemView{
 		PluginEnvironment: &logical.PluginEnvironment{VaultVersion: "1.21.0"}, ClusterUUID: ownCluster,
 	}
-	config.BackendUUID = "3f2c0d4e-mount"
+	config.BackendUUID = fmt.Sprintf("mount-%p", storage) // a mount is its storage
 	config.Logger = hclog.NewNullLogger()
 	return config
 }

@@ -73,6 +73,11 @@ func (b *backend) storePaths() []*framework.Path {
 		Type:        framework.TypeBool,
 		Description: "Write, read back and delete a value first; where that fails, nothing is changed.",
 	}
+	fields["take_over"] = &framework.FieldSchema{
+		Type: framework.TypeBool,
+		Description: "file and object: use the directory, or the application on the token, although it belongs to another mount of this " +
+			"plugin, one that is lost for good. That mount cannot write there any more.",
+	}
 	fields["force"] = &framework.FieldSchema{
 		Type: framework.TypeBool, Query: true,
 		Description: "For a deletion: forget the store although stored material lies in it. The material stays where it is.",
@@ -189,10 +194,18 @@ func (b *backend) storeWrite(ctx context.Context, _ *logical.Request, data *fram
 	if err := b.checkStoreRecord(ctx, record, data); err != nil {
 		return nil, err
 	}
-	if err := b.tryStore(ctx, name, record, data.Get("check").(bool)); err != nil {
+	takeOver := data.Get("take_over").(bool)
+	if takeOver && record.Type != storeFile && record.Type != storeObject {
+		return nil, mistake("take_over is for stores of the types file and object; leave it out")
+	}
+	claim, err := b.tryStore(ctx, name, record, data.Get("check").(bool), takeOver)
+	if err != nil {
 		return nil, err
 	}
 	if err := b.writeStore(ctx, name, record); err != nil {
+		return nil, err
+	}
+	if err := claim(); err != nil {
 		return nil, err
 	}
 	response := new(logical.Response)
@@ -333,23 +346,33 @@ func checkStoreDestination(old, changed storeRecord, data *framework.FieldData) 
 }
 
 // tryStore opens a store as its record says, and checks it where that is asked for. Without a check the HSM of an object
-// store may lie in a drawer.
-func (b *backend) tryStore(ctx context.Context, name string, record *storeRecord, check bool) error {
-	if record.Type == storeObject && !check {
-		return nil
+// store may lie in a drawer; its first use finds out whether it belongs to another mount. The caller calls claim once the
+// record is written: it notes that what the store lies in belongs to this mount.
+func (b *backend) tryStore(ctx context.Context, name string, record *storeRecord, check, takeOver bool) (claim func() error, err error) {
+	claim = func() error { return nil }
+	if record.Type == storeObject && !check && !takeOver {
+		return claim, nil
 	}
 	opened, err := b.openStore(ctx, name, record)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer b.closeStore(name, opened)
+	tried := opened
+	if owned, ok := opened.(*ownedStore); ok {
+		if err := owned.owner.check(); err != nil && !(takeOver && errors.Is(err, errOthers)) {
+			return nil, err
+		}
+		claim = func() error { return owned.owner.claim(takeOver) }
+		tried = owned.Store // a check leaves no note
+	}
 	if !check {
-		return nil
+		return claim, nil
 	}
-	if err := checkStore(ctx, opened); err != nil {
-		return storeCheckError(name, err)
+	if err := checkStore(ctx, tried); err != nil {
+		return nil, storeCheckError(name, err)
 	}
-	return nil
+	return claim, nil
 }
 
 // storeCheckError says that a check failed. What the store refused is for the user to mend.

@@ -99,6 +99,12 @@ func (b *backend) Store(ctx context.Context, name string) (store.Store, error) {
 		if err != nil {
 			return nil, fmt.Errorf("store %q: %w", name, err)
 		}
+		if owned, ok := opened.(*ownedStore); ok {
+			if err := owned.owner.claim(false); err != nil {
+				b.closeStore(name, opened)
+				return nil, fmt.Errorf("store %q: %w", name, err)
+			}
+		}
 		if b.stores.keep(name, openStore{opened, record.Device}, drops) {
 			return opened, nil
 		}
@@ -209,10 +215,15 @@ func (b *backend) openStore(ctx context.Context, name string, record *storeRecor
 		if err != nil {
 			return nil, err
 		}
-		return opened, nil
+		return b.owned(opened, filepath.Join(dir, ownerFile), "the directory "+dir), nil
 	default:
 		return nil, mistake("type %q is not known; use one of %s", record.Type, strings.Join(storeTypes, ", "))
 	}
+}
+
+// owned is a store that belongs to one mount.
+func (b *backend) owned(opened store.Store, path, what string) store.Store {
+	return &ownedStore{opened, &owner{path: path, what: what, mount: b.mount, logger: b.logger}}
 }
 
 // openObjects opens the data objects of a device.
@@ -224,6 +235,9 @@ func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.S
 	info, err := opened.Info(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("asking device %q for its serial number: %w", record.Device, err)
+	}
+	if info.Serial == "" {
+		return nil, mistake("device %q tells no serial number, which data objects need for their lock file; use another kind of store", record.Device)
 	}
 	objects := func(ctx context.Context) (hsm.ObjectStore, error) {
 		opened, err := b.Device(ctx, record.Device)
@@ -238,9 +252,10 @@ func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.S
 	}
 	kept, err := object.New(objects, object.Config{Application: record.Application, StateDir: b.options.StateDir, Serial: info.Serial})
 	if err != nil {
-		return nil, err
+		return nil, machineError(err) // the rest of it was checked when the store was written
 	}
-	return kept, nil
+	what := fmt.Sprintf("the application %q on the token %s", record.Application, info.Serial)
+	return b.owned(kept, objectOwnerPath(b.options.StateDir, info.Serial, record.Application), what), nil
 }
 
 // fileStoreDir returns the directory of a file store. It lies under -state-dir, links resolved: whoever may write a
@@ -255,7 +270,7 @@ func (b *backend) fileStoreDir(dir string) (string, error) {
 	}
 	base := filepath.Join(b.options.StateDir, fileStores)
 	if err := os.MkdirAll(base, 0o700); err != nil {
-		return "", fmt.Errorf("making the directory of the file stores: %w", err)
+		return "", fmt.Errorf("making the directory of the file stores: %w", machineError(err))
 	}
 	path := filepath.Join(base, dir)
 	info, err := os.Lstat(path)
@@ -263,7 +278,7 @@ func (b *backend) fileStoreDir(dir string) (string, error) {
 		return path, nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("looking at the directory of the file store: %w", err)
+		return "", fmt.Errorf("looking at the directory of the file store: %w", machineError(err))
 	}
 	if !info.IsDir() {
 		return "", mistake("%s is not a directory of its own: a link, or a file", path)
