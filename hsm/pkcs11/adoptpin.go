@@ -74,7 +74,7 @@ func (d *Device) adoptPIN(ctx context.Context, a *attachment, pin []byte, said w
 	}
 	ctx = context.WithoutCancel(ctx)
 	_, err = a.host.call(ctx, request{
-		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.config.DecryptLimit,
+		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.limit(a, wire.OpLogin),
 	})
 	if failed, ok := errors.AsType[*wire.Error](err); ok && aboutPIN(failed.Code) {
 		return d.refusedPIN(ctx, a, intent, failed.Code) // which says nothing of the PIN that is in use

@@ -56,6 +56,7 @@ func (d *Device) attachTo(ctx context.Context, h *host) (*attachment, error) {
 	d.token = t
 	d.name = describeToken(found)
 	d.mu.Unlock()
+	t.use(d)
 
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -87,7 +88,7 @@ func (d *Device) look(ctx context.Context, h *host) (wire.Slot, error) {
 	if err != nil {
 		return wire.Slot{}, err
 	}
-	frame, err := h.call(ctx, request{op: wire.OpSlots, limit: d.config.DecryptLimit, returned: release})
+	frame, err := h.call(ctx, request{op: wire.OpSlots, limit: max(d.config.DecryptLimit, d.manager.listingLimit(d.module)), returned: release})
 	if err != nil {
 		return wire.Slot{}, err
 	}

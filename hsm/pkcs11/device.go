@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
@@ -55,7 +56,7 @@ func (d *Device) Close() error {
 	if t != nil {
 		t.leave(d)
 	}
-	d.manager.release(d.module)
+	d.manager.release(d.module, d)
 	return nil
 }
 
@@ -165,20 +166,25 @@ func (d *Device) send(ctx context.Context, a *attachment, turn *writeTurn, op wi
 	if err != nil {
 		return wire.Frame{}, fmt.Errorf("waiting for a turn on the token: %w", err)
 	}
-	limit := d.config.DecryptLimit
-	if op == wire.OpGenerateKey {
-		limit = d.config.GenerateLimit
-	}
 	returned := release
 	if turn != nil {
 		turn.enter()
 		returned = func() { release(); turn.leave() }
 	}
-	frame, err := a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: limit, returned: returned})
+	frame, err := a.host.call(ctx, request{op: op, meta: meta, data: data, token: a.token.identity, limit: d.limit(a, op), returned: returned})
 	if err != nil && err == ctx.Err() { //nolint:errorlint // this very error: the caller gave up, and nothing else happened
 		err = fmt.Errorf("waiting for the token's answer: %w", err)
 	}
 	return frame, err
+}
+
+// limit is how long an operation may stay inside the module; a device that was closed in the meantime still has its own.
+func (d *Device) limit(a *attachment, op wire.Op) time.Duration {
+	own := d.config.DecryptLimit
+	if op == wire.OpGenerateKey {
+		own = d.config.GenerateLimit
+	}
+	return max(own, a.token.limit(op))
 }
 
 // recover decides what a failed attempt on h means: whether another one makes sense, and the error otherwise. A host

@@ -81,6 +81,60 @@ func TestAHangingHostIsKilledAndOnlyTheOldestOperationFails(t *testing.T) {
 	}
 }
 
+func TestAShortLimitOfOneMountKillsNobodysHost(t *testing.T) {
+	const short = 100 * time.Millisecond
+	hasty := func(c *Config) { c.Owner, c.DecryptLimit, c.GenerateLimit = "hasty", short, short }
+	generates := func(d *Device) error {
+		_, err := d.GenerateKey(patient(t), hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "02"})
+		return err
+	}
+	for name, test := range map[string]struct {
+		op wire.Op
+		do func(f *fake, d *Device, k *rsaKey) error
+	}{
+		"decrypting":   {wire.OpDecryptOAEP, func(f *fake, _ *Device, k *rsaKey) error { return f.decrypts(patient(t), k) }},
+		"generating":   {wire.OpGenerateKey, func(_ *fake, d *Device, _ *rsaKey) error { return generates(d) }},
+		"logging in":   {wire.OpLogin, func(_ *fake, d *Device, _ *rsaKey) error { return list(t, d) }},
+		"being listed": {wire.OpSlots, func(_ *fake, d *Device, _ *rsaKey) error { return list(t, d) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			good, bad := f.open(t, m, module), f.open(t, m, module, hasty)
+			k := key(t, bad)
+			if _, err := good.Info(patient(t)); err != nil {
+				t.Fatal(err)
+			}
+			if h, err := bad.module.host(patient(t)); err != nil {
+				t.Fatal(err)
+			} else if test.op == wire.OpLogin || test.op == wire.OpSlots {
+				bad.module.discard(h) // the next one logs in anew
+			}
+			before := f.born()
+			f.follow(func(h *fakeHost, r wire.Frame) bool {
+				if r.Op == test.op {
+					<-time.After(4 * short)
+				}
+				return false
+			})
+			if err := test.do(f, bad, k); err != nil {
+				t.Error(err)
+			}
+			if n := f.born() - before; n > 1 || n == 1 && test.op != wire.OpLogin && test.op != wire.OpSlots {
+				t.Errorf("%d hosts were born: one was killed", n)
+			}
+			// Alone on the token, the device's own limit counts.
+			if err := good.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if test.op == wire.OpDecryptOAEP {
+				if err := test.do(f, bad, k); !errors.Is(err, hsm.ErrUnavailable) {
+					t.Errorf("alone it gives %v, want ErrUnavailable", err)
+				}
+			}
+		})
+	}
+}
+
 func TestReturnsKeepAHostAliveAndAGenerationHoldsTheWatchdogBack(t *testing.T) {
 	f, m, module := newFake(t)
 	const limit = 300 * time.Millisecond

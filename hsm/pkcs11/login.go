@@ -124,10 +124,11 @@ func (t *token) share(d *Device, digest [32]byte) {
 	}
 }
 
-// leave ends what a device holds.
+// leave ends what a device that is closed has of the token.
 func (t *token) leave(d *Device) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	delete(t.users, d)
 	delete(t.holders, d)
 }
 
@@ -185,7 +186,7 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 	// From here on the caller's patience does not matter: the PIN is on its way, and what comes of it must be recorded. The
 	// watchdog bounds the wait.
 	_, err = a.host.call(context.WithoutCancel(ctx), request{
-		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.config.DecryptLimit,
+		op: wire.OpLogin, meta: wire.SlotRequest{Slot: a.slot}, data: pin, token: a.token.identity, limit: d.limit(a, wire.OpLogin),
 	})
 	if err == nil {
 		digest := d.manager.digest(pin)
@@ -333,7 +334,7 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 	ctx = context.WithoutCancel(ctx)
 	_, err = a.host.call(ctx, request{
 		op: wire.OpSetPIN, meta: wire.SetPINRequest{Slot: a.slot, OldLen: len(old)}, data: both,
-		token: a.token.identity, limit: d.config.DecryptLimit,
+		token: a.token.identity, limit: d.limit(a, wire.OpSetPIN),
 	})
 	failed, answered := errors.AsType[*wire.Error](err)
 	switch {

@@ -27,7 +27,7 @@ const (
 type module struct {
 	manager *Manager
 	path    string
-	devices int // guarded by the manager
+	devices map[*Device]struct{} // open ones; guarded by the manager
 
 	// listing takes turns with listing the slots, before it is known whose turn it would be.
 	listing *queue
@@ -54,7 +54,7 @@ type starting struct {
 
 func newModule(m *Manager, path string) *module {
 	return &module{
-		manager: m, path: path, listing: newQueue(1, queueBound),
+		manager: m, path: path, devices: make(map[*Device]struct{}), listing: newQueue(1, queueBound),
 		hosts: make(map[*host]struct{}), tokens: make(map[string]*token),
 	}
 }
@@ -314,6 +314,8 @@ type token struct {
 
 	mu     sync.Mutex
 	proved map[string]proofs // what keys were shown to do, by fingerprint; the maps inside are never changed
+	// users are the open devices on the token.
+	users map[*Device]struct{}
 	// holders are the open devices with the PIN that logged in last, which has this digest; nil where no PIN is known to be right.
 	holders map[*Device]struct{}
 	digest  [32]byte
@@ -325,7 +327,10 @@ func (m *module) token(identity string, parallel int) *token {
 	defer m.mu.Unlock()
 	t := m.tokens[identity]
 	if t == nil {
-		t = &token{identity: identity, parallel: parallel, queue: newQueue(parallel, queueBound), writing: make(chan struct{}, 1), proved: make(map[string]proofs)}
+		t = &token{
+			identity: identity, parallel: parallel, queue: newQueue(parallel, queueBound), writing: make(chan struct{}, 1),
+			proved: make(map[string]proofs), users: make(map[*Device]struct{}),
+		}
 		m.tokens[identity] = t
 	}
 	if t.parallel != parallel {
@@ -333,6 +338,29 @@ func (m *module) token(identity string, parallel int) *token {
 			"token", identity, "in_force", t.parallel, "ignored", parallel)
 	}
 	return t
+}
+
+// use counts a device among those on the token, unless it was closed meanwhile.
+func (t *token) use(d *Device) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if d.open() == nil {
+		t.users[d] = struct{}{}
+	}
+}
+
+// limit is how long an operation may stay inside the module, see [Config].
+func (t *token) limit(op wire.Op) (limit time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for d := range t.users {
+		if op == wire.OpGenerateKey {
+			limit = max(limit, d.config.GenerateLimit)
+		} else {
+			limit = max(limit, d.config.DecryptLimit)
+		}
+	}
+	return limit
 }
 
 // close ends all hosts and waits for them and for whoever looks after them.

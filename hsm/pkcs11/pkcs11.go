@@ -80,8 +80,10 @@ type Config struct {
 	// Parallel is how many operations the token takes at a time: 1 for a card, which 0 means; 8 suits SoftHSM. Devices
 	// that share a token share the number of the first one.
 	Parallel int
-	// DecryptLimit and GenerateLimit are how long an operation may stay inside the module before the host is killed:
-	// a key generation, and any other. Zero means 20 seconds and 5 minutes.
+	// GenerateLimit and DecryptLimit are how long an operation may stay inside the module before the host is killed:
+	// a key generation, and any other. Zero means 5 minutes and 20 seconds. How long a token takes is a matter of the token,
+	// not of who asks, and a host is shared: of the open devices on one token the longest limit holds for all, so that a
+	// short one of one mount kills nobody's host early.
 	DecryptLimit, GenerateLimit time.Duration
 }
 
@@ -136,15 +138,26 @@ func (m *Manager) Open(_ context.Context, config Config) (*Device, error) {
 		mod = newModule(m, path)
 		m.modules[path] = mod
 	}
-	mod.devices++
-	return newDevice(m, mod, config), nil
+	d := newDevice(m, mod, config)
+	mod.devices[d] = struct{}{}
+	return d, nil
+}
+
+// listingLimit is how long listing a module's slots may take: as long as its slowest token.
+func (m *Manager) listingLimit(mod *module) (limit time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for d := range mod.devices {
+		limit = max(limit, d.config.DecryptLimit)
+	}
+	return limit
 }
 
 // release gives back one device's share of its module and ends the module's host with the last one.
-func (m *Manager) release(mod *module) {
+func (m *Manager) release(mod *module, d *Device) {
 	m.mu.Lock()
-	mod.devices--
-	last := mod.devices == 0 && m.modules[mod.path] == mod
+	delete(mod.devices, d)
+	last := len(mod.devices) == 0 && m.modules[mod.path] == mod
 	if last {
 		delete(m.modules, mod.path)
 	}
