@@ -41,7 +41,7 @@ func newDevice(m *Manager, mod *module, config Config) *Device {
 	return d
 }
 
-// Close implements [hsm.Device]. The module's host ends with the last device on it.
+// Close implements [hsm.Device]. The module's host ends with the last device on it; Close waits a few seconds for that.
 func (d *Device) Close() error {
 	d.mu.Lock()
 	if d.closed {

@@ -354,6 +354,62 @@ func TestClosingEndsAHangingHost(t *testing.T) {
 	}
 }
 
+func TestClosingDoesNotWaitForWhatNeverEnds(t *testing.T) {
+	closes := func(t *testing.T, d *Device) {
+		t.Helper()
+		begun := time.Now()
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(begun); took > 5*time.Second {
+			t.Errorf("closing took %v", took)
+		}
+	}
+	t.Run("a process that no kill ends", func(t *testing.T) {
+		f, m, module := newFake(t)
+		m.closePatience = 100 * time.Millisecond
+		stuck := make(chan struct{})
+		m.spawn = func() (*process, error) {
+			p, err := f.spawn()
+			if err != nil {
+				return nil, err
+			}
+			undead := *p
+			undead.ended = stuck
+			return &undead, nil
+		}
+		d := f.open(t, m, module)
+		if err := list(t, d); err != nil {
+			t.Fatal(err)
+		}
+		closes(t, d)
+		close(stuck)
+		d.module.waiting.Wait()
+	})
+	t.Run("another process that keeps the ledger's lock", func(t *testing.T) {
+		f, m, module := newFake(t)
+		m.closePatience = 100 * time.Millisecond
+		d := f.open(t, m, module)
+		if _, err := d.Info(patient(t)); err != nil {
+			t.Fatal(err)
+		}
+		other, err := openLedger(m.options.StateDir).attempt(t.Context(), fakeSerial, []byte("111111"), shows(allTries))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		if err := d.Unbar(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Unbar gives %v, want its deadline", err)
+		}
+		closes(t, d)
+		if err := other.unresolved(); err != nil {
+			t.Error(err)
+		}
+		d.module.waiting.Wait()
+	})
+}
+
 func TestAChildOfTheModuleThatHoldsThePipeKeepsNobodyWaiting(t *testing.T) {
 	f, m, module := newFake(t)
 	k := key(t, f.open(t, m, module))

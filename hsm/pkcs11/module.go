@@ -17,6 +17,9 @@ const (
 	// The pause before another start after two in a row that led to nothing. It doubles up to the longest, which is short enough
 	// for a returned token to be in use again about a second later.
 	firstPause, longestPause = 50 * time.Millisecond, 800 * time.Millisecond
+	// closePatience is how long close waits for hosts and for log-ins that it interrupts. Longer takes only a process that not
+	// even a kill ends, because the kernel is busy with its device, or another process that keeps the ledger's lock.
+	closePatience = 6 * time.Second
 	// staleAfter is how old a host has to be before the absence of a token or key is checked with a new one. A module should
 	// see by itself what comes; p11-kit's client does not see a token that returned, OpenSC not a key that another program
 	// made.
@@ -363,7 +366,7 @@ func (t *token) limit(op wire.Op) (limit time.Duration) {
 	return limit
 }
 
-// close ends all hosts and waits for them and for whoever looks after them.
+// close ends all hosts and waits for them and for whoever looks after them, but not for ever: Vault waits for us.
 func (m *module) close() {
 	m.mu.Lock()
 	m.closed = true
@@ -373,8 +376,22 @@ func (m *module) close() {
 		hosts = append(hosts, h)
 	}
 	m.mu.Unlock()
-	for _, h := range hosts {
-		h.close()
+	ended := make(chan struct{})
+	go func() { // ends with the last host, whenever that is
+		defer close(ended)
+		var all sync.WaitGroup
+		for _, h := range hosts {
+			all.Go(h.close)
+		}
+		all.Wait()
+		m.waiting.Wait()
+	}()
+	timer := time.NewTimer(m.manager.closePatience)
+	defer timer.Stop()
+	select {
+	case <-ended:
+	case <-timer.C:
+		m.manager.logger.Warn("a module host, or a log-in that waits for another process, does not end; it is left to itself",
+			"module", m.path, "waited", m.manager.closePatience)
 	}
-	m.waiting.Wait()
 }

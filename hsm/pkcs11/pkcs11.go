@@ -96,6 +96,8 @@ type Manager struct {
 	pinKey [32]byte
 	// spawn starts a host process; tests put a host of their own behind it.
 	spawn func() (*process, error)
+	// closePatience is the constant of that name; tests have less.
+	closePatience time.Duration
 
 	mu      sync.Mutex
 	closed  bool
@@ -108,7 +110,10 @@ func New(options Options) *Manager {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	m := &Manager{options: options, logger: logger, ledger: openLedger(options.StateDir), modules: make(map[string]*module)}
+	m := &Manager{
+		options: options, logger: logger, ledger: openLedger(options.StateDir), closePatience: closePatience,
+		modules: make(map[string]*module),
+	}
 	_, _ = rand.Read(m.pinKey[:]) // never fails (crypto/rand)
 	m.spawn = birth{hostPath: options.HostPath, hostSHA256: options.HostSHA256, env: options.Env}.start
 	return m
@@ -167,7 +172,7 @@ func (m *Manager) release(mod *module, d *Device) {
 	}
 }
 
-// Close ends all hosts and waits for them. Devices still open fail from now on.
+// Close ends all hosts and waits a few seconds for them. Devices still open fail from now on.
 func (m *Manager) Close() error {
 	m.mu.Lock()
 	m.closed = true
