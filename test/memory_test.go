@@ -24,7 +24,8 @@ func TestLockedMemoryStaysSmall(t *testing.T) {
 	for range 300 {
 		site.MustUnwrap(t, "prod", wrapped, secret)
 	}
-	const pluginLimit, hostLimit = 140_000_000 / 1024, 40_000_000 / 1024 // KiB
+	// Somewhat above what docs/benchmarks.md shows: this is to notice that something big came in.
+	const pluginLimit, hostLimit = 140_000_000 / 1024, 50_000_000 / 1024 // KiB
 	for _, plugin := range site.Plugins() {
 		if kib := plugin.ResidentKiB(t); kib > pluginLimit {
 			t.Errorf("the plugin has %d KiB in memory, more than %d", kib, pluginLimit)

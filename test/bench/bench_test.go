@@ -64,6 +64,8 @@ type part struct {
 	name string
 	once func() error // one operation, from any goroutine
 	all  []time.Duration
+	// inARow measures the operation without the others in between.
+	inARow bool
 	// seconds that 8 clients needed for an operation each, one value for each round; only where together is set.
 	together bool
 	rates    []float64
@@ -91,7 +93,8 @@ func measureAll(b *testing.B) {
 	raw := startRaw(b, site)
 	hop, decrypt := openHost(b, site, raw.ciphertext)
 	parts := []*part{
-		{name: "hop", once: hop},
+		{name: "hop", once: hop, inARow: true},
+		{name: "hop between requests", once: hop},
 		{name: "decrypt", once: decrypt, together: true},
 		{name: "echo", once: write("nitrokey/echo", vaulttest.Fields{"value": plaintext}), together: true},
 		{name: "transit encrypt", once: write("transit/encrypt/bench", vaulttest.Fields{"plaintext": plaintext})},
@@ -106,11 +109,16 @@ func measureAll(b *testing.B) {
 		for range perPart {
 			rawPart.all = append(rawPart.all, raw.run(b, 1, 1)[1])
 			for _, p := range parts {
-				p.alone(b)
+				if !p.inARow {
+					p.alone(b)
+				}
 			}
 		}
 		rawPart.rates = append(rawPart.rates, perPart*clients/raw.run(b, perPart, clients)[0].Seconds())
 		for _, p := range parts {
+			for i := 0; p.inARow && i < perPart; i++ {
+				p.alone(b)
+			}
 			if p.together {
 				p.crowd(b)
 			}
