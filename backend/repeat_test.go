@@ -44,3 +44,16 @@ func TestMaterialWithAGenerationAndNoAnswerSaysHowToGoOn(t *testing.T) {
 	token.SetError(nil)
 	m.write("material/c/item", body).want(t, http.StatusOK)
 }
+
+func TestMaterialThatIsDeletedAgainIsNoConflict(t *testing.T) {
+	m, _ := newKeeping(t)
+	for _, store := range []string{"own", "files", "objects"} {
+		item := "material/" + store + "/item"
+		m.write(item, fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": store}).ok(t)
+		for range 3 {
+			m.delete(item, fields{"cas": 1, "store": store}).want(t, http.StatusNoContent)
+		}
+		m.write(item, fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": store}).ok(t)
+		m.delete(item, fields{"cas": 1}).want(t, http.StatusBadRequest).says(t, "at generation 2")
+	}
+}

@@ -24,7 +24,7 @@ func (k *Keeper) Delete(ctx context.Context, cluster, name string, options Delet
 		if err != nil {
 			return err
 		}
-		if options.CAS != nil && *options.CAS != i.current() {
+		if options.CAS != nil && *options.CAS != i.current() && !i.wasDeletedAt(*options.CAS) {
 			return fmt.Errorf("deleting %s: %w: it is at generation %d and the request expects %d; read it again",
 				describe(cluster, name), ErrConflict, i.current(), *options.CAS)
 		}
@@ -42,6 +42,12 @@ func (k *Keeper) Delete(ctx context.Context, cluster, name string, options Delet
 		}
 	}
 	return fmt.Errorf("deleting %s: %w: others change it all the time; try again", describe(cluster, name), ErrConflict)
+}
+
+// wasDeletedAt tells whether a deletion at that generation has happened: a client that got no answer sends it again.
+func (i *item) wasDeletedAt(generation uint64) bool {
+	rec := i.rec.record
+	return i.state == "" && rec != nil && (rec.Deleted || rec.mayBeGone()) && 0 < generation && generation <= rec.Highest
 }
 
 // finishDelete turns the record of an item whose envelope is gone into a gravestone.

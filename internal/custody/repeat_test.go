@@ -142,3 +142,29 @@ func TestSendingsOfOneRequestAtOnceAreOneWrite(t *testing.T) {
 	}
 	h.wantOpen("prod", "unseal", "new")
 }
+
+func TestADeletionWhoseAnswerWasLostIsRepeatedWithSuccess(t *testing.T) {
+	for _, kind := range []fault{{}, {effect: true}, {crash: true}, {effect: true, crash: true}} {
+		for at := 1; ; at++ {
+			h := newHouse(t)
+			h.put("prod", "unseal", "older")
+			h.put("prod", "unseal", "old")
+			f := kind
+			f.at = at
+			first := h.keeper(faulty{h.records, &f}, faultyStores{h, &f}).Delete(t.Context(), "prod", "unseal", custody.DeleteOptions{CAS: generation(2)})
+			if !f.struck() {
+				break
+			}
+			for range 2 {
+				err := h.Delete(t.Context(), "prod", "unseal", custody.DeleteOptions{CAS: generation(2)})
+				if err != nil && !errors.Is(err, custody.ErrNotFound) {
+					t.Errorf("fault %+v, first answer %v: the repeat gives %v", f, first, err)
+				}
+			}
+			h.wantOpenError("prod", "unseal", custody.ErrNotFound)
+			if err := h.Delete(t.Context(), "prod", "unseal", custody.DeleteOptions{CAS: generation(9)}); !errors.Is(err, custody.ErrConflict) {
+				t.Errorf("a deletion of what never was: %v, want ErrConflict", err)
+			}
+		}
+	}
+}
