@@ -229,6 +229,18 @@ func TestMaterialOutlivesItsMount(t *testing.T) {
 	}
 }
 
+func TestTwoNamesOfOneHSMCountAsOne(t *testing.T) {
+	m, token := newKeeping(t)
+	token.AddRSA(t, "second", "77", 2048)
+	m.write("devices/twin", fields{"module": testModule, "serial": "SN-prod-hsm", "pin": rightPIN}).ok(t)
+	m.write("keys/prod/recipients", fields{"device": "twin", "key_id": "77"}).ok(t)
+	m.write("material/c/i", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "files"}).ok(t)
+	got := m.read("material/c/i").ok(t)
+	if got.text("hsms") != "1" || !strings.Contains(strings.Join(got.warnings, " "), "opens on one HSM only") {
+		t.Errorf("hsms = %s, warnings %v", got.text("hsms"), got.warnings)
+	}
+}
+
 func TestRotationSealsStoredMaterialAnew(t *testing.T) {
 	m, token := newKeeping(t)
 	m.write("material/c/i", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "files"}).ok(t)

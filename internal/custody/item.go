@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -211,27 +212,34 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 const notRecorded = "There is no record of it in this mount, so nobody can say whether it is the newest generation; " +
 	"compare with what you know, then opening it begins a record."
 
-// recipients tells which HSM keys open an envelope and on how many devices they lie. Keys that the keyring does not know
-// count as one device each.
-func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, devices, latest int) {
-	deviceOf := map[string]string{}
+// recipients tells which HSM keys open an envelope and on how many HSMs they lie. Two names of one HSM are one HSM. Keys
+// that the keyring does not know count as one HSM each.
+func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int) {
+	known := map[string]keyring.Recipient{}
 	key, err := k.keys.Get(ctx, i.claimed.Key)
 	if err == nil {
 		latest = key.LatestVersion
 		for _, version := range key.Versions {
 			for _, recipient := range version.Recipients {
-				deviceOf[recipient.KID] = "device " + recipient.Device
+				known[recipient.KID] = recipient
 			}
 		}
 	}
-	distinct := map[string]bool{}
+	seen := map[string]bool{}
 	for _, recipient := range i.envelope.Recipients() {
 		kids = append(kids, recipient.KID)
-		device, known := deviceOf[recipient.KID]
-		if !known {
-			device = "key " + recipient.KID
+		device, serial := "key "+recipient.KID, ""
+		if rcpt, ok := known[recipient.KID]; ok {
+			device = "device " + rcpt.Device
+			if rcpt.Serial != "" {
+				serial = "serial " + rcpt.Serial
+			}
 		}
-		distinct[device] = true
+		if !seen[device] && !seen[serial] {
+			hsms++
+		}
+		seen[device] = true
+		seen[serial] = serial != "" // an HSM that does not tell is like no other
 	}
-	return kids, len(distinct), latest
+	return kids, hsms, latest
 }
