@@ -1,11 +1,15 @@
 package pkcs11
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // tree makes a directory for modules. Modes are set in spite of the umask.
@@ -241,5 +245,47 @@ func TestAPathThatIsNotAllowedTellsNothingAboutItsFile(t *testing.T) {
 	}
 	if strings.ReplaceAll(there.Error(), "/there", "") != strings.ReplaceAll(missing.Error(), "/nowhere", "") {
 		t.Errorf("the errors differ:\n%v\n%v", there, missing)
+	}
+}
+
+func TestAHostThatOthersCanReplaceIsNotRun(t *testing.T) {
+	sum := sha256.Sum256([]byte("module")) // what put writes
+	digest := hex.EncodeToString(sum[:])
+	for name, c := range map[string]struct {
+		prepare func(t *testing.T, root string) string
+		says    string // empty where it may run
+	}{
+		"its owner alone can write": {func(t *testing.T, root string) string {
+			t.Helper()
+			return put(t, root+"/host", 0o755)
+		}, ""},
+		"a link leads to it": {func(t *testing.T, root string) string {
+			t.Helper()
+			put(t, root+"/host", 0o755)
+			return link(t, "host", root+"/link")
+		}, ""},
+		"others can write": {func(t *testing.T, root string) string {
+			t.Helper()
+			return put(t, root+"/host", 0o757)
+		}, "chmod go-w"},
+		"its group can write": {func(t *testing.T, root string) string {
+			t.Helper()
+			return put(t, root+"/host", 0o775)
+		}, "chmod go-w"},
+		"its directory is open": {func(t *testing.T, root string) string {
+			t.Helper()
+			return put(t, dir(t, root+"/open", 0o777)+"/host", 0o755)
+		}, "chmod go-w"},
+		"its path is relative": {func(*testing.T, string) string { return "host" }, "does not begin with /"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fd, err := openVerified(c.prepare(t, tree(t)), digest, 10)
+			if err == nil {
+				must(t, unix.Close(fd))
+			}
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+				t.Errorf("it gives %v, want %q", err, c.says)
+			}
+		})
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -157,14 +158,21 @@ func closeOnExec() {
 }
 
 // openVerified opens a program once, hashes what it opened, and returns the descriptor to execute, so that what runs is
-// what was hashed. The descriptor lies well above `above`, because descriptors just above the highest one passed on are
+// what was hashed. Nobody but root and ourselves may be able to change it, or its owner could do so between the two. The descriptor lies well above `above`, because descriptors just above the highest one passed on are
 // overwritten between fork and exec.
 func openVerified(path, wantSHA256 string, above int) (int, error) {
 	want, err := hex.DecodeString(wantSHA256)
 	if err != nil || len(want) != sha256.Size {
 		return -1, fmt.Errorf("the SHA-256 given for the module host %s is not 64 hexadecimal digits", path)
 	}
-	file, err := os.Open(path)
+	if !filepath.IsAbs(path) {
+		return -1, fmt.Errorf("the path of the module host, %q, does not begin with /", path)
+	}
+	resolved, err := resolveSafely(path)
+	if err != nil {
+		return -1, fmt.Errorf("checking the module host %s: %w", path, err)
+	}
+	file, err := os.Open(resolved)
 	if err != nil {
 		return -1, err
 	}

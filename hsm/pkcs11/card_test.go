@@ -424,6 +424,11 @@ func TestAHostFromItsOwnBinary(t *testing.T) {
 		t.Fatal(err)
 	}
 	sum := sha256.Sum256(content)
+	binary = filepath.Join(t.TempDir(), "host") // in directories that others cannot write to, whatever the umask is
+	if err := errors.Join(os.Chmod(filepath.Dir(binary), 0o755), os.Chmod(filepath.Dir(filepath.Dir(binary)), 0o755),
+		os.WriteFile(binary, content, 0o700)); err != nil {
+		t.Fatal(err)
+	}
 	token := pkcs11test.SoftHSM(t)
 	with := func(path, digest string) *pkcs11.Device {
 		return newSetting(t, token, func(o *pkcs11.Options) { o.HostPath, o.HostSHA256 = path, digest }).open(t)
