@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -560,5 +561,29 @@ func TestDamagedRecordIsSaidToBeDamaged(t *testing.T) {
 		if refs, warnings, err := h.List(t.Context(), ""); err != nil || len(refs) != 1 || len(warnings) != 1 {
 			t.Errorf("List = %v, %q, %v, want the item and a warning", refs, warnings, err)
 		}
+	}
+}
+
+func TestTwoNamesOfOneHSMAreOneHSM(t *testing.T) {
+	for name, test := range map[string]struct {
+		label string
+		two   func(h *house) *hsmtest.Memory
+		hsms  int
+	}{
+		"another HSM":                  {"ec", func(h *house) *hsmtest.Memory { return h.two }, 2},
+		"the same one by another name": {"other", func(h *house) *hsmtest.Memory { return h.one.Attach() }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHouse(t)
+			h.two = test.two(h)
+			if _, err := h.keys.AddRecipient(t.Context(), "prod", keyring.AdoptRequest{Device: "two", Label: test.label, By: "test"}); err != nil {
+				t.Fatal(err)
+			}
+			m := h.put("prod", "unseal", "value")
+			warned := slices.ContainsFunc(m.Warnings, func(w string) bool { return strings.Contains(w, "one HSM only") })
+			if m.HSMs != test.hsms || len(m.KIDs) != 2 || warned != (test.hsms == 1) {
+				t.Errorf("%d keys on %d HSMs, want %d; warnings %q", len(m.KIDs), m.HSMs, test.hsms, m.Warnings)
+			}
+		})
 	}
 }

@@ -212,8 +212,8 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 const notRecorded = "There is no record of it in this mount, so nobody can say whether it is the newest generation; " +
 	"compare with what you know, then opening it begins a record."
 
-// recipients tells which HSM keys open an envelope and on how many HSMs they lie. Two names of one HSM are one HSM. Keys
-// that the keyring does not know count as one HSM each.
+// recipients tells which HSM keys open an envelope and on how many HSMs they lie. Two names of one HSM are one HSM; keys that
+// the keyring does not know count as one each.
 func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int) {
 	known := map[string]keyring.Recipient{}
 	key, err := k.keys.Get(ctx, i.claimed.Key)
@@ -225,21 +225,18 @@ func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, 
 			}
 		}
 	}
-	seen := map[string]bool{}
+	names, serials := map[string]bool{}, map[string]bool{}
 	for _, recipient := range i.envelope.Recipients() {
 		kids = append(kids, recipient.KID)
-		device, serial := "key "+recipient.KID, ""
-		if rcpt, ok := known[recipient.KID]; ok {
-			device = "device " + rcpt.Device
-			if rcpt.Serial != "" {
-				serial = "serial " + rcpt.Serial
-			}
+		on, found := known[recipient.KID]
+		if !found {
+			hsms++
+			continue
 		}
-		if !seen[device] && !seen[serial] {
+		if !names[on.Device] && (on.Serial == "" || !serials[on.Serial]) {
 			hsms++
 		}
-		seen[device] = true
-		seen[serial] = serial != "" // an HSM that does not tell is like no other
+		names[on.Device], serials[on.Serial] = true, true
 	}
 	return kids, hsms, latest
 }
