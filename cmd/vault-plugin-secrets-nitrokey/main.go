@@ -53,6 +53,7 @@ func run(args []string, stdout, stderr io.Writer, serve func(*api.PluginAPIClien
 func serve(meta *api.PluginAPIClientMeta, given arguments) (err error) {
 	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true}) // Vault applies its own level
 	log := backend.NewLogger(logger)
+	endWithVault(log)
 	manager := pkcs11.New(pkcs11.Options{
 		Modules: given.modules, StateDir: given.stateDir, Env: given.moduleEnv,
 		HostPath: given.moduleHost, HostSHA256: given.moduleHostSHA256, Logger: log,
