@@ -300,7 +300,7 @@ func TestAPINFileThatIsAwayForAMomentClosesNothing(t *testing.T) {
 
 func TestStatusIsProbedOnceForManyCallersAndForAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		device := &fakeDevice{delay: time.Second}
+		device := &fakeDevice{delay: time.Second, keys: []hsm.Key{fakeKey{}}}
 		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
 			return device, nil
 		}).Open("mount", "stick", valid())
@@ -343,18 +343,23 @@ func TestStatusIsProvedByAKeyThatCanOpen(t *testing.T) {
 		canOpen bool
 		err     error
 	}{
-		"a key that opens proves the device":             {[]hsm.Key{open}, true, nil},
-		"a signing key beside it says nothing":           {[]hsm.Key{sign, open}, true, nil},
-		"with signing keys only the device cannot open":  {[]hsm.Key{sign, sign}, false, nil},
-		"without a key the device is sound, but no help": {nil, false, nil},
-		"a key whose operation fails condemns it":        {[]hsm.Key{sign, broken, open}, false, hsm.ErrUnavailable},
+		"a key that opens proves the device":            {[]hsm.Key{open}, true, nil},
+		"a signing key beside it says nothing":          {[]hsm.Key{sign, open}, true, nil},
+		"with signing keys only the device cannot open": {[]hsm.Key{sign, sign}, false, nil},
+		"a first key counts as soon as it is there":     {nil, false, nil},
+		"a key whose operation fails condemns it":       {[]hsm.Key{sign, broken, open}, false, hsm.ErrUnavailable},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
+			device := &fakeDevice{keys: test.keys}
 			handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
-				return &fakeDevice{keys: test.keys}, nil
+				return device, nil
 			}).Open("mount", "stick", valid())
 			must(t, err)
+			if handle.Status(t.Context()); len(test.keys) == 0 {
+				device.keys = []hsm.Key{open} // made just now: nobody waits for an old answer
+				test.canOpen = true
+			}
 			status := handle.Status(t.Context())
 			if status.CanOpen() != test.canOpen || !errors.Is(status.Err, test.err) {
 				t.Errorf("got CanOpen %v and %v", status.CanOpen(), status.Err)

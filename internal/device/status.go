@@ -38,13 +38,19 @@ type probe struct {
 	running chan struct{} // closed when the probe in flight has ended; nil where none is
 }
 
+// isFresh tells whether the newest status may be given again. One that says "no key" may not: it cost no private-key
+// operation, and whoever has just made the first key wants to see it.
+func (p probe) isFresh() bool {
+	return time.Since(p.status.Checked) < probeInterval && (p.status.Err != nil || p.status.CanOpen())
+}
+
 // Status finds out how the device fares: it reads what the HSM tells of itself, lists its keys and performs one
 // private-key operation, because only a real operation proves that a card is there (C_GetTokenInfo answers from a cache
 // when it is gone). Callers at one time share one probe, and a result is reused for a few seconds.
 func (h *Handle) Status(ctx context.Context) Status {
 	for {
 		h.mu.Lock()
-		if age := time.Since(h.probed.status.Checked); age < probeInterval {
+		if h.probed.isFresh() {
 			defer h.mu.Unlock()
 			return h.probed.status
 		}
