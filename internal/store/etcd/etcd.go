@@ -34,6 +34,12 @@ const (
 	longPause   = 400 * time.Millisecond
 )
 
+// MaxNames is how many keys List lists at most: far more than there are clusters to unseal, and few enough for a heap.
+const MaxNames = 10_000
+
+// pageSize is how many keys one answer of etcd holds: with the longest names well below gRPC's 4 MiB.
+const pageSize = 1_000
+
 // Store is a prefix of an etcd cluster.
 type Store struct {
 	prefix     string // ends in "/"
@@ -100,28 +106,41 @@ func (s *Store) Put(ctx context.Context, name string, value []byte, expected sto
 	return revision(done.Header.Revision), nil
 }
 
-// List implements [store.Store].
+// List implements [store.Store]. It fails where there are more than [MaxNames] keys. All pages are of one state of etcd.
 func (s *Store) List(ctx context.Context, prefix string) ([]string, error) {
 	if err := store.CheckPrefix(prefix); err != nil {
 		return nil, err
 	}
-	var found *clientv3.GetResponse
-	err := s.read(ctx, func(ctx context.Context, client *clientv3.Client) (err error) {
-		found, err = client.Get(ctx, s.prefix+prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(),
-			clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend))
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("listing %q in etcd: %w", prefix, err)
-	}
 	var names []string
-	for _, kv := range found.Kvs {
-		name := strings.TrimPrefix(string(kv.Key), s.prefix)
-		if store.CheckName(name) == nil { // a foreign key is none of ours
-			names = append(names, name)
+	from, end := s.prefix+prefix, clientv3.GetPrefixRangeEnd(s.prefix+prefix)
+	for at := int64(0); ; {
+		var page *clientv3.GetResponse
+		err := s.read(ctx, func(ctx context.Context, client *clientv3.Client) (err error) {
+			page, err = client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithKeysOnly(), clientv3.WithLimit(pageSize),
+				clientv3.WithRev(at), clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend))
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("listing %q in etcd: %w", prefix, err)
 		}
+		if page.Count > MaxNames {
+			return nil, fmt.Errorf("listing %q in etcd: there are %d keys under %q, and %d are listed at most; list a longer prefix, or "+
+				"find out who writes so many", prefix, page.Count, s.prefix+prefix, MaxNames)
+		}
+		for _, kv := range page.Kvs {
+			name := strings.TrimPrefix(string(kv.Key), s.prefix)
+			if store.CheckName(name) == nil { // a foreign key is none of ours
+				names = append(names, name)
+			}
+		}
+		if !page.More || len(page.Kvs) == 0 {
+			return names, nil
+		}
+		if at == 0 {
+			at = page.Header.Revision
+		}
+		from = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00" // the next possible key
 	}
-	return names, nil
 }
 
 // Delete implements [store.Store].

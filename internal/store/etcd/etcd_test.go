@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -91,6 +92,46 @@ func TestKeysLieUnderThePrefixOnly(t *testing.T) {
 	names, err := s.List(t.Context(), "")
 	if err != nil || len(names) != 1 || names[0] != "material/prod" {
 		t.Errorf("List = %q, %v", names, err)
+	}
+}
+
+func TestAListOfManyNamesIsWholeAndHasAnEnd(t *testing.T) {
+	cluster := etcdtest.Shared(t)
+	config := config(t, cluster)
+	s := open(t, config)
+	made := 0
+	grow := func(n int) {
+		t.Helper()
+		const most = 100 // operations in one transaction; etcd takes 128
+		for made < n {
+			var puts []clientv3.Op
+			for range min(most, n-made) {
+				puts = append(puts, clientv3.OpPut(fmt.Sprintf("%s/many/%05d", config.Prefix, made), "x"))
+				made++
+			}
+			if _, err := cluster.Client().Txn(t.Context()).Then(puts...).Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, n := range []int{999, 1000, 1001, 2500, etcd.MaxNames} {
+		grow(n)
+		for _, prefix := range []string{"", "many/"} {
+			names, err := s.List(t.Context(), prefix)
+			if err != nil || len(names) != n || names[0] != "many/00000" || names[n-1] != fmt.Sprintf("many/%05d", n-1) {
+				t.Fatalf("of %d names List(%q) gives %d, %v", n, prefix, len(names), err)
+			}
+			if !slices.IsSorted(names) || len(slices.Compact(names)) != n {
+				t.Errorf("the %d names are not sorted, or not different", n)
+			}
+		}
+	}
+	grow(etcd.MaxNames + 1)
+	if names, err := s.List(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "10000 are listed at most") {
+		t.Errorf("of more List gives %d names and %v", len(names), err)
+	}
+	if names, err := s.List(t.Context(), "other/"); err != nil || len(names) != 0 {
+		t.Errorf("beside them List gives %q, %v", names, err)
 	}
 }
 
