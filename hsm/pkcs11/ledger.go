@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -24,11 +25,15 @@ import (
 type ledger struct {
 	files ledgerFiles
 	now   func() time.Time
+
+	mu sync.Mutex
+	// unwritten are bars, by serial, for which the disk had no room yet. At least this process keeps to them.
+	unwritten map[string]bar
 }
 
 // openLedger returns the ledger in a directory. It does no I/O: what is wrong with the directory, attempt tells.
 func openLedger(dir string) *ledger {
-	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now}
+	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now, unwritten: make(map[string]bar)}
 }
 
 // attempt is a log-in under way. Exactly one of succeeded, succeededInPlaceOf, wrong, changed, unresolved and withdrawn must
@@ -125,18 +130,18 @@ func (l *ledger) begin(on terms, serial string, pin []byte, flags hsm.PINState) 
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
-	before, err := l.files.read(serial)
+	written, err := l.files.read(serial)
 	if errors.As(err, &damaged) {
 		return nil, barredByDamage(serial, err, flags)
 	}
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
+	before := l.withUnwritten(serial, written)
 	known, again, refusal := before.admit(mark, key, flags, on.said)
 	if refusal != nil {
-		if len(known.Barred) > len(before.Barred) {
-			// A suspicion to keep. Where that fails the intent stays, and is suspected again.
-			_ = l.files.write(serial, known)
+		if len(known.Barred) > len(written.Barred) && l.files.write(serial, known) == nil {
+			l.remember(serial, nil) // else a suspicion is not kept: the intent stays, and is suspected again
 		}
 		return nil, refusal.error(serial, flags)
 	}
@@ -149,7 +154,31 @@ func (l *ledger) begin(on terms, serial string, pin []byte, flags hsm.PINState) 
 	if err != nil {
 		return nil, l.noIntent(serial, err)
 	}
+	if a.unrecorded == nil {
+		l.remember(serial, nil)
+	}
 	return a, nil
+}
+
+// remember keeps a bar that could not be written, or with nil forgets it, because it is written or lifted now.
+func (l *ledger) remember(serial string, b *bar) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b == nil {
+		delete(l.unwritten, serial)
+	} else {
+		l.unwritten[serial] = *b
+	}
+}
+
+// withUnwritten adds what is remembered to what was read.
+func (l *ledger) withUnwritten(serial string, r record) record {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b, remembered := l.unwritten[serial]; remembered {
+		return r.bar(b)
+	}
+	return r
 }
 
 // noIntent is the error where the ledger's directory is of no use.
@@ -188,8 +217,9 @@ func (a *attempt) succeededInPlaceOf(old []byte) error {
 // intent stays, which bars the PIN as long as the token shows fewer than all its tries.
 func (a *attempt) wrong() error {
 	defer a.unlock()
-	after := a.known.resolved(a.intent.Mark, nil).bar(bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected})
-	if err := a.write(after); err != nil {
+	barred := bar{Mark: a.intent.Mark, At: a.intent.At, Why: rejected}
+	if err := a.write(a.known.resolved(a.intent.Mark, nil).bar(barred)); err != nil {
+		a.ledger.remember(a.serial, &barred)
 		return fmt.Errorf("recording that the token %q rejected the PIN, in %q; end all programs that use the token until that "+
 			"is mended: %w", a.serial, a.ledger.files.dir, err)
 	}
@@ -267,6 +297,7 @@ func (l *ledger) unbar(serial string, pin []byte) error {
 	if err := l.unbarLocked(serial, pin); err != nil {
 		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
 	}
+	l.remember(serial, nil)
 	return nil
 }
 
@@ -283,6 +314,7 @@ func (l *ledger) unbarLocked(serial string, pin []byte) error {
 		return err
 	}
 	before, err := l.files.read(serial)
+	before = l.withUnwritten(serial, before)
 	if errors.As(err, &damaged) {
 		if err := damaged.setAside(); err != nil {
 			return err

@@ -536,11 +536,12 @@ func TestAPINThatWasWrongOnAFullDiskIsBarred(t *testing.T) {
 			if _, err := l.attemptOnFullDisk(t.Context(), serial, []byte("648219"), shows(countLow)); err == nil {
 				t.Error("it is sent again while the disk is full")
 			}
-			if inPlace {
-				l.files.sync = hasRoom
-				refuses(t, l, "648219", countLow)
-				refuses(t, l, "648219", allTries)
-			}
+			l.files.sync = hasRoom
+			refuses(t, l, "648219", countLow)
+			refuses(t, l, "648219", allTries)
+			refuses(t, l.again(), "648219", allTries) // it is written by now
+			must(t, l.unbar(serial, []byte("648219")))
+			must(t, begins(t, l, "648219", countLow).succeeded())
 		})
 	}
 }
