@@ -3,6 +3,7 @@ package test
 import (
 	"crypto/ecdh"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"os"
 	"os/exec"
@@ -41,60 +42,160 @@ func TestRecoveryDoesWhatItsPageSays(t *testing.T) {
 		"P-384 among many recipients": {[]envelope.Recipient{rsaKey, p256, p384}, "03", p384, "ecdh-es"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			write(t, dir, "nitroseal-open.py", page["python"])
 			auth := envelope.NewAuthKey()
-			write(t, dir, "authentication-key", string(auth[:]))
 			raw, err := envelope.Seal(envelope.Context{
 				Use: envelope.UseMaterial, Key: "prod", Version: 3, Cluster: "eu", Name: "shares", Generation: 7, Caller: []byte("caller"),
 			}, test.recipients, auth, []byte(secret))
 			if err != nil {
 				t.Fatal(err)
 			}
-			write(t, dir, "envelope", string(raw))
+			d := newDesk(t, page, token, "ID="+test.id, "KID="+test.opener.KID)
+			write(t, d.dir, "authentication-key", string(auth[:]))
+			write(t, d.dir, "envelope", string(raw))
 
-			run := func(block string) (out string, err error) {
-				t.Helper()
-				script, known := page["sh "+block]
-				if !known {
-					t.Fatalf("docs/recovery.md has no block %q", block)
-				}
-				command := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
-				command.Dir = dir
-				command.Env = append(os.Environ(), "PATH=/usr/bin:"+os.Getenv("PATH"), // Debian's own Python
-					"MODULE="+token.Module, "ID="+test.id, "PIN="+token.PIN, "KID="+test.opener.KID)
-				text, err := command.CombinedOutput()
-				return string(text), err
-			}
-			must := func(block string) string {
-				t.Helper()
-				out, err := run(block)
-				if err != nil {
-					t.Fatalf("%s: %v\n%s", block, err, out)
-				}
-				return out
-			}
-
-			if listed := must("recipients"); !strings.Contains(listed, test.opener.KID+" "+string(test.opener.Algorithm)) {
+			if listed := d.must(t, "recipients"); !strings.Contains(listed, test.opener.KID+" "+string(test.opener.Algorithm)) {
 				t.Errorf("the recipients are listed as\n%s", listed)
 			}
-			must(test.block)
-			if said := must("open"); !strings.Contains(said, "not authenticated") {
+			d.must(t, test.block)
+			if said := d.must(t, "open"); !strings.Contains(said, "not authenticated") {
 				t.Errorf("opening without the authentication key says %q", said)
 			}
-			if got := read(t, dir, "secret"); got != secret {
+			if got := read(t, d.dir, "secret"); got != secret {
 				t.Errorf("recovered %q", got)
 			}
-			must("authenticated")
-			if got := read(t, dir, "secret"); got != secret {
+			d.must(t, "authenticated")
+			if got := read(t, d.dir, "secret"); got != secret {
 				t.Errorf("recovered, authenticated, %q", got)
 			}
-			write(t, dir, "authentication-key", strings.Repeat("x", len(auth)))
-			if said, err := run("authenticated"); err == nil || !strings.Contains(said, "FORGED") {
+			write(t, d.dir, "authentication-key", strings.Repeat("x", len(auth)))
+			if said, err := d.run(t, "authenticated"); err == nil || !strings.Contains(said, "FORGED") {
 				t.Errorf("with another authentication key it says %q, %v", said, err)
 			}
 		})
 	}
+}
+
+// TestRecoveryOfWhatWasReallyKept opens what a mount has left in its stores, on the wire of seal "transit", and in files.
+func TestRecoveryOfWhatWasReallyKept(t *testing.T) {
+	page := readPage(t, "recovery.md")
+	site, wrapped := newSite(t, vaulttest.SiteOptions{})
+	site.Write(t, "nitrokey/stores/token", vaulttest.Fields{"type": "object", "device": "hsm"})
+	site.Write(t, "nitrokey/stores/disk", vaulttest.Fields{"type": "file", "dir": "envelopes"})
+	putMaterial(t, site, "token", "eu", "on-token")
+	putMaterial(t, site, "disk", "eu", "on-disk")
+	encrypted := site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": vaulttest.Base64(secret)})["ciphertext"].(string)
+
+	key := site.Read(t, "nitrokey/keys/prod/backup")["key_record"].(string)
+	id := regexp.MustCompile(`ID:\s+([0-9a-f]+)`).FindStringSubmatch(site.Token.Tool(t, "--list-objects", "--type", "privkey"))[1]
+	listed := site.Token.Tool(t, "--list-objects", "--type", "data")
+	label := regexp.MustCompile(`label:\s+'(.*on-token.*)'`).FindStringSubmatch(listed)
+	if label == nil {
+		t.Fatalf("the token lists\n%s", listed)
+	}
+	files, err := filepath.Glob(filepath.Join(site.StateDir, "stores", "envelopes", "*on-disk"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("the file store holds %v, %v", files, err)
+	}
+
+	open := func(t *testing.T, from, raw string) string {
+		t.Helper()
+		d := newDesk(t, page, site.Token, "ID="+id, "NAME="+label[1])
+		if from == "token" {
+			d.must(t, "object")
+		} else {
+			write(t, d.dir, "envelope", raw)
+		}
+		fields := strings.Fields(d.must(t, "recipients"))
+		if len(fields) != 2 || !strings.Contains(key, fields[0]) {
+			t.Fatalf("the recipients are listed as %q", fields)
+		}
+		d.env = append(d.env, "KID="+fields[0])
+		d.must(t, strings.ToLower(fields[1]))
+		d.must(t, "open")
+		return read(t, d.dir, "secret")
+	}
+	t.Run("from wrap/", func(t *testing.T) {
+		if got := open(t, "wrap", wrapped); got != secret {
+			t.Errorf("recovered %q", got)
+		}
+	})
+	t.Run("from encrypt/, without vault:v1:", func(t *testing.T) {
+		raw, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(encrypted, "vault:v1:"))
+		must(t, err)
+		if got := open(t, "encrypt", string(raw)); got != secret {
+			t.Errorf("recovered %q", got)
+		}
+	})
+	for from, file := range map[string]string{"token": "", "disk": files[0]} {
+		t.Run("from a store on "+from, func(t *testing.T) {
+			raw := ""
+			if file != "" {
+				raw = read(t, filepath.Dir(file), filepath.Base(file))
+			}
+			got := open(t, from, raw)
+			for _, value := range materialFields {
+				if !strings.Contains(got, vaulttest.Base64(value)) {
+					t.Errorf("recovered %q, without %q", got, value)
+				}
+			}
+		})
+	}
+}
+
+// TestRecoveryWithSHA256 needs a module that does OAEP with it, as OpenSC does and SoftHSM does not.
+func TestRecoveryWithSHA256(t *testing.T) {
+	card := pkcs11test.Card(t)
+	card.GenerateKey(t, "rsa:2048", "rsa", "01")
+	key := readRecipient(t, &card.Token, "01", envelope.RSAOAEP256)
+	raw, err := envelope.Seal(envelope.Context{Use: envelope.UseWrap, Key: "prod", Version: 1}, []envelope.Recipient{key},
+		envelope.NewAuthKey(), []byte(secret))
+	must(t, err)
+	d := newDesk(t, readPage(t, "recovery.md"), &card.Token, "ID=01", "KID="+key.KID)
+	write(t, d.dir, "envelope", string(raw))
+	d.must(t, "rsa-oaep-256")
+	d.must(t, "open")
+	if got := read(t, d.dir, "secret"); got != secret {
+		t.Errorf("recovered %q", got)
+	}
+}
+
+// desk is a folder in which envelopes are opened as docs/recovery.md says.
+type desk struct {
+	dir  string
+	page map[string]string
+	env  []string // NAME=VALUE for the page's commands
+}
+
+func newDesk(t *testing.T, page map[string]string, token *pkcs11test.Token, env ...string) *desk {
+	t.Helper()
+	d := &desk{dir: t.TempDir(), page: page, env: append(os.Environ(),
+		"PATH=/usr/bin:"+os.Getenv("PATH"), // Debian's own Python
+		"MODULE="+token.Module, "PIN="+token.PIN)}
+	d.env = append(d.env, env...)
+	write(t, d.dir, "nitroseal-open.py", page["python"])
+	return d
+}
+
+// run runs a block of the page, by the name after its opening fence.
+func (d *desk) run(t *testing.T, block string) (out string, err error) {
+	t.Helper()
+	script, known := d.page["sh "+block]
+	if !known {
+		t.Fatalf("docs/recovery.md has no block %q", block)
+	}
+	command := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
+	command.Dir, command.Env = d.dir, d.env
+	text, err := command.CombinedOutput()
+	return string(text), err
+}
+
+func (d *desk) must(t *testing.T, block string) string {
+	t.Helper()
+	out, err := d.run(t, block)
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", block, err, out)
+	}
+	return out
 }
 
 // readPage returns the code blocks of a page under docs/ by what follows their opening fence.

@@ -619,7 +619,8 @@ static CK_RV unpad(CK_SESSION_HANDLE s, CK_BYTE *block, CK_ULONG size, CK_BYTE_P
 static CK_RV init_oaep(CK_SESSION_HANDLE s, CK_RSA_PKCS_OAEP_PARAMS *params, CK_OBJECT_HANDLE key)
 {
 	CK_MECHANISM raw = {CKM_RSA_X_509, NULL, 0};
-	if (params->mgf != CKG_MGF1_SHA256 || params->source != CKZ_DATA_SPECIFIED || params->ulSourceDataLen != 0)
+	/* A source of 0 is how pkcs11-tool says that there is no label. */
+	if (params->mgf != CKG_MGF1_SHA256 || params->source > CKZ_DATA_SPECIFIED || params->ulSourceDataLen != 0)
 		return CKR_MECHANISM_PARAM_INVALID;
 	CK_RV rv = hsm->C_DecryptInit(s, &raw, key);
 	if (rv == CKR_OK)
