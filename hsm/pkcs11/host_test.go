@@ -100,10 +100,10 @@ func TestAShortLimitOfOneMountKillsNobodysHost(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f, m, module := newFake(t)
 			good, bad := f.open(t, m, module), f.open(t, m, module, hasty)
-			k := key(t, bad)
-			if _, err := good.Info(patient(t)); err != nil {
+			if _, err := good.Info(patient(t)); err != nil { // from here on its limits count
 				t.Fatal(err)
 			}
+			k := key(t, bad)
 			if h, err := bad.module.host(patient(t)); err != nil {
 				t.Fatal(err)
 			} else if test.op == wire.OpLogin || test.op == wire.OpSlots {
