@@ -97,7 +97,8 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			HelpSynopsis: "Let a barred PIN be tried once more.",
 			HelpDescription: "A PIN that was wrong once is not sent again from this machine, because a token locks after three wrong " +
 				"ones. Where the PIN is right after all (it was set to it, or the bar hit a PIN that only looks like a wrong one, 1 in " +
-				"1,024), lift the bar: one try is then spent where it is wrong. The better way is to write the right PIN.",
+				"1,024), lift the bar: one try is then spent where it is wrong. Only this device's PIN is let through, and not while " +
+				"another mount uses the token with a PIN that is right. The better way is to write the right PIN.",
 		},
 		{
 			Pattern: pattern + "/pin",

@@ -64,6 +64,6 @@ var (
 	ErrCorrupt = errors.New("damaged in the store")
 	// ErrInvalidName: the name breaks the rules of CheckName.
 	ErrInvalidName = errors.New("invalid name")
-	// ErrTooLarge: the value is larger than the store takes.
-	ErrTooLarge = errors.New("value too large for the store")
+	// ErrTooLarge: the value is larger than the store takes, or the list longer than it gives.
+	ErrTooLarge = errors.New("too large for the store")
 )

@@ -106,7 +106,7 @@ func (s *Store) Put(ctx context.Context, name string, value []byte, expected sto
 	return revision(done.Header.Revision), nil
 }
 
-// List implements [store.Store]. It fails where there are more than [MaxNames] keys. All pages are of one state of etcd.
+// List implements [store.Store]. More than [MaxNames] keys are store.ErrTooLarge. All pages are of one state of etcd.
 func (s *Store) List(ctx context.Context, prefix string) ([]string, error) {
 	if err := store.CheckPrefix(prefix); err != nil {
 		return nil, err
@@ -124,8 +124,8 @@ func (s *Store) List(ctx context.Context, prefix string) ([]string, error) {
 			return nil, fmt.Errorf("listing %q in etcd: %w", prefix, err)
 		}
 		if page.Count > MaxNames {
-			return nil, fmt.Errorf("listing %q in etcd: there are %d keys under %q, and %d are listed at most; list a longer prefix, or "+
-				"find out who writes so many", prefix, page.Count, s.prefix+prefix, MaxNames)
+			return nil, fmt.Errorf("listing %q in etcd: %w: there are %d keys under %q, and %d are listed at most; list a longer prefix, or "+
+				"find out who writes so many", prefix, store.ErrTooLarge, page.Count, s.prefix+prefix, MaxNames)
 		}
 		for _, kv := range page.Kvs {
 			name := strings.TrimPrefix(string(kv.Key), s.prefix)
