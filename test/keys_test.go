@@ -1,15 +1,22 @@
 package test
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"log"
 	"maps"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/vault/api"
 
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 	"vault-plugin-secrets-nitrokey/internal/store/etcd/etcdtest"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
@@ -83,6 +90,48 @@ func TestARotationSentThreeTimesMakesOneHSMKey(t *testing.T) {
 	if versions := site.Read(t, "nitrokey/keys/prod")["versions"].([]any); len(versions) != 2 {
 		t.Errorf("three sends made %d versions", len(versions)-1)
 	}
+}
+
+// The same without an operator who gives a request_id, and with a client that repeats by itself because something between
+// it and Vault lost the answers. The HSM takes its time meanwhile, as a card does.
+func TestARotationThatTheClientRepeatsMakesOneHSMKey(t *testing.T) {
+	card := pkcs11test.Card(t)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{Token: &card.Token})
+	before := hsmKeys(t, site)
+	target, err := url.Parse(site.Address)
+	must(t, err)
+	lost := 0 // answers; the client sends one request at a time
+	proxy := &httputil.ReverseProxy{
+		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(target) },
+		Transport: site.Client(t).CloneConfig().HttpClient.Transport,
+		ModifyResponse: func(answer *http.Response) error {
+			if answer.StatusCode != http.StatusOK {
+				t.Errorf("Vault answered %s", answer.Status)
+			}
+			if lost < 2 {
+				lost++
+				return errors.New("lost") // the proxy answers 502
+			}
+			return nil
+		},
+		ErrorLog: log.New(io.Discard, "", 0),
+	}
+	server := httptest.NewServer(proxy)
+	defer server.Close()
+	client := site.Client(t)
+	must(t, client.SetAddress(server.URL))
+	client.SetMaxRetries(2) // as in api.DefaultConfig
+
+	card.Fault(t, pkcs11test.Freezes("C_GenerateKeyPair"))
+	if _, err := client.Logical().Write("nitrokey/keys/prod/rotate", map[string]any{"generate": true}); err != nil || lost != 2 {
+		t.Fatalf("rotating: %v, after %d lost answers", err, lost)
+	}
+	card.Mend(t, pkcs11test.Freezes("C_GenerateKeyPair"))
+	site.WaitKey(t, "prod", 2)
+	if made := hsmKeys(t, site) - before; made != 1 {
+		t.Errorf("three sends made %d HSM keys", made)
+	}
+	site.MustUnwrap(t, "prod", wrapped, secret)
 }
 
 // hsmKeys counts the private keys on the token with a tool that is not ours.
@@ -187,8 +236,10 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// materialFields are what putMaterial keeps.
-var materialFields = map[string]string{"key_1": "first", "key_2": "second", "key_3": "third", "key_4": "fourth", "key_5": "fifth"}
+// materialFields are what putMaterial keeps: values that stand nowhere by chance.
+var materialFields = map[string]string{
+	"key_1": "first share 5f1c", "key_2": "second share 08aa", "key_3": "third share e7d2", "key_4": "fourth share 61b9", "key_5": "fifth share c330",
+}
 
 func putMaterial(t *testing.T, site *vaulttest.Site, store, cluster, name string) {
 	t.Helper()

@@ -47,3 +47,30 @@ func TestOpeningIsOneDecryptAndSealingIsNone(t *testing.T) {
 		t.Errorf("opening material of five fields: %v", got)
 	}
 }
+
+// The same on a card, which counts what it does itself: a length query would cost an operation there.
+func TestACardPerformsOneOperationForEachOpening(t *testing.T) {
+	card := pkcs11test.Card(t)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{Token: &card.Token})
+	site.Write(t, "nitrokey/stores/own", vaulttest.Fields{"type": "vault"})
+	for _, step := range []struct {
+		name       string
+		act        func()
+		operations int
+	}{
+		{"five wraps", func() {
+			for range 5 {
+				site.Wrap(t, "prod", secret)
+			}
+		}, 0},
+		{"one unwrap", func() { site.MustUnwrap(t, "prod", wrapped, secret) }, 1},
+		{"keeping material of five fields", func() { putMaterial(t, site, "own", "eu", "shares") }, 0},
+		{"opening it", func() { openMaterial(t, site, "eu", "shares") }, 1},
+	} {
+		before := card.Operations(t)
+		step.act()
+		if got := card.Operations(t) - before; got != step.operations {
+			t.Errorf("%s: the card performed %d operations, want %d", step.name, got, step.operations)
+		}
+	}
+}

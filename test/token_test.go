@@ -1,6 +1,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -98,6 +99,30 @@ func TestATokenThatWasTakenAwayIsUsedAgainWithoutARestart(t *testing.T) {
 	eventuallyUnwraps(t, site, wrapped)
 }
 
+// A key sealed to two HSMs opens with either: the first is away, nobody was told, and nothing stops.
+func TestTheSecondHSMOpensWhileTheFirstIsAway(t *testing.T) {
+	first, second := pkcs11test.Unpluggable(t), pkcs11test.SoftHSM(t)
+	second.GenerateKey(t, "rsa:2048", "spare", "51")
+	site, older := newSite(t, vaulttest.SiteOptions{Token: &first.Token, Args: []string{"-pkcs11-module=" + second.Module}})
+	site.Write(t, "nitrokey/devices/spare", vaulttest.Fields{
+		"type": "pkcs11", "module": second.Module, "serial": second.Serial, "pin": second.PIN,
+	})
+	site.Write(t, "nitrokey/keys/prod/recipients", vaulttest.Fields{"device": "spare", "key_label": "spare"})
+	wrapped := site.Wrap(t, "prod", secret)
+	site.Write(t, "nitrokey/stores/own", vaulttest.Fields{"type": "vault"})
+	putMaterial(t, site, "own", "eu", "shares")
+
+	first.Unplug(t)
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	openMaterial(t, site, "eu", "shares")
+	site.MustUnwrap(t, "prod", site.Wrap(t, "prod", secret), secret)
+	site.Refused(t, "nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": older}, http.StatusServiceUnavailable) // sealed to the first only
+	site.Restart(t)
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	first.Replug(t)
+	eventuallyUnwraps(t, site, older)
+}
+
 func TestTwoMountsShareAToken(t *testing.T) {
 	site, wrapped := newSite(t, vaulttest.SiteOptions{})
 	site.Enable(t, "second", "")
@@ -142,4 +167,51 @@ func TestTwoVaultNodesShareAToken(t *testing.T) {
 	standby.Server = second
 	eventuallyUnwraps(t, &standby, wrapped)
 	standby.MustUnwrap(t, "prod", standby.Wrap(t, "prod", secret), secret)
+}
+
+// Two Vaults that know nothing of each other, on one token: neither can see the other's locks.
+func TestTwoIndependentVaultsShareAToken(t *testing.T) {
+	first, wrapped := newSite(t, vaulttest.SiteOptions{})
+	second := vaulttest.StartSite(t, vaulttest.SiteOptions{Token: first.Token})
+	second.AddDevice(t, "hsm")
+	second.Write(t, "nitrokey/keys/prod", vaulttest.Fields{"device": "hsm", "key_label": "nitroseal-prod-v1"})
+	sites := map[string]*vaulttest.Site{"first": first, "second": second}
+	sealed := map[string]string{"first": wrapped, "second": second.Wrap(t, "prod", secret)}
+	for name, site := range sites {
+		site.Write(t, "nitrokey/stores/token", vaulttest.Fields{"type": "object", "device": "hsm", "application": name})
+	}
+
+	const rounds = 4
+	encoded := map[string]string{"a": vaulttest.Base64(secret)}
+	failures := make(chan error)
+	for name, site := range sites {
+		client := site.Client(t)
+		go func() { // ends with the last round
+			var problems []error
+			for i := range rounds {
+				answer, err := client.Logical().Write("nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": sealed[name]})
+				if err == nil && answer.Data["plaintext"] != vaulttest.Base64(secret) {
+					err = fmt.Errorf("%s unwrapped %v", name, answer.Data)
+				}
+				problems = append(problems, err)
+				_, err = client.Logical().Write(fmt.Sprintf("nitrokey/material/%s/item-%d", name, i),
+					vaulttest.Fields{"key": "prod", "store": "token", "fields": encoded})
+				problems = append(problems, err)
+			}
+			failures <- errors.Join(problems...)
+		}()
+	}
+	for range sites {
+		if err := <-failures; err != nil {
+			t.Error(err)
+		}
+	}
+	for name, site := range sites {
+		for i := range rounds {
+			answer := site.Write(t, fmt.Sprintf("nitrokey/material/%s/item-%d/open", name, i), nil)
+			if got := answer["fields"].(map[string]any)["a"]; got != encoded["a"] {
+				t.Errorf("%s opened item %d as %v", name, i, got)
+			}
+		}
+	}
 }

@@ -24,6 +24,14 @@ type Options struct {
 	MLock bool
 	// Join names a server whose raft cluster this one joins.
 	Join *Server
+	// Transit makes another Vault unseal this one.
+	Transit *Transit
+}
+
+// Transit says what the seal "transit" of a server is told.
+type Transit struct {
+	Server            *Server // the other Vault
+	Mount, Key, Token string
 }
 
 // Server is a running Vault.
@@ -34,7 +42,7 @@ type Server struct {
 	CAFile string
 	// RootToken may do everything.
 	RootToken string
-	// UnsealKey is the one share of its seal, base64.
+	// UnsealKey is the one share of its seal, base64; none with a seal "transit".
 	UnsealKey string
 	// Dir is the server's own folder. PluginDir lies in it.
 	Dir, PluginDir string
@@ -102,7 +110,15 @@ listener "tcp" {
   tls_cert_file   = "{{.Cert}}"
   tls_key_file    = "{{.Key}}"
 }
-`))
+{{with .Transit}}
+seal "transit" {
+  address     = "{{.Server.Address}}"
+  mount_path  = "{{.Mount}}"
+  key_name    = "{{.Key}}"
+  token       = "{{.Token}}"
+  tls_ca_cert = "{{.Server.CAFile}}"
+}
+{{end}}`))
 
 // run starts the process and waits until its API answers. A port that somebody took in between is no failure at the
 // first start: there are others. Later starts keep theirs, as raft remembers the address.
@@ -120,7 +136,7 @@ func (s *Server) run(t testing.TB) {
 		must(t, configuration.Execute(&config, map[string]any{
 			"DisableMLock": !s.options.MLock, "Dir": s.Dir, "PluginDir": s.PluginDir, "Node": filepath.Base(s.Dir),
 			"Address": s.Address, "Listen": strings.TrimPrefix(s.Address, "https://"), "Cluster": s.cluster,
-			"Cert": s.certs.cert, "Key": s.certs.key,
+			"Cert": s.certs.cert, "Key": s.certs.key, "Transit": s.options.Transit,
 		}))
 		file := filepath.Join(s.Dir, "vault.hcl")
 		must(t, os.WriteFile(file, config.Bytes(), 0o600))
@@ -147,8 +163,17 @@ func (s *Server) run(t testing.TB) {
 
 func (s *Server) initialize(t testing.TB) {
 	t.Helper()
-	answer, err := s.client(t, "").Sys().Init(&api.InitRequest{SecretShares: 1, SecretThreshold: 1})
+	shares := &api.InitRequest{SecretShares: 1, SecretThreshold: 1}
+	if s.options.Transit != nil {
+		shares = &api.InitRequest{RecoveryShares: 1, RecoveryThreshold: 1}
+	}
+	answer, err := s.client(t, "").Sys().Init(shares)
 	must(t, err)
+	if s.options.Transit != nil {
+		s.RootToken = answer.RootToken
+		s.WaitActive(t)
+		return
+	}
 	s.RootToken, s.UnsealKey = answer.RootToken, answer.KeysB64[0]
 	s.Unseal(t)
 }
@@ -190,10 +215,12 @@ func (s *Server) WaitVoter(t testing.TB) {
 	})
 }
 
-// Unseal gives the server its share and waits until it is active.
+// Unseal gives the server its share and waits until it is active. One with a seal "transit" unseals itself.
 func (s *Server) Unseal(t testing.TB) {
 	t.Helper()
-	s.post(t)
+	if s.options.Transit == nil {
+		s.post(t)
+	}
 	s.WaitActive(t)
 }
 

@@ -1,0 +1,160 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
+)
+
+// TestAnotherVaultIsAutoUnsealed points the seal "transit" of a Vault that knows nothing of us at the mount.
+func TestAnotherVaultIsAutoUnsealed(t *testing.T) {
+	site, _ := newSite(t, vaulttest.SiteOptions{})
+
+	t.Run("encrypt and decrypt by PUT and by POST", func(t *testing.T) {
+		for _, method := range []string{http.MethodPut, http.MethodPost} {
+			code, _, answer := send(t, site, method, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": vaulttest.Base64(secret)})
+			ciphertext, _ := answer.Data["ciphertext"].(string)
+			if code != http.StatusOK || !strings.HasPrefix(ciphertext, "vault:v1:") {
+				t.Fatalf("%s encrypt: %d %+v", method, code, answer)
+			}
+			code, _, answer = send(t, site, method, "nitrokey/decrypt/prod", vaulttest.Fields{"ciphertext": ciphertext})
+			if code != http.StatusOK || answer.Data["plaintext"] != vaulttest.Base64(secret) {
+				t.Errorf("%s decrypt: %d %+v", method, code, answer)
+			}
+		}
+	})
+
+	must(t, site.Client(t).Sys().PutPolicy("unsealer", `
+		path "nitrokey/encrypt/prod" { capabilities = ["update"] }
+		path "nitrokey/decrypt/prod" { capabilities = ["update"] }`))
+	token, err := site.Client(t).Auth().Token().CreateOrphan(&api.TokenCreateRequest{Policies: []string{"unsealer"}, Period: "24h"})
+	must(t, err)
+	other := vaulttest.Start(t, vaulttest.Options{Transit: &vaulttest.Transit{
+		Server: site.Server, Mount: "nitrokey/", Key: "prod", Token: token.Auth.ClientToken,
+	}})
+	must(t, other.Client(t).Sys().Mount("kv", &kvMount))
+	must(t, other.Client(t).KVv1("kv").Put(context.Background(), "a", map[string]any{"b": "c"}))
+	restarts := func(t *testing.T) {
+		t.Helper()
+		other.Restart(t) // waits until it is unsealed, and gives no share
+		if kept, err := other.Client(t).KVv1("kv").Get(context.Background(), "a"); err != nil || kept.Data["b"] != "c" {
+			t.Fatal(kept, err)
+		}
+	}
+	t.Run("it restarts", restarts)
+	t.Run("it restarts after a rotation whose record nobody has read", func(t *testing.T) {
+		site.Write(t, "nitrokey/keys/prod/rotate", vaulttest.Fields{"generate": true})
+		site.WaitKey(t, "prod", 2)
+		if v := site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": "aGk="})["key_version"]; fmt.Sprint(v) != "1" {
+			t.Errorf("encrypt uses version %v, which no key record holds that was read", v)
+		}
+		restarts(t)
+	})
+	t.Run("and after the record was read", func(t *testing.T) {
+		site.Read(t, "nitrokey/keys/prod/backup")
+		site.Write(t, "nitrokey/keys/prod", vaulttest.Fields{"accept_single_hsm": true})
+		if v := site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": "aGk="})["key_version"]; fmt.Sprint(v) != "2" {
+			t.Errorf("encrypt uses version %v", v)
+		}
+		restarts(t)
+	})
+}
+
+// TestTheRestOfTheMount is what no other test asks of a real Vault.
+func TestTheRestOfTheMount(t *testing.T) {
+	plug := pkcs11test.Unpluggable(t)
+	site, wrapped := newSite(t, vaulttest.SiteOptions{Token: &plug.Token})
+
+	t.Run("random bytes", func(t *testing.T) {
+		seen := map[any]bool{}
+		for range 2 {
+			answer := site.Write(t, "nitrokey/random", vaulttest.Fields{"bytes": 24, "format": "hex"})
+			if got, _ := answer["random_bytes"].(string); len(got) != 48 || seen[got] {
+				t.Errorf("random bytes: %v", answer)
+			}
+			seen[answer["random_bytes"]] = true
+		}
+	})
+	t.Run("a store of type file", func(t *testing.T) {
+		site.Write(t, "nitrokey/stores/disk", vaulttest.Fields{"type": "file", "dir": "envelopes", "check": true})
+		putMaterial(t, site, "disk", "eu", "shares")
+		reload(t, site)
+		openMaterial(t, site, "eu", "shares")
+	})
+	t.Run("the PIN is changed on the token", func(t *testing.T) {
+		const changed = "271828"
+		site.Write(t, "nitrokey/devices/hsm/pin", vaulttest.Fields{"new_pin": changed})
+		site.Token.PIN = changed
+		site.Token.Tool(t, "--list-objects") // logs in
+		site.Restart(t)
+		site.MustUnwrap(t, "prod", wrapped, secret)
+	})
+	t.Run("health is 200", func(t *testing.T) {
+		code, _, answer := send(t, site, http.MethodGet, "nitrokey/health", nil)
+		if code != http.StatusOK || answer.Data["usable"] != true {
+			t.Errorf("%d %+v", code, answer)
+		}
+	})
+
+	must(t, site.Client(t).Sys().TuneMount("nitrokey", api.MountConfigInput{AllowedResponseHeaders: []string{"Retry-After"}}))
+	plug.Unplug(t)
+	t.Run("a 503 asks for patience once the mount is tuned so", func(t *testing.T) {
+		code, header, answer := send(t, site, http.MethodPut, "nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": wrapped})
+		if code != http.StatusServiceUnavailable || header.Get("Retry-After") == "" || len(answer.Errors) == 0 {
+			t.Errorf("%d, Retry-After %q, %+v", code, header.Get("Retry-After"), answer)
+		}
+	})
+	t.Run("health is 503 with the same data", func(t *testing.T) {
+		vaulttest.Eventually(t, limit, "health to notice, which asks a device once in five seconds", func() error {
+			code, _, answer := send(t, site, http.MethodGet, "nitrokey/health", nil)
+			devices, _ := answer.Data["devices"].(map[string]any)
+			if code != http.StatusServiceUnavailable || answer.Data["usable"] != false || devices["hsm"] == nil || len(answer.Errors) == 0 {
+				return fmt.Errorf("it answers %d %+v", code, answer)
+			}
+			return nil
+		})
+		cli := exec.CommandContext(t.Context(), vaulttest.Tool(t, "vault"), "read", "nitrokey/health")
+		cli.Env = []string{"HOME=" + t.TempDir(), "VAULT_ADDR=" + site.Address, "VAULT_CACERT=" + site.CAFile, "VAULT_TOKEN=" + site.RootToken, "VAULT_MAX_RETRIES=0"}
+		if shown, err := cli.CombinedOutput(); err == nil || !strings.Contains(string(shown), "503") || !strings.Contains(string(shown), "no device") {
+			t.Errorf("the command line shows %v\n%s", err, shown)
+		}
+	})
+}
+
+// answered is the body of an answer.
+type answered struct {
+	Errors []string       `json:"errors"`
+	Data   map[string]any `json:"data"`
+}
+
+// send makes a request by the given method and returns the answer as it came, errors too.
+func send(t *testing.T, site *vaulttest.Site, method, path string, fields vaulttest.Fields) (code int, header http.Header, body answered) {
+	t.Helper()
+	client := site.Client(t)
+	request := client.NewRequest(method, "/v1/"+path)
+	if fields != nil {
+		must(t, request.SetJSONBody(fields))
+	}
+	answer, err := client.RawRequestWithContext(t.Context(), request) //nolint:staticcheck // the only way to choose the method
+	if answer == nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer answer.Body.Close()
+	raw, err := io.ReadAll(answer.Body)
+	must(t, err)
+	if err := json.NewDecoder(bytes.NewReader(raw)).Decode(&body); err != nil {
+		t.Fatalf("%s %s: %v in %q", method, path, err, raw)
+	}
+	return answer.StatusCode, answer.Header, body
+}
