@@ -1,0 +1,147 @@
+package test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
+)
+
+func TestTheDemoRunsToItsEndAndCleansUp(t *testing.T) {
+	d := startDemo(t)
+	if err := d.wait(t); err != nil {
+		t.Fatalf("scripts/demo run: %v\n%s", err, d.out.String())
+	}
+	for _, step := range []string{"Register the plugin", "Rotate the key", "usable", "That was it"} {
+		if !strings.Contains(d.out.String(), step) {
+			t.Errorf("%q is missing in\n%s", step, d.out.String())
+		}
+	}
+	d.leavesNothing(t)
+}
+
+func TestCtrlCEndsTheDemoAndWhatItStarted(t *testing.T) {
+	d := startDemo(t)
+	vaulttest.Eventually(t, 2*time.Minute, "the demo to use its Vault", func() error {
+		if !strings.Contains(d.out.String(), "A device: the HSM") {
+			return fmt.Errorf("it says\n%s", d.out.String())
+		}
+		return nil
+	})
+	if running := d.processes(t); len(running) < 3 {
+		t.Errorf("etcd, Vault and the plugin should run, not %v", running)
+	}
+	// A terminal sends it to the whole foreground group.
+	must(t, syscall.Kill(-d.command.Process.Pid, syscall.SIGINT))
+	var exit *exec.ExitError
+	if err := d.wait(t); !errors.As(err, &exit) || exit.ExitCode() != 130 {
+		t.Errorf("it ended with %v, want exit status 130\n%s", err, d.out.String())
+	}
+	d.leavesNothing(t)
+}
+
+// demo is a run of scripts/demo.
+type demo struct {
+	tmp     string // its TMPDIR: in the arguments of all that it starts
+	command *exec.Cmd
+	out     output
+	ended   chan error
+}
+
+func startDemo(t *testing.T) *demo {
+	t.Helper()
+	for _, tool := range []string{"vault", "etcd"} {
+		vaulttest.Tool(t, tool) // builds what is missing, which the demo would do in more time than a test has
+	}
+	tmp, err := os.MkdirTemp("", "nd-") //nolint:usetesting // sockets lie below it: 107 characters, and t.TempDir is long
+	must(t, err)
+	t.Cleanup(func() { must(t, os.RemoveAll(tmp)) })
+	d := &demo{tmp: tmp, ended: make(chan error, 1)}
+	d.command = exec.Command(filepath.Join(vaulttest.Root(), "scripts", "demo"), "run") //nolint:noctx // killed below
+	d.command.Env = append(os.Environ(), "TMPDIR="+tmp)
+	d.command.Stdout, d.command.Stderr = &d.out, &d.out
+	d.command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	d.command.WaitDelay = time.Second
+	must(t, d.command.Start())
+	go func() { d.ended <- d.command.Wait() }() // ends with the process
+	t.Cleanup(func() {
+		for _, pid := range d.processes(t) { // only where the test failed
+			t.Errorf("process %d is still there", pid)
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	})
+	return d
+}
+
+func (d *demo) wait(t *testing.T) error {
+	t.Helper()
+	select {
+	case err := <-d.ended:
+		return err
+	case <-time.After(3 * time.Minute):
+		_ = d.command.Process.Kill() // what it started is ended by the clean-up
+		t.Fatalf("scripts/demo does not end; it says\n%s", d.out.String())
+		return nil
+	}
+}
+
+// leavesNothing checks that neither files nor processes remain.
+func (d *demo) leavesNothing(t *testing.T) {
+	t.Helper()
+	vaulttest.Eventually(t, limit, "the demo's processes to be gone", func() error {
+		if running := d.processes(t); len(running) > 0 {
+			return fmt.Errorf("%d are left", running)
+		}
+		return nil
+	})
+	left, err := filepath.Glob(filepath.Join(d.tmp, "nitroseal-demo.*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("the demo left %q, %v", left, err)
+	}
+}
+
+// processes are those that have the demo's folder in their arguments or their environment.
+func (d *demo) processes(t *testing.T) []int {
+	t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*")
+	must(t, err)
+	var found []int
+	for _, entry := range entries {
+		arguments, _ := os.ReadFile(filepath.Join(entry, "cmdline")) // it may have ended since
+		environment, _ := os.ReadFile(filepath.Join(entry, "environ"))
+		if bytes.Contains(arguments, []byte(d.tmp)) || bytes.Contains(environment, []byte(d.tmp)) {
+			var pid int
+			_, err := fmt.Sscan(filepath.Base(entry), &pid)
+			must(t, err)
+			found = append(found, pid)
+		}
+	}
+	return found
+}
+
+// output is what a process says, readable while it says more.
+type output struct {
+	mu   sync.Mutex
+	said bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.said.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.said.String()
+}
