@@ -2,10 +2,13 @@ package test
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
@@ -35,12 +38,51 @@ func TestLockedMemoryStaysSmall(t *testing.T) {
 	if len(hosts) != 1 {
 		t.Fatalf("the module hosts are %v", hosts)
 	}
+	mustHaveLocked(t, hosts[0])
 	if kib := hosts[0].ResidentKiB(t); kib > hostLimit {
 		t.Errorf("the module host has %d KiB in memory, more than %d", kib, hostLimit)
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", hosts[0].PID))
+}
+
+// As it runs in production: an ordinary user, and files that may lock memory.
+func TestAnOrdinaryUserWithCapIPCLockIsEnough(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("giving a file the capability needs root")
+	}
+	token := pkcs11test.SoftHSM(t)
+	folder := filepath.Dir(os.Getenv("SOFTHSM2_CONF"))
+	must(t, os.Chmod(filepath.Dir(folder), 0o755)) // all of the test's temporary folders lie in it
+	must(t, filepath.WalkDir(folder, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, 65534, 65534)
+	}))
+	site, wrapped := newSite(t, vaulttest.SiteOptions{Token: token, Options: vaulttest.Options{MLock: true, Nobody: true}})
+	site.Restart(t)
+	site.MustUnwrap(t, "prod", wrapped, secret)
+	plugins, hosts := site.Plugins(), site.Hosts()
+	if len(plugins) != 1 || len(hosts) != 1 {
+		t.Fatalf("the plugins are %v, the module hosts %v", plugins, hosts)
+	}
+	if log := site.Log(t); !strings.Contains(log, "memory_locked=true") || strings.Contains(log, "memory_locked=false") {
+		t.Error("Vault's log does not say memory_locked=true of every module host")
+	}
+	for _, process := range append(plugins, hosts...) {
+		status := mustHaveLocked(t, process)
+		if !strings.Contains(status, "Uid:\t65534\t65534") {
+			t.Errorf("%s runs as another user:\n%s", process.Command, status)
+		}
+	}
+}
+
+// mustHaveLocked checks that a process has locked memory, and returns what /proc tells of it.
+func mustHaveLocked(t *testing.T, process vaulttest.Process) string {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", process.PID))
 	must(t, err)
 	if strings.Contains(string(status), "VmLck:\t       0 kB") {
-		t.Errorf("the module host has locked nothing:\n%s", status)
+		t.Errorf("%s has locked nothing:\n%s", process.Command, status)
 	}
+	return string(status)
 }

@@ -22,8 +22,9 @@ type process struct {
 	done chan struct{} // closed once it has ended and was waited for
 }
 
-// startProcess runs a program with nothing of our environment but the given one. It dies with the test binary.
-func startProcess(t testing.TB, log string, env []string, program string, args ...string) *process {
+// startProcess runs a program with nothing of our environment but the given one, as somebody else where a credential says
+// so. It dies with the test binary, unless its file has capabilities.
+func startProcess(t testing.TB, log string, env []string, as *syscall.Credential, program string, args ...string) *process {
 	t.Helper()
 	file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(t, err)
@@ -31,7 +32,7 @@ func startProcess(t testing.TB, log string, env []string, program string, args .
 	//nolint:noctx // it outlives any one call: stop and kill end it
 	cmd := exec.Command(program, args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = env, file, file
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: as}
 	must(t, cmd.Start())
 	p := &process{cmd: cmd, log: log, done: make(chan struct{})}
 	go func() { // owned by p: ends with the process

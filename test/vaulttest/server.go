@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -26,6 +27,9 @@ type Options struct {
 	Join *Server
 	// Transit makes another Vault unseal this one.
 	Transit *Transit
+	// Nobody runs Vault, and with it the plugin, as an ordinary user whose one capability is CAP_IPC_LOCK, which their
+	// files have. It needs root.
+	Nobody bool
 }
 
 // Transit says what the seal "transit" of a server is told.
@@ -124,7 +128,7 @@ seal "transit" {
 // first start: there are others. Later starts keep theirs, as raft remembers the address.
 func (s *Server) run(t testing.TB) {
 	t.Helper()
-	vault := Tool(t, "vault")
+	vault := s.program(t)
 	log := filepath.Join(s.Dir, "vault.log")
 	const tries = 5
 	for try := 1; ; try++ {
@@ -141,7 +145,7 @@ func (s *Server) run(t testing.TB) {
 		file := filepath.Join(s.Dir, "vault.hcl")
 		must(t, os.WriteFile(file, config.Bytes(), 0o600))
 		env := []string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.Dir, "TMPDIR=" + filepath.Join(s.Dir, "tmp")}
-		s.process = startProcess(t, log, env, vault, "server", "-config="+file)
+		s.process = startProcess(t, log, env, s.give(t, s.Dir), vault, "server", "-config="+file)
 
 		var taken error
 		Eventually(t, time.Minute, "Vault's API", func() error {
@@ -159,6 +163,51 @@ func (s *Server) run(t testing.TB) {
 			t.Fatalf("starting vault: %v\n%s", taken, content)
 		}
 	}
+}
+
+// program is the Vault to run.
+func (s *Server) program(t testing.TB) string {
+	t.Helper()
+	vault := Tool(t, "vault")
+	if !s.options.Nobody {
+		return vault
+	}
+	own := filepath.Join(s.Dir, "vault")
+	if _, err := os.Stat(own); err != nil {
+		copyFile(t, vault, own)
+	}
+	s.give(t, s.Dir)
+	s.mayLock(t, own) // after its owner changed, which takes capabilities away
+	return own
+}
+
+// nobody is the ordinary user.
+const nobody = 65534
+
+// give makes the ordinary user own a folder and what is in it, and returns whom to run Vault as: nil for ourselves.
+func (s *Server) give(t testing.TB, dir string) *syscall.Credential {
+	t.Helper()
+	if !s.options.Nobody {
+		return nil
+	}
+	must(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if info, err := entry.Info(); err != nil || info.Sys().(*syscall.Stat_t).Uid == nobody {
+			return err
+		}
+		return os.Lchown(path, nobody, nobody)
+	}))
+	return &syscall.Credential{Uid: nobody, Gid: nobody}
+}
+
+// mayLock lets a program lock memory, whoever runs it.
+func (s *Server) mayLock(t testing.TB, program string) {
+	t.Helper()
+	must(t, os.Chown(program, nobody, nobody))
+	_, err := run(context.Background(), s.Dir, nil, "setcap", "cap_ipc_lock=+ep", program)
+	must(t, err)
 }
 
 func (s *Server) initialize(t testing.TB) {
@@ -381,6 +430,9 @@ func (s *Server) Install(t testing.TB, binary Binary) string {
 	t.Helper()
 	command := Name + "-" + binary.Version
 	copyFile(t, binary.Path, filepath.Join(s.PluginDir, command))
+	if s.options.Nobody {
+		s.mayLock(t, filepath.Join(s.PluginDir, command))
+	}
 	return command
 }
 

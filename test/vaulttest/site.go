@@ -60,6 +60,8 @@ func StartSite(t testing.TB, options SiteOptions) *Site {
 		s.Env = append(s.Env, name+"="+os.Getenv(name))
 	}
 	s.Server = Start(t, options.Options)
+	s.give(t, s.StateDir)
+	s.give(t, s.SecretsDir)
 	s.Register(t, options.Build.Binary(t), s.Args, s.Env)
 	s.Enable(t, "nitrokey", "")
 	return s
