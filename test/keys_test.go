@@ -3,8 +3,6 @@ package test
 import (
 	"errors"
 	"fmt"
-	"io"
-	"log"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -110,11 +108,11 @@ func TestARotationThatTheClientRepeatsMakesOneHSMKey(t *testing.T) {
 			}
 			if lost < 2 {
 				lost++
-				return errors.New("lost") // the proxy answers 502
+				return errors.New("lost")
 			}
 			return nil
 		},
-		ErrorLog: log.New(io.Discard, "", 0),
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
 	}
 	server := httptest.NewServer(proxy)
 	defer server.Close()

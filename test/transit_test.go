@@ -107,7 +107,8 @@ func TestTheRestOfTheMount(t *testing.T) {
 		}
 	})
 
-	must(t, site.Client(t).Sys().TuneMount("nitrokey", api.MountConfigInput{AllowedResponseHeaders: []string{"Retry-After"}}))
+	headers := []string{"Retry-After"}
+	must(t, site.Client(t).Sys().TuneMountAllowNil("nitrokey", api.TuneMountConfigInput{AllowedResponseHeaders: &headers}))
 	plug.Unplug(t)
 	t.Run("a 503 asks for patience once the mount is tuned so", func(t *testing.T) {
 		code, header, answer := send(t, site, http.MethodPut, "nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": wrapped})
