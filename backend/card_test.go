@@ -116,3 +116,18 @@ func TestTheLastTryOfACardIsSpentByForceOnly(t *testing.T) {
 	m.card.SetTries(t, 3)
 	m.works()
 }
+
+func TestUnbarAtTheLastTryOfACardDoesNotLockIt(t *testing.T) {
+	m := newCardMount(t)
+	m.configure("000000")
+	m.list("devices/card/keys").want(t, http.StatusServiceUnavailable)
+	m.card.SetTries(t, 1)
+	if got := m.write("devices/card/pin", fields{"new_pin": "000000", "on_token": false}).want(t, http.StatusBadRequest); strings.Contains(got.message, "spends") {
+		t.Errorf("force=true is promised to help a barred PIN: %s", got.message)
+	}
+	m.write("devices/card/unbar", nil).want(t, http.StatusBadRequest).says(t, "the bar stays", "on_token=false force=true")
+	m.list("devices/card/keys").want(t, http.StatusServiceUnavailable)
+	m.wants(1, 1)
+	m.write("devices/card/pin", fields{"new_pin": m.card.PIN, "on_token": false, "force": true}).want(t, http.StatusNoContent)
+	m.works()
+}

@@ -313,7 +313,11 @@ func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *f
 	if err != nil {
 		return nil, err
 	}
-	if err := changer.Unbar(ctx); err != nil {
+	err = changer.Unbar(ctx)
+	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
+		return nil, mistake("lifting the bar of device %q: %w", name, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("lifting the bar of device %q: %w", name, err)
 	}
 	b.logger.Info("PIN bar lifted", "device", name, "by", by(req))
@@ -402,11 +406,7 @@ func (b *backend) replacePIN(ctx context.Context, name string, record *deviceRec
 	defer clear(tried)
 	err = changer.AdoptPIN(ctx, tried, force)
 	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
-		hint := ""
-		if pinError.Barred && pinError.TriesLeft == 1 && !force {
-			hint = "; force=true spends the last try on it"
-		}
-		return mistake("the stored PIN of device %q was kept: %w%s", name, err, hint)
+		return mistake("the stored PIN of device %q was kept: %w", name, err)
 	}
 	if err != nil {
 		return fmt.Errorf("trying the new PIN of device %q; the stored one was kept: %w", name, err)

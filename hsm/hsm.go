@@ -194,7 +194,8 @@ type PINChanger interface {
 	// unless this very PIN is barred; but the last try is spent only where lastTry says so too.
 	AdoptPIN(ctx context.Context, pin []byte, lastTry bool) error
 	// Unbar lifts the bar of the PIN that the device was opened with on this machine, so that the next operation logs in
-	// with it once more. Bars of other PINs stay. While another mount uses the token with another PIN it is a *PINError.
+	// with it once more. Bars of other PINs stay. While another mount uses the token with another PIN it is a *PINError, and
+	// so it is where the token rejected this PIN and shows its last try.
 	Unbar(ctx context.Context) error
 }
 

@@ -3,6 +3,7 @@ package pkcs11
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -161,5 +162,38 @@ func TestOneMountsWordSpendsNoTryOfATokenThatAnotherMountUses(t *testing.T) {
 	}
 	if n := f.count(wire.OpLogin); n != 2 {
 		t.Errorf("%d PINs were sent, want the right one twice", n)
+	}
+}
+
+func TestFollowingTheSentencesAtTheLastTrySpendsNoneOnARejectedPIN(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module, func(c *Config) { c.PIN = []byte("000000") })
+	if pin := pinError(t, list(t, d)); pin.Barred {
+		t.Fatalf("the first time gives %+v, want one that was sent", pin)
+	}
+	f.do(func() { f.flags |= ckfUserPINCountLow | ckfUserPINFinalTry })
+	says := func(err error, want string) {
+		t.Helper()
+		pin := pinError(t, err)
+		if !pin.Barred || !strings.Contains(pin.Detail, want) {
+			t.Errorf("got %+v, want Barred and %q", pin, want)
+		}
+		if want != "the bar stays" && strings.Contains(pin.Detail, "unbar") {
+			t.Errorf("%q sends people to unbar, which lets another PIN through", pin.Detail)
+		}
+	}
+	says(d.AdoptPIN(patient(t), []byte(fakePIN), false), "only force=true spends the last try on it")
+	for _, last := range []bool{false, true} {
+		says(d.AdoptPIN(patient(t), []byte("000000"), last), "force=true does not send this one either")
+	}
+	says(d.Unbar(patient(t)), "the bar stays")
+	if pin := pinError(t, list(t, d)); !pin.Barred {
+		t.Errorf("the next use gives %+v, want Barred", pin)
+	}
+	if n := f.count(wire.OpLogin); n != 1 {
+		t.Errorf("%d PINs were sent, want the rejected one once", n)
+	}
+	if err := d.AdoptPIN(patient(t), []byte(fakePIN), true); err != nil {
+		t.Errorf("the right PIN, as the sentence says: %v", err)
 	}
 }

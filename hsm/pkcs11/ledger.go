@@ -143,7 +143,7 @@ func (l *ledger) begin(on terms, serial string, pin []byte, flags hsm.PINState) 
 		if len(known.Barred) > len(written.Barred) && l.files.write(serial, known) == nil {
 			l.remember(serial, nil) // else a suspicion is not kept: the intent stays, and is suspected again
 		}
-		return nil, refusal.error(serial, flags)
+		return nil, refusal.error(serial, flags, on.said)
 	}
 	a := &attempt{ledger: l, serial: serial, known: known}
 	a.intent = intent{Mark: mark, At: l.now().UTC().Truncate(time.Second), Again: again}
@@ -282,8 +282,9 @@ const unbarPatience = 30 * time.Second
 
 // unbar lifts the bar of one PIN of a token and lets its next log-in through whatever the token shows, once. The bars of
 // other PINs stay: what a person knows about this one says nothing about those of other mounts. A damaged file of the
-// ledger is set aside.
-func (l *ledger) unbar(serial string, pin []byte) error {
+// ledger is set aside. A PIN that the token rejected is asked about: shows tells what the token shows, and on its last try
+// the PIN stays barred, which is a *hsm.PINError.
+func (l *ledger) unbar(serial string, pin []byte, shows func(context.Context) (hsm.PINState, error)) error {
 	if err := l.files.checkDir(); err != nil {
 		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
 	}
@@ -294,14 +295,16 @@ func (l *ledger) unbar(serial string, pin []byte) error {
 		return fmt.Errorf("unbarring the token %q, waiting for a log-in that runs: %w", serial, err)
 	}
 	defer unlock()
-	if err := l.unbarLocked(serial, pin); err != nil {
+	if err := l.unbarLocked(ctx, serial, pin, shows); err != nil {
 		return fmt.Errorf("unbarring the token %q in the state directory %q: %w", serial, l.files.dir, err)
 	}
 	l.remember(serial, nil)
 	return nil
 }
 
-func (l *ledger) unbarLocked(serial string, pin []byte) error {
+func (l *ledger) unbarLocked(
+	ctx context.Context, serial string, pin []byte, shows func(context.Context) (hsm.PINState, error),
+) error {
 	var damaged *damagedError
 	mark, key, err := l.files.fingerprint(serial, pin)
 	if errors.As(err, &damaged) {
@@ -323,6 +326,17 @@ func (l *ledger) unbarLocked(serial string, pin []byte) error {
 	}
 	if err != nil {
 		return err
+	}
+	if before.rejected(mark) {
+		flags, err := shows(ctx)
+		if err != nil {
+			return fmt.Errorf("asking the token how many tries it leaves, since it rejected this PIN; the bar stays: %w", err)
+		}
+		if flags.FinalTry {
+			return &hsm.PINError{TriesLeft: 1, Barred: true, Detail: fmt.Sprintf("the token %q rejected this PIN and shows its last "+
+				"try, so the bar stays: sent again, this PIN would lock it; give the right one with devices/NAME/pin on_token=false "+
+				"force=true, or log in once with another program (pkcs11-tool --login), which restores the tries", serial)}
+		}
 	}
 	return l.files.write(serial, before.unbarred(mark, key))
 }
@@ -433,6 +447,11 @@ func (r record) surely(mark fingerprint, flags hsm.PINState) bool {
 	return r.isGood(mark) && !flags.CountLow && !flags.FinalTry && (r.Intent == nil || r.Intent.Mark == mark)
 }
 
+// rejected tells whether a PIN is barred because the token said that it is wrong.
+func (r record) rejected(mark fingerprint) bool {
+	return slices.ContainsFunc(r.Barred, func(b bar) bool { return b.Mark == mark && b.Why == rejected })
+}
+
 func (r record) isGood(mark fingerprint) bool { return r.Good != nil && *r.Good == mark }
 
 // bar returns the record with a PIN barred, good no more, and without the intent.
@@ -463,8 +482,9 @@ const (
 const lockedAdvice = "it is locked now, and no PIN works until the SO-PIN has unblocked it " +
 	"(pkcs11-tool --login --login-type so --init-pin)"
 
-// error is the refusal for people.
-func (f *refusal) error(serial string, flags hsm.PINState) *hsm.PINError {
+// error is the refusal for people. A PIN that came with a person's word is not the one that the device has, which is what
+// unbar lets through: there the sentences do not name it.
+func (f *refusal) error(serial string, flags hsm.PINState, said word) *hsm.PINError {
 	e := &hsm.PINError{TriesLeft: triesLeft(flags), Barred: true}
 	switch f.why {
 	case becauseLocked:
@@ -483,16 +503,22 @@ func (f *refusal) error(serial string, flags hsm.PINState) *hsm.PINError {
 			happened = fmt.Sprintf("this PIN of the token %q was changed to another one", serial)
 		case rejected:
 		}
-		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; %s, or lift the bar (devices/NAME/unbar) if this "+
-			"one is right after all", happened, f.bar.At.Format(time.RFC3339), giveIt)
+		next := giveIt + ", or lift the bar (devices/NAME/unbar) if this one is right after all"
+		if said != noWord {
+			next = "make sure of the PIN and give another one; force=true does not send this one either"
+		}
+		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; %s", happened, f.bar.At.Format(time.RFC3339), next)
 	case becauseFewTries:
 		shows := "a wrong PIN was sent to it"
 		if flags.FinalTry {
 			shows = "the next wrong PIN locks it"
 		}
-		e.Detail = fmt.Sprintf("the token %q shows that %s, and this PIN is not known to be right, so nothing was sent; make "+
-			"sure of the PIN and %s, or lift the bar (devices/NAME/unbar) for one try, or log in once with another program "+
-			"(pkcs11-tool --login), which restores the tries", serial, shows, giveIt)
+		next := "make sure of the PIN and " + giveIt + ", or lift the bar (devices/NAME/unbar) for one try, or log in once with " +
+			"another program (pkcs11-tool --login), which restores the tries"
+		if said != noWord {
+			next = "make sure of the PIN; only force=true spends the last try on it"
+		}
+		e.Detail = fmt.Sprintf("the token %q shows that %s, and this PIN is not known to be right, so nothing was sent; %s", serial, shows, next)
 	}
 	return e
 }

@@ -111,7 +111,7 @@ func TestARejectedPINIsNotSentAgain(t *testing.T) {
 			t.Errorf("while the token shows %s: %s", name, refused.Detail)
 		}
 	}
-	must(t, l.unbar(serial, []byte("111111")))
+	must(t, l.unbar(serial, []byte("111111"), shows(allTries)))
 	must(t, begins(t, l, "111111", countLow).wrong())
 	refuses(t, l, "111111", allTries)
 }
@@ -218,17 +218,17 @@ func TestUnbarLetsOneLogInThrough(t *testing.T) {
 	l := testLedger(t)
 	must(t, begins(t, l, "111111", allTries).wrong())
 	refuses(t, l, "648219", countLow)
-	must(t, l.unbar(serial, []byte("648219")))
+	must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 	must(t, begins(t, l, "648219", countLow).wrong())
 	refuses(t, l, "648219", countLow)
 	refuses(t, l, "975310", countLow)
-	must(t, l.unbar(serial, []byte("975310")))
+	must(t, l.unbar(serial, []byte("975310"), shows(allTries)))
 	must(t, begins(t, l, "975310", finalTry).succeeded())
 	refuses(t, l, "648219", countLow)
 
 	// What never arrived does not use up a person's word.
 	l = testLedger(t)
-	must(t, l.unbar(serial, []byte("648219")))
+	must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 	must(t, begins(t, l, "648219", countLow).withdrawn())
 	must(t, begins(t, l, "648219", countLow).unresolved())
 	refuses(t, l, "648219", countLow)
@@ -236,7 +236,7 @@ func TestUnbarLetsOneLogInThrough(t *testing.T) {
 	// Unbarring keeps what is known to be good.
 	l = testLedger(t)
 	good(t, l, "648219")
-	must(t, l.unbar(serial, []byte("111111")))
+	must(t, l.unbar(serial, []byte("111111"), shows(allTries)))
 	must(t, begins(t, l, "111111", countLow).wrong())
 	must(t, begins(t, l, "648219", countLow).succeeded())
 }
@@ -245,7 +245,7 @@ func TestUnbarIsAWordForOnePINOnly(t *testing.T) {
 	l := testLedger(t)
 	must(t, begins(t, l, "111111", allTries).wrong())
 	must(t, begins(t, l, "222222", allTries).unresolved())
-	must(t, l.unbar(serial, []byte("648219")))
+	must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 	refuses(t, l, "111111", allTries) // what was rejected stays barred
 	refuses(t, l, "222222", countLow) // what may have been rejected is suspected as before
 	refuses(t, l, "975310", countLow) // what nobody spoke for does not use the word
@@ -254,7 +254,7 @@ func TestUnbarIsAWordForOnePINOnly(t *testing.T) {
 	// Once the token shows all its tries again the word is spent, whoever restored them.
 	l = testLedger(t)
 	good(t, l, "648219")
-	must(t, l.unbar(serial, []byte("111111")))
+	must(t, l.unbar(serial, []byte("111111"), shows(allTries)))
 	must(t, begins(t, l, "648219", countLow).succeeded())
 	refuses(t, l, "111111", countLow)
 }
@@ -540,7 +540,7 @@ func TestAPINThatWasWrongOnAFullDiskIsBarred(t *testing.T) {
 			refuses(t, l, "648219", countLow)
 			refuses(t, l, "648219", allTries)
 			refuses(t, l.again(), "648219", allTries) // it is written by now
-			must(t, l.unbar(serial, []byte("648219")))
+			must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 			must(t, begins(t, l, "648219", countLow).succeeded())
 		})
 	}
@@ -681,7 +681,7 @@ func TestADamagedLedgerIsABarThatUnbarLifts(t *testing.T) {
 					t.Errorf("the reason does not name %s: %s", path, refused.Detail)
 				}
 			}
-			must(t, l.unbar(serial, []byte("648219")))
+			must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 			if _, err := os.Lstat(path + ".damaged"); err != nil {
 				t.Errorf("the damaged file was not set aside: %v", err)
 			}
@@ -699,7 +699,7 @@ func TestALostKeyLiftsNoBar(t *testing.T) {
 		if refused := reason(t, l, "111111", allTries); !strings.Contains(refused.Detail, "pin.key") {
 			t.Errorf("%s: the reason is %s", name, refused.Detail)
 		}
-		must(t, l.unbar(serial, []byte("648219")))
+		must(t, l.unbar(serial, []byte("648219"), shows(allTries)))
 		must(t, begins(t, l, "648219", allTries).succeeded())
 	}
 	// Nothing barred: the log-in goes on, and what was good is to be proved again.
@@ -713,7 +713,7 @@ func TestALostKeyLiftsNoBar(t *testing.T) {
 
 func TestUnbarTellsWhereItCannot(t *testing.T) {
 	l := openLedger(filepath.Join(t.TempDir(), "missing"))
-	if err := l.unbar(serial, []byte("648219")); err == nil || !strings.Contains(err.Error(), l.files.dir) {
+	if err := l.unbar(serial, []byte("648219"), shows(allTries)); err == nil || !strings.Contains(err.Error(), l.files.dir) {
 		t.Errorf("unbar gives %v", err)
 	}
 }
@@ -780,7 +780,7 @@ func TestNoHistoryOfCrashesSendsAWrongPINTwice(t *testing.T) {
 		for range rapid.IntRange(1, 30).Draw(r, "log-ins") {
 			pin := rapid.SampledFrom(pins).Draw(r, "pin")
 			if token.tries == 3 && rapid.IntRange(0, 9).Draw(r, "a person's word") == 0 {
-				must(t, l.again().unbar(serial, []byte(pin)))
+				must(t, l.again().unbar(serial, []byte(pin), shows(allTries)))
 				allowed[pin]++
 			}
 			shown := token.flags()

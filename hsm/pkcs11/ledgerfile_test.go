@@ -33,7 +33,7 @@ func TestTheRecordsFormat(t *testing.T) {
 		"unbarred-one": func(t *testing.T, l *ledger) {
 			t.Helper()
 			good(t, l, "648219")
-			must(t, l.unbar(serial, []byte("111111")))
+			must(t, l.unbar(serial, []byte("111111"), shows(allTries)))
 		},
 		"changed": func(t *testing.T, l *ledger) {
 			t.Helper()

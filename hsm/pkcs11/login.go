@@ -213,6 +213,16 @@ func (d *Device) showsPIN(a *attachment) func(context.Context) (hsm.PINState, er
 	}
 }
 
+// showsPINNow asks the token about its PIN, through the host of the day.
+func (d *Device) showsPINNow(ctx context.Context) (hsm.PINState, error) {
+	h, err := d.module.host(ctx)
+	if err != nil {
+		return hsm.PINState{}, err
+	}
+	seen, err := d.look(ctx, h)
+	return pinState(seen.Token.Flags), err
+}
+
 // refused sorts out a C_Login that did not work.
 func (d *Device) refused(ctx context.Context, a *attachment, intent *attempt, err error) error {
 	failed, ok := errors.AsType[*wire.Error](err)
@@ -389,7 +399,7 @@ func (d *Device) Unbar(ctx context.Context) error {
 	result := make(chan error, 1)
 	if !d.module.goWaitedFor(func() {
 		defer clear(pin)
-		result <- d.manager.ledger.unbar(t.identity, pin)
+		result <- plain(d.manager.ledger.unbar(t.identity, pin, d.showsPINNow))
 	}) {
 		clear(pin)
 		return fmt.Errorf("%s: %w", during, ErrClosed)
