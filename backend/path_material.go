@@ -69,7 +69,8 @@ func (b *backend) materialPaths() []*framework.Path {
 	write["request_id"] = &framework.FieldSchema{
 		Type: framework.TypeString,
 		Description: "Optional, for a write: names it, so that a repetition of it is recognised and is a success, not a conflict of cas with " +
-			"itself. Clients repeat a request on their own after a 5xx answer, with the same body. At most 128 characters.",
+			"itself. Clients repeat a request on their own after a 5xx answer, with the same body. With other fields, values or another key it " +
+			"is refused: give every write a new one. At most 128 characters.",
 	}
 	write["cluster_id"] = &framework.FieldSchema{
 		Type: framework.TypeString,
@@ -126,7 +127,7 @@ func (b *backend) materialPaths() []*framework.Path {
 			HelpDescription: "Writing seals all fields into one envelope and stores it; no HSM is needed for that. Reading shows what is known " +
 				"of it, never the secrets: those are at material/<cluster>/<name>/open, so that a policy can forbid it. A write without cas " +
 				"replaces what is there. A write with cas whose answer was lost may have been stored: give every write a request_id, with " +
-				"which a repetition is recognised, or read the item before you repeat. Where the store is of type vault, a write is " +
+				"which a repetition is recognised, by its values as well, or read the item before you repeat. Where the store is of type vault, a write is " +
 				"refused if cluster_id says that the material is this very Vault's, and warned about if there is no cluster_id.",
 		},
 		{

@@ -160,6 +160,14 @@ func (h *house) plant(name, path string, value []byte) {
 	}
 }
 
+// remove deletes a value from a store, as somebody who can write it would.
+func (h *house) remove(name, path string) {
+	h.t.Helper()
+	if err := h.stores[name].Delete(h.t.Context(), path, h.raw(name, path).Revision); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
 // forget deletes a record, as the loss of the mount would.
 func (h *house) forget(path string) {
 	h.t.Helper()

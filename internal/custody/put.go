@@ -21,7 +21,7 @@ type PutOptions struct {
 	CAS *uint64
 	By  string // display name of the caller, for the record
 	// RequestID, where it is given, names the write: where the item holds what an earlier sending of it stored, the write
-	// has happened and is a success.
+	// has happened and is a success. The same id with other fields, other values or another key is [ErrInvalid].
 	RequestID string
 }
 
@@ -41,7 +41,9 @@ func (k *Keeper) Put(ctx context.Context, cluster, name string, fields Fields, o
 		}
 		c := change{key: options.Key, fields: fields.Names(), by: options.By}
 		if options.RequestID != "" {
-			c.request = &request{ID: options.RequestID, Replaces: i.current(), Fields: c.fields}
+			if c.request, err = i.request(options.RequestID, payload); err != nil {
+				return Metadata{}, err
+			}
 		}
 		happened, err := i.holds(c, options.CAS)
 		if err != nil {
@@ -66,6 +68,26 @@ func (k *Keeper) Put(ctx context.Context, cluster, name string, fields Fields, o
 	return Metadata{}, fmt.Errorf("writing %s: %w: others wrote it %d times meanwhile; try again", describe(cluster, name), ErrConflict, maxConflicts)
 }
 
+// request is what the write of a payload is recognised by when it is sent again. One that is sent again already keeps the
+// salt of its first sending.
+func (i *item) request(id string, payload []byte) (*request, error) {
+	now := newRequest(id, payload)
+	if i.rec.record != nil {
+		if was := i.rec.request(id); was != nil {
+			if !was.writes(payload) {
+				return nil, i.reused(id)
+			}
+			now.Salt, now.Payload = was.Salt, was.Payload
+		}
+	}
+	now.Replaces = i.current()
+	return &now, nil
+}
+
+func (i *item) reused(id string) error {
+	return fmt.Errorf("writing %s: %w: %q: this request_id was used for another write; use a new one", describe(i.cluster, i.name), ErrInvalid, id)
+}
+
 // holds tells whether the item holds what an earlier sending of a request stored. The envelope itself is recognised:
 // what it claims of itself proves nothing.
 func (i *item) holds(c change, cas *uint64) (bool, error) {
@@ -76,9 +98,8 @@ func (i *item) holds(c change, cas *uint64) (bool, error) {
 	if was == nil || was.Envelopes[i.claimed.Generation] != fingerprint(i.entry.Value) || cas != nil && *cas != was.Replaces {
 		return false, nil
 	}
-	if !slices.Equal(was.Fields, c.fields) || c.key != "" && c.key != i.claimed.Key {
-		return false, fmt.Errorf("writing %s: %w: the request id %q was used for another write, of other fields or with another key; give every "+
-			"write an id of its own", describe(i.cluster, i.name), ErrInvalid, c.request.ID)
+	if c.key != "" && c.key != i.claimed.Key {
+		return false, i.reused(c.request.ID)
 	}
 	return true, nil
 }

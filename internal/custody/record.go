@@ -3,6 +3,7 @@ package custody
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -22,7 +23,8 @@ const recordFormat = 1
 // maxGeneration is the last generation that an envelope can have: the largest integer that JSON keeps exact.
 const maxGeneration = 1<<53 - 1
 
-// record is what this mount expects a store to hold of an item. It holds no secret.
+// record is what this mount expects a store to hold of an item. It holds no secret; what a request tells of its payload
+// is in [request].
 type record struct {
 	Format int    `json:"format"`
 	Store  string `json:"store"`
@@ -54,9 +56,14 @@ type record struct {
 // request is a write that its client may send again, because no answer reached it.
 type request struct {
 	ID string `json:"id"`
-	// Replaces is the generation that it found, 0 for none. Fields are the names of what it writes.
-	Replaces uint64   `json:"replaces"`
-	Fields   []string `json:"fields"`
+	// Replaces is the generation that it found, 0 for none.
+	Replaces uint64 `json:"replaces"`
+	// Payload is the HMAC-SHA256 of the encoded fields under Salt, 32 random bytes of this request: a repeat that carries
+	// other values is not taken for it. Salt and Payload together let their reader try guesses at a payload, and no more:
+	// keys and tokens cannot be guessed. Who reads them has come through Vault's barrier, where the authentication keys
+	// lie too. Records of earlier releases have neither.
+	Salt    []byte `json:"salt,omitempty"`
+	Payload []byte `json:"payload_hmac,omitempty"`
 	// Envelopes are what its sendings sealed, at most one of which was stored: hexadecimal SHA-256 by generation.
 	Envelopes map[uint64]string `json:"envelopes"`
 }
@@ -67,9 +74,30 @@ const (
 	maxSendings = 8
 )
 
-// request returns what is known of the write with that id, nil for nothing.
+// newRequest begins to remember a write.
+func newRequest(id string, payload []byte) request {
+	r := request{ID: id, Salt: make([]byte, sha256.Size)}
+	_, _ = rand.Read(r.Salt) // never fails, says its documentation
+	r.Payload = r.digest(payload)
+	return r
+}
+
+func (r *request) digest(payload []byte) []byte {
+	mac := hmac.New(sha256.New, r.Salt)
+	mac.Write(payload)
+	return mac.Sum(nil)
+}
+
+// writes tells whether that is what the request writes.
+func (r *request) writes(payload []byte) bool { return hmac.Equal(r.digest(payload), r.Payload) }
+
+// request returns what is known of the write with that id, nil for nothing. Of one whose payload is not known nobody can
+// say that a request is its repeat.
 func (r *record) request(id string) *request {
-	if i := slices.IndexFunc(r.Requests, func(known request) bool { return known.ID == id }); i >= 0 {
+	i := slices.IndexFunc(r.Requests, func(known request) bool {
+		return known.ID == id && len(known.Salt) == sha256.Size && len(known.Payload) == sha256.Size
+	})
+	if i >= 0 {
 		return &r.Requests[i]
 	}
 	return nil

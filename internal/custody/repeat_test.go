@@ -1,12 +1,19 @@
 package custody_test
 
 import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
+	"strings"
 	"sync"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // putAs writes an item as a client does that names its requests.
@@ -60,6 +67,116 @@ func TestARepeatedWriteWithAGenerationIsNoConflictWithItself(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// A client that always gives the same id, a nightly job for example, must hear that its new values were not stored.
+func TestARequestIDWithOtherValuesOfTheSameFieldsIsRefusedAndNothingIsWritten(t *testing.T) {
+	for name, before := range map[string]func(h *house){
+		"where its write is there":              func(*house) {},
+		"where somebody wrote after it":         func(h *house) { h.put("prod", "unseal", "old token") },
+		"where its envelope vanished meanwhile": func(h *house) { h.remove("main", "material/prod/unseal") },
+	} {
+		for cas, expected := range map[string]*uint64{"no generation": nil, "the generation of the first": generation(0), "the newest": generation(1)} {
+			t.Run(name+", with "+cas, func(t *testing.T) {
+				h := newHouse(t)
+				if _, err := putAs(t, h.Keeper, "nightly", "old token", nil); err != nil {
+					t.Fatal(err)
+				}
+				before(h)
+				record := string(h.record("material/prod/unseal").Value)
+				_, err := putAs(t, h.Keeper, "nightly", "new token", expected)
+				if !errors.Is(err, custody.ErrInvalid) || !strings.Contains(err.Error(), "this request_id was used for another write; use a new one") {
+					t.Errorf("the id for other values: %v, want ErrInvalid that says why", err)
+				}
+				if now := string(h.record("material/prod/unseal").Value); now != record {
+					t.Errorf("the record was %s and is %s", record, now)
+				}
+			})
+		}
+	}
+}
+
+// The first sending ended unclear, and may still come: a second payload under its id would be taken for it.
+func TestARequestIDOfAWriteThatEndedUnclearIsNotTakenForOtherValues(t *testing.T) {
+	h := newHouse(t)
+	h.put("prod", "unseal", "old")
+	lost := h.keeper(h.records, lossy{h})
+	if _, err := putAs(t, lost, "r-1", "new", generation(1)); !errors.Is(err, errFault) {
+		t.Fatal(err)
+	}
+	if _, err := putAs(t, h.Keeper, "r-1", "newer", generation(1)); !errors.Is(err, custody.ErrInvalid) {
+		t.Errorf("other values: %v, want ErrInvalid", err)
+	}
+	if _, err := putAs(t, h.Keeper, "r-1", "new", generation(1)); err != nil {
+		t.Errorf("the repeat: %v", err)
+	}
+	h.wantOpen("prod", "unseal", "new")
+}
+
+// lossy stores lose every write.
+type lossy struct{ *house }
+
+type lossyStore struct{ store.Store }
+
+func (l lossy) Store(ctx context.Context, name string) (store.Store, error) {
+	under, err := l.house.Store(ctx, name)
+	return lossyStore{under}, err
+}
+
+func (lossyStore) Put(context.Context, string, []byte, store.Revision) (store.Revision, error) {
+	return store.NoRevision, errFault
+}
+
+func TestTheRecordTellsOfARequestItsSaltAndNoValue(t *testing.T) {
+	var proofs []string
+	for range 2 {
+		h := newHouse(t)
+		if _, err := putAs(t, h.Keeper, "r-1", "token", nil); err != nil {
+			t.Fatal(err)
+		}
+		raw := h.record("material/prod/unseal").Value
+		var rec struct {
+			Requests []struct {
+				Salt    []byte `json:"salt"`
+				Payload []byte `json:"payload_hmac"`
+			} `json:"requests"`
+		}
+		if err := json.Unmarshal(raw, &rec); err != nil || len(rec.Requests) != 1 || len(rec.Requests[0].Salt) != 32 {
+			t.Fatalf("the record is %s, %v; want one request with a salt of 32 bytes", raw, err)
+		}
+		mac := hmac.New(sha256.New, rec.Requests[0].Salt)
+		mac.Write([]byte(`{"key":"dG9rZW4="}`))
+		if !hmac.Equal(mac.Sum(nil), rec.Requests[0].Payload) {
+			t.Errorf("the record is %s, and its HMAC is another one", raw)
+		}
+		if strings.Contains(string(raw), "dG9rZW4") {
+			t.Errorf("the record holds the value: %s", raw)
+		}
+		proofs = append(proofs, string(rec.Requests[0].Payload))
+	}
+	if proofs[0] == proofs[1] {
+		t.Error("two writes of one value have one HMAC: the salt is not random")
+	}
+}
+
+// Earlier releases remembered the names of the fields only.
+func TestARequestWhosePayloadIsNotRecordedIsNotTakenForItsRepeat(t *testing.T) {
+	h := newHouse(t)
+	if _, err := putAs(t, h.Keeper, "r-1", "old", generation(0)); err != nil {
+		t.Fatal(err)
+	}
+	without := regexp.MustCompile(`"salt":"[^"]*","payload_hmac":"[^"]*"`).
+		ReplaceAll(h.record("material/prod/unseal").Value, []byte(`"fields":["key"]`))
+	h.setRecord("material/prod/unseal", without)
+	if _, err := putAs(t, h.Keeper, "r-1", "new", generation(0)); !errors.Is(err, custody.ErrConflict) {
+		t.Errorf("with a generation: %v, want ErrConflict", err)
+	}
+	for range 2 {
+		if written, err := putAs(t, h.Keeper, "r-1", "new", nil); err != nil || written.Generation != 2 {
+			t.Errorf("without: %+v, %v, want it written once", written, err)
+		}
+	}
+	h.wantOpen("prod", "unseal", "new")
+}
 
 func TestARepeatAfterSomebodyElseWroteIsAConflict(t *testing.T) {
 	h := newHouse(t)
