@@ -84,6 +84,19 @@ func (i *item) request(id string, payload []byte) (*request, error) {
 	return &now, nil
 }
 
+// writer is the request that stored what the item holds, nil where none that is known did.
+func (i *item) writer() *request {
+	if i.rec.record == nil {
+		return nil
+	}
+	for _, known := range i.rec.Requests {
+		if known.Envelopes[i.claimed.Generation] == fingerprint(i.entry.Value) {
+			return &known
+		}
+	}
+	return nil
+}
+
 func (i *item) reused(id string) error {
 	return fmt.Errorf("writing %s: %w: %q: this request_id was used for another write; use a new one", describe(i.cluster, i.name), ErrInvalid, id)
 }
@@ -145,7 +158,8 @@ type change struct {
 	key    string   // "" for the one that the item has
 	fields []string // names; nil where they stay
 	by     string
-	// request is what the write is recognised by when it is sent again; nil where it is not.
+	// request is what the write is recognised by when it is sent again; nil where it is not. That of a rewrap is the
+	// request that wrote the payload.
 	request *request
 }
 

@@ -84,7 +84,8 @@ func (k *Keeper) rewrap(ctx context.Context, ref Ref, key, by string) (i *item, 
 		if err != nil {
 			return nil, rewrapped, err
 		}
-		_, err = k.replace(ctx, i, payload, change{key: key, by: by})
+		// The request that wrote the item is kept with the new envelope, which holds the same: its repeat has happened.
+		_, err = k.replace(ctx, i, payload, change{key: key, by: by, request: i.writer()})
 		clear(payload)
 		if err != nil && !errors.Is(err, store.ErrConflict) {
 			return nil, rewrapped, err

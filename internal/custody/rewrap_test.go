@@ -63,6 +63,36 @@ func TestRewrapSealsEverythingToTheNewRecipient(t *testing.T) {
 	}
 }
 
+func TestARepeatAfterARewrapIsNoConflict(t *testing.T) {
+	h := newHouse(t)
+	for n, id := range []string{"r-1", "r-2"} {
+		if _, err := putAs(t, h.Keeper, id, id, generation(uint64(n))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.addSecondHSM()
+	if report, err := h.Rewrap(t.Context(), "prod", "", nil); err != nil || report.Rewrapped != 1 {
+		t.Fatalf("Rewrap = %+v, %v", report, err)
+	}
+	for _, cas := range []*uint64{generation(1), nil} {
+		again, err := putAs(t, h.Keeper, "r-2", "r-2", cas)
+		if err != nil || again.Generation != 3 || again.HSMs != 2 {
+			t.Errorf("the repeat = %+v, %v, want it at generation 3, as it was rewrapped", again, err)
+		}
+	}
+	if _, err := putAs(t, h.Keeper, "r-2", "other", generation(1)); !errors.Is(err, custody.ErrInvalid) {
+		t.Errorf("the id for other values: %v, want ErrInvalid", err)
+	}
+	if _, err := putAs(t, h.Keeper, "r-1", "r-1", generation(0)); !errors.Is(err, custody.ErrConflict) {
+		t.Errorf("the repeat of the write before: %v, want ErrConflict", err)
+	}
+	h.wantOpen("prod", "unseal", "r-2")
+	h.put("prod", "unseal", "theirs")
+	if _, err := putAs(t, h.Keeper, "r-2", "r-2", generation(1)); !errors.Is(err, custody.ErrConflict) {
+		t.Errorf("the repeat after somebody else wrote: %v, want ErrConflict", err)
+	}
+}
+
 func TestRewrapStoppedInTheMiddleGoesOn(t *testing.T) {
 	h := newHouse(t)
 	for i := range 4 {
