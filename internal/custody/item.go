@@ -212,7 +212,7 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 const notRecorded = "There is no record of it in this mount, so nobody can say whether it is the newest generation; " +
 	"compare with what you know, then opening it begins a record."
 
-// recipients tells which HSM keys open an envelope and on how many HSMs they lie. Two names of one HSM are one HSM; keys that
+// recipients tells which HSM keys open an envelope and on how many HSMs they lie, as [keyring.CountHSMs] counts; keys that
 // the keyring does not know count as one each.
 func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int) {
 	known := map[string]keyring.Recipient{}
@@ -225,7 +225,7 @@ func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, 
 			}
 		}
 	}
-	names, serials := map[string]bool{}, map[string]bool{}
+	var places []keyring.Recipient
 	for _, recipient := range i.envelope.Recipients() {
 		kids = append(kids, recipient.KID)
 		on, found := known[recipient.KID]
@@ -233,10 +233,7 @@ func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, 
 			hsms++
 			continue
 		}
-		if !names[on.Device] && (on.Serial == "" || !serials[on.Serial]) {
-			hsms++
-		}
-		names[on.Device], serials[on.Serial] = true, true
+		places = append(places, on)
 	}
-	return kids, hsms, latest
+	return kids, hsms + keyring.CountHSMs(places), latest
 }

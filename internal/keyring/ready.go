@@ -3,6 +3,7 @@ package keyring
 import (
 	"context"
 	"fmt"
+	"maps"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 )
@@ -127,18 +128,28 @@ func (r *record) lacks(v *version) string {
 
 const redundancy = "add a recipient on another HSM, or back the HSM key up and set backup_confirmed=true, or set accept_single_hsm=true"
 
-// countHSMs returns on how many HSMs some recipients are. Two names of one HSM are one HSM.
-func countHSMs(recipients []recipient) int {
-	names, serials := map[string]bool{}, map[string]bool{}
+// CountHSMs returns on how many HSMs some recipients are. An HSM is known by its serial number, so two names of one are
+// one HSM. One that did not tell it is known by the name of its device, and is the HSM that told it by that name, where
+// there is one.
+func CountHSMs(recipients []Recipient) int {
+	serials, named, unnumbered := map[string]bool{}, map[string]bool{}, map[string]bool{}
 	for i := range recipients {
-		rcpt := &recipients[i]
-		if names[rcpt.Device] || serials[rcpt.Serial] {
-			continue
-		}
-		names[rcpt.Device] = true
-		if rcpt.Serial != "" {
-			serials[rcpt.Serial] = true
+		switch rcpt := &recipients[i]; rcpt.Serial {
+		case "":
+			unnumbered[rcpt.Device] = true
+		default:
+			serials[rcpt.Serial], named[rcpt.Device] = true, true
 		}
 	}
-	return len(names)
+	maps.DeleteFunc(unnumbered, func(device string, _ bool) bool { return named[device] })
+	return len(serials) + len(unnumbered)
+}
+
+// countHSMs is [CountHSMs] of what a record holds.
+func countHSMs(recipients []recipient) int {
+	places := make([]Recipient, len(recipients))
+	for i := range recipients {
+		places[i] = Recipient{Device: recipients[i].Device, Serial: recipients[i].Serial}
+	}
+	return CountHSMs(places)
 }

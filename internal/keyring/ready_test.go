@@ -338,3 +338,40 @@ func TestAcknowledgementsOfAnEarlierRecordCoverItsNewestVersion(t *testing.T) {
 	f.backup()
 	f.encrypts(3)
 }
+
+// The same recipients in any order are on the same number of HSMs.
+func TestAnHSMIsCountedOnceByItsSerialOrElseByItsName(t *testing.T) {
+	for sentence, test := range map[string]struct {
+		places []string // device/serial
+		want   int
+	}{
+		"one":                                     {[]string{"A/s1"}, 1},
+		"two keys on one":                         {[]string{"A/s1", "A/s1"}, 1},
+		"two HSMs":                                {[]string{"A/s1", "B/s2"}, 2},
+		"two names of one":                        {[]string{"A/s1", "B/s1"}, 1},
+		"two names of one, and a second one":      {[]string{"A/s1", "B/s1", "B/s2"}, 2},
+		"one name for two":                        {[]string{"A/s1", "A/s2"}, 2},
+		"a name without a serial":                 {[]string{"A/", "A/"}, 1},
+		"two names without a serial":              {[]string{"A/", "B/"}, 2},
+		"a name that told its serial once":        {[]string{"A/", "A/s1"}, 1},
+		"one that told its serial by another one": {[]string{"A/", "A/s1", "B/s1"}, 1},
+		"one with a serial and one without":       {[]string{"A/s1", "B/"}, 2},
+	} {
+		t.Run(sentence, func(t *testing.T) {
+			var public []Recipient
+			var recorded []recipient
+			for _, place := range test.places {
+				device, serial, _ := strings.Cut(place, "/")
+				public = append(public, Recipient{Device: device, Serial: serial})
+				recorded = append(recorded, recipient{recipientCore: recipientCore{Device: device, Serial: serial}})
+			}
+			for range test.places {
+				public, recorded = append(public[1:], public[0]), append(recorded[1:], recorded[0])
+				slices.Reverse(public[1:])
+				if got, also := CountHSMs(public), countHSMs(recorded); got != test.want || also != test.want {
+					t.Errorf("%v are on %d HSMs, recorded on %d, want %d", public, got, also, test.want)
+				}
+			}
+		})
+	}
+}
