@@ -65,7 +65,7 @@ func Start(t testing.TB, options Options) *Server {
 	must(t, err)
 	s := &Server{Dir: dir, PluginDir: filepath.Join(dir, "plugins"), options: options}
 	t.Cleanup(func() {
-		s.Stop(t)
+		s.stop(t, syscall.SIGKILL) // Vault takes two seconds to end in good order, which tests of that show
 		if strings.Contains(s.Log(t), "WARNING: DATA RACE") {
 			t.Error("the race detector spoke up in the plugin, see the log of Vault")
 		}
@@ -337,11 +337,16 @@ func (s *Server) Resume(t testing.TB) {
 // test, and is killed.
 func (s *Server) Stop(t testing.TB) {
 	t.Helper()
+	s.stop(t, syscall.SIGTERM)
+}
+
+func (s *Server) stop(t testing.TB, signal syscall.Signal) {
+	t.Helper()
 	if s.process == nil {
 		return
 	}
 	s.remember()
-	s.process.end(syscall.SIGTERM)
+	s.process.end(signal)
 	deadline := time.Now().Add(10 * time.Second)
 	for _, p := range s.started {
 		for p.Alive() && time.Now().Before(deadline) {
