@@ -257,8 +257,8 @@ func (b *backend) settleRecord(ctx context.Context, name string, record *deviceR
 	case errors.As(err, &pinError) && pinError.Barred:
 		// Nothing was sent: it was found wrong before, or another mount is logged in with the old one.
 		err = b.logIn(ctx, name, record.Config)
-	case errors.As(err, &pinError):
-		err = nil // it is wrong, so the token has the old one
+	case errors.As(err, &pinError) && pinError.Wrong:
+		err = nil // so the token has the old one
 	}
 	if err != nil {
 		return fmt.Errorf("finding out which PIN device %q has since a change of it was cut short; write devices/%s with the right pin "+

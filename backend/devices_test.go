@@ -315,15 +315,74 @@ func TestPINChangeWhoseRecordCannotBeWrittenTouchesNoToken(t *testing.T) {
 	}
 }
 
-func TestPINChangeOfAnAbsentTokenKeepsBoth(t *testing.T) {
+func TestOnlyAPINChangeThatMayHaveHappenedKeepsBothPINs(t *testing.T) {
+	for name, test := range map[string]struct {
+		fails error
+		code  int
+		says  string
+		kept  bool
+	}{
+		"the token is away":     {hsm.ErrUnavailable, http.StatusServiceUnavailable, "it was not changed", false},
+		"the token refuses it":  {hsm.ErrUnsupported, http.StatusBadRequest, "the token refused", false},
+		"the answer was lost":   {fmt.Errorf("%w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened), http.StatusServiceUnavailable, "both are kept", true},
+		"the old PIN was wrong": {&hsm.PINError{TriesLeft: 2, Wrong: true, Detail: "wrong"}, http.StatusBadRequest, "wrong", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMount(t)
+			token := m.addKey("prod")
+			m.rack.changing = func(context.Context) error { return test.fails }
+			m.write("devices/prod-hsm/pin", fields{"new_pin": "735591"}).want(t, test.code).says(t, test.says)
+			if stored := m.stored()["devices/prod-hsm"]; strings.Contains(stored, "735591") != test.kept {
+				t.Errorf("the new PIN is kept: %v", !test.kept)
+			}
+			m.list("devices/prod-hsm/keys/").ok(t)
+			stored := m.stored()["devices/prod-hsm"]
+			if !strings.Contains(stored, rightPIN) || strings.Contains(stored, "735591") {
+				t.Error("the record does not hold the one right PIN")
+			}
+			if wrong := token.wrong; wrong > 0 != test.kept {
+				t.Errorf("%d wrong PINs were sent", wrong)
+			}
+		})
+	}
+}
+
+func TestPINChangeThatSurelyDidNotHappenLeavesNothingForACallerWhoHasGone(t *testing.T) {
 	m := newMount(t)
 	token := m.addKey("prod")
-	token.SetError(hsm.ErrUnavailable)
-	m.write("devices/prod-hsm/pin", fields{"new_pin": "735591"}).want(t, http.StatusServiceUnavailable).says(t, "both are kept")
-	token.SetError(nil)
 	m.list("devices/prod-hsm/keys/").ok(t)
-	if stored := m.stored()["devices/prod-hsm"]; !strings.Contains(stored, rightPIN) || strings.Contains(stored, "735591") {
-		t.Error("the record does not hold the one right PIN")
+	m.write("config", fields{"request_timeout": 1}).ok(t)
+	m.rack.changing = func(ctx context.Context) error { // it waits for its turn
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	m.write("devices/prod-hsm/pin", fields{"new_pin": "735591"}).want(t, http.StatusServiceUnavailable).says(t, "it was not changed")
+	if strings.Contains(m.stored()["devices/prod-hsm"], "735591") {
+		t.Error("the record still holds the PIN that was not set")
+	}
+	m.list("devices/prod-hsm/keys/").ok(t)
+	if token.wrong != 0 {
+		t.Errorf("%d wrong PINs were sent", token.wrong)
+	}
+}
+
+// A new PIN that expired, or that a locked token did not look at, may be the token's all the same.
+func TestPINChangeThatWasCutShortIsNotSettledByARefusalThatDoesNotNameThePINWrong(t *testing.T) {
+	m := newMount(t)
+	m.addKey("prod")
+	record, err := m.readDevice(t.Context(), "prod-hsm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	record.NextPIN = "735591"
+	if err := m.putDevice(t.Context(), "prod-hsm", record); err != nil {
+		t.Fatal(err)
+	}
+	m.rack.refused = &hsm.PINError{TriesLeft: -1, Detail: "the PIN has expired"}
+	m = m.remount()
+	m.list("devices/prod-hsm/keys/").want(t, http.StatusServiceUnavailable).says(t, "finding out which PIN")
+	if !strings.Contains(m.stored()["devices/prod-hsm"], "735591") {
+		t.Error("the new PIN was forgotten")
 	}
 }
 

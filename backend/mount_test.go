@@ -139,7 +139,7 @@ func (s *session) try(pin string) error {
 		s.rack.mu.Lock()
 		defer s.rack.mu.Unlock()
 		s.token.wrong++
-		return &hsm.PINError{TriesLeft: 2, Detail: "the PIN is wrong (CKR_PIN_INCORRECT); write the right one"}
+		return &hsm.PINError{TriesLeft: 2, Wrong: true, Detail: "the PIN is wrong (CKR_PIN_INCORRECT); write the right one"}
 	}
 	return nil
 }

@@ -366,6 +366,9 @@ func (b *backend) devicePIN(ctx context.Context, req *logical.Request, data *fra
 	return nil, nil
 }
 
+// settleTimeout is how long the record of a change of the PIN may take to be written after its request has ended.
+const settleTimeout = 5 * time.Second
+
 // changePIN changes the PIN on the token and in the record. The record holds both while the token is asked.
 func (b *backend) changePIN(ctx context.Context, name string, record *deviceRecord, pin string) error {
 	changer, err := b.pinChanger(ctx, name, record)
@@ -382,17 +385,22 @@ func (b *backend) changePIN(ctx context.Context, name string, record *deviceReco
 	switch pinError := (*hsm.PINError)(nil); {
 	case err == nil:
 		record.Config.PIN = pin
-	case errors.Is(err, hsm.ErrUnavailable), ctx.Err() != nil:
+	case errors.Is(err, hsm.ErrMayHaveHappened):
 		b.dropDevice(name)
 		return fmt.Errorf("changing the PIN of device %q: it is not known whether the token took the new one; both are kept and the next "+
 			"use of the device finds out: %w", name, err)
+	case errors.Is(err, hsm.ErrUnavailable), ctx.Err() != nil:
+		err = fmt.Errorf("changing the PIN of device %q; it was not changed: %w", name, err)
 	case errors.As(err, &pinError):
 		err = &statusError{http.StatusBadRequest, fmt.Errorf("changing the PIN of device %q: %w", name, err)}
 	default: // the token refused the new PIN: too short, for example
 		err = &statusError{http.StatusBadRequest, fmt.Errorf("changing the PIN of device %q: the token refused: %w", name, err)}
 	}
 	record.NextPIN = ""
-	return errors.Join(err, b.writeDevice(ctx, name, record))
+	// Also for a caller who has gone: what stays in the record is sent to the token with its next use.
+	writing, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	defer cancel()
+	return errors.Join(err, b.writeDevice(writing, name, record))
 }
 
 // replacePIN stores a PIN that the token has already, once it has proved right. Until then the device stays logged in with
@@ -407,6 +415,10 @@ func (b *backend) replacePIN(ctx context.Context, name string, record *deviceRec
 	err = changer.AdoptPIN(ctx, tried, force)
 	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
 		return mistake("the stored PIN of device %q was kept: %w", name, err)
+	}
+	if errors.Is(err, hsm.ErrMayHaveHappened) {
+		return fmt.Errorf("trying the new PIN of device %q: the token may or may not have taken it, and the stored one was kept; repeat "+
+			"the request: %w", name, err)
 	}
 	if err != nil {
 		return fmt.Errorf("trying the new PIN of device %q; the stored one was kept: %w", name, err)

@@ -3,11 +3,14 @@ package backend
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
 )
 
 func TestTurnsAreTakenOneAfterTheOtherForEachName(t *testing.T) {
@@ -52,7 +55,7 @@ func TestOverlappingPINChangesOfAHungTokenEndAtTheirDeadlineAndHarmNothingElse(t
 	m.rack.changing = func(ctx context.Context) error {
 		hung <- struct{}{}
 		<-ctx.Done()
-		return ctx.Err()
+		return fmt.Errorf("%w: %w", hsm.ErrMayHaveHappened, ctx.Err())
 	}
 	var group sync.WaitGroup
 	replies := make([]reply, 2)

@@ -22,6 +22,9 @@ var (
 	ErrUnsupported = errors.New("not supported by the HSM")
 	// ErrFull: no room for another key or object.
 	ErrFull = errors.New("no room on the HSM")
+	// ErrMayHaveHappened: the answer was lost, so that nobody knows whether the HSM did what it was asked to. A change that
+	// fails without it surely did not happen.
+	ErrMayHaveHappened = errors.New("it may or may not have happened")
 	// ErrCiphertext: the HSM works, and the block given to it does not decrypt under this key.
 	ErrCiphertext = errors.New("the ciphertext does not decrypt under this key")
 	// ErrKeyChanged: the key found under a recorded name is not the key that was recorded.
@@ -35,6 +38,9 @@ type PINError struct {
 	TriesLeft int
 	// Barred is true where nothing was sent to the token, to save its remaining tries.
 	Barred bool
+	// Wrong is true where the token said that this is not its PIN. It is false for one that expired, or that a locked token
+	// did not even look at.
+	Wrong bool
 	// Detail says what happened, to which token, and what to do next. It never holds a PIN.
 	Detail string
 }

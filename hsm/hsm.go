@@ -186,12 +186,14 @@ type Unlocker interface {
 // PINChanger is a device with a PIN.
 type PINChanger interface {
 	// ChangePIN changes the user PIN on the token from the one that the device was opened with to pin. A wrong old
-	// PIN costs a try like any other log-in and is subject to the same bar.
+	// PIN costs a try like any other log-in and is subject to the same bar. The token still has the old PIN after any error
+	// but [ErrMayHaveHappened].
 	ChangePIN(ctx context.Context, pin []byte) error
 	// AdoptPIN makes pin the one that the device logs in with, where the token has it already. A log-in of its own proves
 	// it, beside the one that the device has: where the token refuses it, that one stays and nothing else is sent. Asking
 	// for it is a person's word for this one log-in: it is sent although the token shows that a wrong PIN came before,
-	// unless this very PIN is barred; but the last try is spent only where lastTry says so too.
+	// unless this very PIN is barred; but the last try is spent only where lastTry says so too. After [ErrMayHaveHappened] the device
+	// may log in with it; ask again to know.
 	AdoptPIN(ctx context.Context, pin []byte, lastTry bool) error
 	// Unbar lifts the bar of the PIN that the device was opened with on this machine, so that the next operation logs in
 	// with it once more. Bars of other PINs stay. While another mount uses the token with another PIN it is a *PINError, and

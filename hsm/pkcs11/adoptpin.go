@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 
+	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
 
@@ -54,7 +55,7 @@ func (d *Device) AdoptPIN(ctx context.Context, pin []byte, last bool) error {
 		}
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%s: %w", during, ctx.Err())
+		return fmt.Errorf("%s: %w: %w", during, hsm.ErrMayHaveHappened, ctx.Err())
 	}
 }
 

@@ -230,7 +230,7 @@ func (d *Device) recover(ctx context.Context, o operation, h *host, a *attachmen
 
 // unknownOutcome is what a caller gets whose request may or may not have been carried out.
 func unknownOutcome(cause error) error {
-	return fmt.Errorf("%w: it may or may not have happened: %w", hsm.ErrUnavailable, cause)
+	return fmt.Errorf("%w: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened, cause)
 }
 
 // open fails after Close.

@@ -126,7 +126,8 @@ func kindOf(code uint) error {
 	case wire.CodeUnsupported, ckrFunctionNotSupported, ckrMechanismInvalid, ckrMechanismParamInvalid, ckrKeySizeRange,
 		ckrKeyTypeInconsistent, ckrKeyFunctionNotPermitted, ckrCurveNotSupported, ckrDomainParamsInvalid, ckrRandomNoRNG,
 		ckrTokenWriteProtected, ckrSessionReadOnly, ckrAttributeReadOnly, ckrAttributeTypeInvalid, ckrAttributeValueInvalid,
-		ckrActionProhibited, ckrTemplateIncomplete, ckrTemplateInconsistent, ckrPublicKeyInvalid:
+		ckrActionProhibited, ckrTemplateIncomplete, ckrTemplateInconsistent, ckrPublicKeyInvalid,
+		ckrPINInvalid, ckrPINLenRange, ckrPINTooWeak:
 		return hsm.ErrUnsupported
 	case ckrDeviceMemory:
 		return hsm.ErrFull

@@ -105,11 +105,13 @@ func (t *token) took(digest [32]byte) bool {
 	return len(t.holders) > 0 && subtle.ConstantTimeCompare(digest[:], t.digest[:]) == 1
 }
 
-// hold records whose PIN logged in. A device that was closed meanwhile holds nothing.
+// hold records whose PIN logged in; who has the same one goes on holding it. A device that was closed meanwhile holds nothing.
 func (t *token) hold(d *Device, digest [32]byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.holders, t.digest = make(map[*Device]struct{}), digest
+	if t.holders == nil || t.digest != digest {
+		t.holders, t.digest = make(map[*Device]struct{}), digest
+	}
 	if d.open() == nil {
 		t.holders[d] = struct{}{}
 	}
@@ -262,7 +264,7 @@ func (d *Device) refusedPIN(ctx context.Context, a *attachment, intent *attempt,
 		flags = pinState(seen.Token.Flags)
 	}
 	flags.Locked = flags.Locked || code == ckrPINLocked
-	refusal := &hsm.PINError{TriesLeft: triesLeft(flags)}
+	refusal := &hsm.PINError{TriesLeft: triesLeft(flags), Wrong: code == ckrPINIncorrect || code == ckrPINInvalid || code == ckrPINLenRange}
 	what := "refused the PIN"
 	switch {
 	case flags.Locked:
@@ -314,7 +316,7 @@ func (d *Device) ChangePIN(ctx context.Context, pin []byte) error {
 		}
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%s: it may or may not have happened: %w", during, ctx.Err())
+		return fmt.Errorf("%s: %w: %w", during, hsm.ErrMayHaveHappened, ctx.Err())
 	}
 }
 
@@ -360,10 +362,10 @@ func (d *Device) setPIN(ctx context.Context, a *attachment, pin []byte) error {
 		return err
 	}
 
-	d.mu.Lock()
-	clear(d.pin)
-	d.pin = bytes.Clone(pin)
-	d.mu.Unlock()
+	// A device that was closed meanwhile keeps no PIN, but the token has the new one, which the ledger has to know.
+	if own, err := d.swapPIN(pin); err == nil {
+		clear(own)
+	}
 	a.token.hold(d, d.manager.digest(pin))
 	// A module may keep the old PIN to log in again by itself, which would cost a try: the host must not be used any more.
 	d.module.succeeded(a.host)

@@ -346,3 +346,119 @@ func TestAFullDiskKeepsNoVaultSealed(t *testing.T) {
 		t.Errorf("a PIN that is wrong now was sent %d times, want once", n)
 	}
 }
+
+func TestAPINChangeThatTheTokenRefusedSurelyDidNotHappen(t *testing.T) {
+	for name, test := range map[string]struct {
+		code uint
+		kind error
+	}{
+		"a length not allowed": {ckrPINLenRange, hsm.ErrUnsupported},
+		"characters not taken": {ckrPINInvalid, hsm.ErrUnsupported},
+		"too weak":             {ckrPINTooWeak, hsm.ErrUnsupported},
+		"the session is gone":  {ckrSessionHandleInvalid, hsm.ErrUnavailable},
+		"nobody is logged in":  {ckrUserNotLoggedIn, hsm.ErrUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpSetPIN && h.fail(r, test.code) })
+			err := d.ChangePIN(patient(t), []byte("777777"))
+			if !errors.Is(err, test.kind) || errors.Is(err, hsm.ErrMayHaveHappened) {
+				t.Errorf("it gives %v, want %v that surely did not happen", err, test.kind)
+			}
+			if errors.Is(err, hsm.ErrUnavailable) != (test.kind == hsm.ErrUnavailable) {
+				t.Errorf("whether to try again is wrong for %v", err)
+			}
+			f.follow(nil)
+			if err := list(t, d); err != nil {
+				t.Errorf("with the old PIN: %v", err)
+			}
+		})
+	}
+}
+
+func TestAPINChangeOfATokenThatIsAwaySurelyDidNotHappen(t *testing.T) {
+	f, m, module := newFake(t)
+	d := f.open(t, m, module)
+	f.do(func() { f.present = false })
+	if err := d.ChangePIN(patient(t), []byte("777777")); !errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrMayHaveHappened) {
+		t.Errorf("it gives %v, want ErrUnavailable that surely did not happen", err)
+	}
+}
+
+func TestAPINChangeOrTrialWhoseCallerWentMayHaveHappened(t *testing.T) {
+	for name, test := range map[string]struct {
+		op  wire.Op
+		ask func(context.Context, *Device) error
+	}{
+		"a change": {wire.OpSetPIN, func(ctx context.Context, d *Device) error { return d.ChangePIN(ctx, []byte("777777")) }},
+		"a trial":  {wire.OpLogin, func(ctx context.Context, d *Device) error { return d.AdoptPIN(ctx, []byte(fakePIN), false) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, m, module := newFake(t)
+			d := f.open(t, m, module)
+			if err := list(t, d); err != nil {
+				t.Fatal(err)
+			}
+			before, release := f.count(test.op), make(chan struct{})
+			f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == test.op && !h.hang(release) })
+			ctx, cancel := context.WithCancel(patient(t))
+			asked := waits(t, func() error { return test.ask(ctx, d) })
+			eventually(t, "the token is asked", func() bool { return f.count(test.op) > before })
+			cancel()
+			if err := asked(); !errors.Is(err, hsm.ErrMayHaveHappened) || !errors.Is(err, context.Canceled) {
+				t.Errorf("it gives %v, want an unknown outcome", err)
+			}
+			close(release)
+		})
+	}
+}
+
+func TestADeviceThatWasClosedDuringAPINChangeKeepsNoPIN(t *testing.T) {
+	f, m, module := newFake(t)
+	keep := f.open(t, m, module) // keeps the host alive
+	d := f.open(t, m, module, func(c *Config) { c.Owner = "other" })
+	if err := errors.Join(list(t, keep), list(t, d)); err != nil {
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	f.follow(func(h *fakeHost, r wire.Frame) bool { return r.Op == wire.OpSetPIN && !h.hang(release) })
+	changed := waits(t, func() error { return d.ChangePIN(patient(t), []byte("777777")) })
+	eventually(t, "the change is inside", func() bool { return f.count(wire.OpSetPIN) == 1 })
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if err := changed(); err != nil {
+		t.Fatalf("the change: %v", err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if strings.Contains(string(d.pin), "777777") {
+		t.Error("a closed device has a PIN again, which nobody wipes")
+	}
+}
+
+func TestANewHostsLogInForgetsNoMountThatHasTheSamePIN(t *testing.T) {
+	f, m, module := newFake(t)
+	first, second := f.open(t, m, module), f.open(t, m, module, func(c *Config) { c.Owner = "second" })
+	stranger := f.open(t, m, module, otherPIN)
+	if err := errors.Join(list(t, first), list(t, second)); err != nil {
+		t.Fatal(err)
+	}
+	newHost := func() {
+		h, err := first.module.host(patient(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		first.module.replace(h, errors.New("the test wants a new host"))
+	}
+	newHost()
+	if err := errors.Join(list(t, first), first.Close()); err != nil { // the second one has not used the new host
+		t.Fatal(err)
+	}
+	newHost()
+	if pin := pinError(t, list(t, stranger)); !pin.Barred {
+		t.Errorf("another PIN gives %+v, want Barred while a mount with the right one is open", pin)
+	}
+}
