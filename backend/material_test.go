@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -13,6 +14,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	vaultstore "vault-plugin-secrets-nitrokey/internal/store/vault"
 )
 
 // unsealKeys are five fields, as an operator would store them.
@@ -327,6 +329,25 @@ func TestKeyAndStoreInUseAreDeletedByForceOnly(t *testing.T) {
 	if err := m.keys.Delete(context.Background(), "prod", keyring.DeleteRequest{}); !errors.Is(err, keyring.ErrInUse) {
 		t.Errorf("the keyring itself does not ask: %v", err)
 	}
+	m.delete("keys/prod", fields{"force": true}).ok(t)
+}
+
+func TestAKeyIsNotSaidToBeInUseWhereAStoreIsAwayForAWhile(t *testing.T) {
+	m, _ := newKeeping(t)
+	m.write("stores/etcd", fields{"type": "etcd", "endpoints": "http://127.0.0.1:1", "prefix": "p", "request_timeout": 1}).ok(t)
+	m.write("material/c/i", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "files"}).ok(t)
+	m.write("keys/prod", fields{"deletion_allowed": true}).ok(t)
+	records := vaultstore.New(m.storage, "", new(vaultstore.Locks))
+	record, err := records.Get(t.Context(), "material/c/i")
+	if err == nil { // nothing can be written to a store that is away: the item's record is moved there instead
+		moved := bytes.Replace(record.Value, []byte(`"store":"files"`), []byte(`"store":"etcd"`), 1)
+		_, err = records.Put(t.Context(), "material/c/i", moved, record.Revision)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.delete("keys/prod", nil).want(t, http.StatusServiceUnavailable).says(t, "etcd", "try again", "force=true")
+	m.read("keys/prod").ok(t)
 	m.delete("keys/prod", fields{"force": true}).ok(t)
 }
 

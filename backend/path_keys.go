@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -330,15 +331,20 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	return nil, nil
 }
 
-// keyUser tells the keyring whether stored material is sealed with a wrapping key. What cannot be looked at may be.
+// keyUser tells the keyring whether stored material is sealed with a wrapping key. What cannot be looked at may be; where
+// that may pass, as a store that is down, it is an error, so that the client tries again.
 func (b *backend) keyUser(ctx context.Context, name string) (string, error) {
 	survey, err := b.keeper.Survey(ctx, name)
 	if err != nil {
 		return "", err
 	}
-	switch unseen := append(survey.Problems, survey.Warnings...); {
-	case survey.Items > 0:
+	if survey.Items > 0 {
 		return fmt.Sprintf("%d items of material are sealed with it", survey.Items), nil
+	}
+	if at := slices.IndexFunc(survey.Unseen, passes); at >= 0 {
+		return "", survey.Unseen[at]
+	}
+	switch unseen := append(survey.Problems, survey.Warnings...); {
 	case len(unseen) > 0:
 		return fmt.Sprintf("it is not known whether material is sealed with it (%s)", unseen[0]), nil
 	default:

@@ -16,23 +16,29 @@ type Ref struct{ Cluster, Name string }
 // that lie in their stores and in the default one without a record. A store that does not answer is a warning, and its
 // items are listed as the records know them.
 func (k *Keeper) List(ctx context.Context, cluster string) (items []Ref, warnings []string, err error) {
+	items, warnings, _, err = k.list(ctx, cluster)
+	return items, warnings, err
+}
+
+// list is List with the errors of the stores that could not be listed.
+func (k *Keeper) list(ctx context.Context, cluster string) (items []Ref, warnings []string, unseen []error, err error) {
 	prefix := storePrefix
 	if cluster != "" {
 		if err := checkItem(cluster, "x"); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		prefix += cluster + "/"
 	}
 	paths, err := k.records.List(ctx, prefix)
 	if err != nil {
-		return nil, nil, fmt.Errorf("listing the records of material: %w", err)
+		return nil, nil, nil, fmt.Errorf("listing the records of material: %w", err)
 	}
 	found := map[Ref]bool{}
 	stores := map[string]bool{}   // to be asked
 	unclear := map[string][]Ref{} // by store: items of which only the store knows whether they exist
 	defaultStore, err := k.defaultStore(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("looking up the default store: %w", err)
+		return nil, nil, nil, fmt.Errorf("looking up the default store: %w", err)
 	}
 	if defaultStore != "" {
 		stores[defaultStore] = true
@@ -61,6 +67,7 @@ func (k *Keeper) List(ctx context.Context, cluster string) (items []Ref, warning
 	for _, name := range slices.Sorted(maps.Keys(stores)) {
 		stored, err := k.listStore(ctx, name, prefix)
 		if err != nil {
+			unseen = append(unseen, fmt.Errorf("listing store %q: %w", name, err))
 			warnings = append(warnings, fmt.Sprintf("Store %q could not be listed (%v); its items are those that are recorded here.", name, err))
 			stored = unclear[name]
 		}
@@ -71,7 +78,7 @@ func (k *Keeper) List(ctx context.Context, cluster string) (items []Ref, warning
 	items = slices.SortedFunc(maps.Keys(found), func(a, b Ref) int {
 		return cmp.Or(cmp.Compare(a.Cluster, b.Cluster), cmp.Compare(a.Name, b.Name))
 	})
-	return items, warnings, nil
+	return items, warnings, unseen, nil
 }
 
 func (k *Keeper) listStore(ctx context.Context, name, prefix string) ([]Ref, error) {
@@ -111,16 +118,19 @@ type Survey struct {
 	Problems []string
 	// Warnings are about stores that could not be listed.
 	Warnings []string
+	// Unseen are the errors of what could not be looked at, each of which Problems or Warnings tell of: stores that could
+	// not be listed, and items that could not be read.
+	Unseen []error
 }
 
 // Survey looks at all items whose envelope has that wrapping key, at all items where key is "". It asks stores, never an
 // HSM.
 func (k *Keeper) Survey(ctx context.Context, key string) (Survey, error) {
-	refs, warnings, err := k.List(ctx, "")
+	refs, warnings, unseen, err := k.list(ctx, "")
 	if err != nil {
 		return Survey{}, err
 	}
-	survey := Survey{Warnings: warnings}
+	survey := Survey{Warnings: warnings, Unseen: unseen}
 	for _, ref := range refs {
 		if err := ctx.Err(); err != nil {
 			return survey, err
@@ -128,7 +138,7 @@ func (k *Keeper) Survey(ctx context.Context, key string) (Survey, error) {
 		i, err := k.look(ctx, ref.Cluster, ref.Name, "")
 		switch {
 		case err != nil:
-			survey.Problems = append(survey.Problems, err.Error())
+			survey.Problems, survey.Unseen = append(survey.Problems, err.Error()), append(survey.Unseen, err)
 			continue
 		case i.state == "" || key != "" && i.key() != key:
 			continue
