@@ -40,6 +40,10 @@ const MaxNames = 10_000
 // pageSize is how many keys one answer of etcd holds: with the longest names well below gRPC's 4 MiB.
 const pageSize = 1_000
 
+// maxLists is how often a list is begun anew because etcd was compacted between two of its pages, which operators and
+// timers do every few minutes at most.
+const maxLists = 4
+
 // Store is a prefix of an etcd cluster.
 type Store struct {
 	prefix     string // ends in "/"
@@ -111,6 +115,19 @@ func (s *Store) List(ctx context.Context, prefix string) ([]string, error) {
 	if err := store.CheckPrefix(prefix); err != nil {
 		return nil, err
 	}
+	var names []string
+	var err error
+	for range maxLists {
+		names, err = s.list(ctx, prefix)
+		if !errors.Is(err, rpctypes.ErrCompacted) {
+			break
+		}
+	}
+	return names, err
+}
+
+// list reads all pages once; rpctypes.ErrCompacted says that etcd has dropped the state that the first one was of.
+func (s *Store) list(ctx context.Context, prefix string) ([]string, error) {
 	var names []string
 	from, end := s.prefix+prefix, clientv3.GetPrefixRangeEnd(s.prefix+prefix)
 	for at := int64(0); ; {
@@ -196,7 +213,7 @@ func (s *Store) read(ctx context.Context, ask request) error {
 }
 
 func worthRepeating(err error) bool {
-	return errors.Is(err, store.ErrUnavailable) && !errors.Is(err, errClosed)
+	return errors.Is(err, store.ErrUnavailable) && !errors.Is(err, errClosed) && !errors.Is(err, rpctypes.ErrCompacted)
 }
 
 // write sends one transaction, once.
