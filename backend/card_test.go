@@ -131,3 +131,16 @@ func TestUnbarAtTheLastTryOfACardDoesNotLockIt(t *testing.T) {
 	m.write("devices/card/pin", fields{"new_pin": m.card.PIN, "on_token": false, "force": true}).want(t, http.StatusNoContent)
 	m.works()
 }
+
+func TestStatusAfterAnUnbarIsNotTheOneFromBefore(t *testing.T) {
+	m := newCardMount(t)
+	m.configure(m.card.PIN)
+	m.card.SetTries(t, 2)
+	if got := m.read("devices/card/status").ok(t); got.text("usable") != "false" {
+		t.Fatalf("with a try missing: %v", got.data)
+	}
+	m.write("devices/card/unbar", nil).ok(t)
+	if got := m.read("devices/card/status").ok(t); got.text("usable") != "true" {
+		t.Errorf("right after the unbar: %v", got.data)
+	}
+}

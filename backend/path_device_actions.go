@@ -301,7 +301,7 @@ func asPINChanger(name string, opened hsm.Device) (hsm.PINChanger, error) {
 }
 
 func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	name, _, err := b.knownDevice(ctx, data)
+	name, handle, err := b.knownDevice(ctx, data)
 	if err != nil {
 		return nil, err
 	}
@@ -320,6 +320,7 @@ func (b *backend) deviceUnbar(ctx context.Context, req *logical.Request, data *f
 	if err != nil {
 		return nil, fmt.Errorf("lifting the bar of device %q: %w", name, err)
 	}
+	handle.ForgetStatus()
 	b.logger.Info("PIN bar lifted", "device", name, "by", by(req))
 	return nil, nil
 }

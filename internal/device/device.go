@@ -108,7 +108,8 @@ type Handle struct {
 
 	mu        sync.Mutex // guards what follows
 	device    hsm.Device
-	pinFile   fileState         // as it was when last read
+	pinFile   fileState         // as it was when last looked at
+	unread    bool              // it could not be read then, so that it is tried again also where it looks the same
 	pinDigest [sha256.Size]byte // of the PIN that the device was opened with
 	closed    bool
 	probed    probe
@@ -139,8 +140,9 @@ func (h *Handle) Device(ctx context.Context) (hsm.Device, error) {
 	switch {
 	case err != nil && open != nil:
 		// A secrets volume that flaps, a file that is just being rewritten: the PIN that is in use still works.
-		h.logger.Warn("the PIN file changed and cannot be read; going on with the PIN in use", "error", err)
-		h.keep(open, state, h.digestInUse())
+		if h.putOff(state) {
+			h.logger.Warn("the PIN file changed and cannot be read; going on with the PIN in use", "error", err)
+		}
 		return open, nil
 	case err != nil:
 		return nil, fmt.Errorf("device %q: %w", h.name, err)
@@ -168,8 +170,18 @@ func (h *Handle) keep(device hsm.Device, state fileState, digest [sha256.Size]by
 	if h.closed {
 		return false
 	}
-	h.device, h.pinFile, h.pinDigest = device, state, digest
+	h.device, h.pinFile, h.pinDigest, h.unread = device, state, digest, false
 	return true
+}
+
+// putOff leaves the open device as it is, because its PIN file cannot be read: the next use tries again. It tells whether
+// that is news.
+func (h *Handle) putOff(state fileState) (news bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	news = !h.unread || state != h.pinFile
+	h.pinFile, h.unread = state, true
+	return news
 }
 
 // digest tells PINs apart without keeping them.
@@ -203,7 +215,7 @@ func (h *Handle) current() (device hsm.Device, current bool, err error) {
 	if h.closed {
 		return nil, false, fmt.Errorf("device %q: %w", h.name, ErrClosed)
 	}
-	return h.device, h.device != nil && h.statPINFile() == h.pinFile, nil
+	return h.device, h.device != nil && !h.unread && h.statPINFile() == h.pinFile, nil
 }
 
 // drop closes the open device, if any. The caller holds opening.

@@ -3,6 +3,7 @@ package device
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -392,4 +393,71 @@ func must(t *testing.T, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestAPINFileThatBecomesReadableServesThoughItLooksTheSame(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "pin")
+	must(t, os.WriteFile(path, []byte("111111"), 0o600))
+	var pins []string
+	var log strings.Builder
+	devices := New(Options{
+		Openers: map[string]Opener{TypePKCS11: func(_ context.Context, _ string, _ Config, pin []byte) (hsm.Device, error) {
+			pins = append(pins, string(pin))
+			return &fakeDevice{}, nil
+		}},
+		Secrets: SecretFiles{Dir: dir}, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	config := valid()
+	config.PIN, config.PINFile = "", path
+	handle, err := devices.Open("mount", "stick", config)
+	must(t, err)
+	use := func() {
+		t.Helper()
+		_, err := handle.Device(t.Context())
+		must(t, err)
+	}
+	use()
+	must(t, os.WriteFile(path, []byte("2222222"), 0o600))
+	must(t, os.Chmod(path, 0o620)) //nolint:gosec // the mistake that the warning names
+	use()
+	use()
+	if n := strings.Count(log.String(), "chmod go-w"); n != 1 {
+		t.Errorf("the warning was written %d times, want once", n)
+	}
+	must(t, os.Chmod(path, 0o600)) // as the warning says
+	use()
+	if got := strings.Join(pins, " "); got != "111111 2222222" {
+		t.Errorf("opened with %q", got)
+	}
+	must(t, handle.Close())
+}
+
+func TestAStatusThatWasForgottenIsAskedForAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		device := &fakeDevice{delay: time.Second, keys: []hsm.Key{fakeKey{}}}
+		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+			return device, nil
+		}).Open("mount", "stick", valid())
+		must(t, err)
+		probes := func(want int32) {
+			t.Helper()
+			handle.Status(t.Context())
+			if got := device.infos.Load(); got != want {
+				t.Errorf("probed %d times, want %d", got, want)
+			}
+		}
+		probes(1)
+		probes(1)
+		handle.ForgetStatus()
+		probes(2)
+		handle.ForgetStatus()
+		var running sync.WaitGroup
+		running.Go(func() { handle.Status(t.Context()) })
+		synctest.Wait()
+		handle.ForgetStatus() // what the running probe says is old already
+		running.Wait()
+		probes(4)
+		must(t, handle.Close())
+	})
 }

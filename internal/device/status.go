@@ -36,6 +36,7 @@ func (s Status) CanOpen() bool { return s.Err == nil && s.proved }
 type probe struct {
 	status  Status
 	running chan struct{} // closed when the probe in flight has ended; nil where none is
+	forgot  int           // counts calls of ForgetStatus, so that a probe that began before one is not kept
 }
 
 // isFresh tells whether the newest status may be given again. One that says "no key" may not: it cost no private-key
@@ -65,19 +66,28 @@ func (h *Handle) Status(ctx context.Context) Status {
 		}
 		running := make(chan struct{})
 		h.probed.running = running
+		forgot := h.probed.forgot
 		h.mu.Unlock()
 
 		status := h.check(ctx)
 
 		h.mu.Lock()
 		h.probed.running = nil
-		if ctx.Err() == nil { // a caller's own impatience says nothing about the device
+		if ctx.Err() == nil && h.probed.forgot == forgot { // a caller's own impatience says nothing about the device
 			h.probed.status = status
 		}
 		h.mu.Unlock()
 		close(running)
 		return status
 	}
+}
+
+// ForgetStatus makes the next Status ask the HSM again: a person has just changed what it would say.
+func (h *Handle) ForgetStatus() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.probed.status = Status{}
+	h.probed.forgot++
 }
 
 func (h *Handle) check(ctx context.Context) (status Status) {
