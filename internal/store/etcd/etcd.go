@@ -40,8 +40,8 @@ const MaxNames = 10_000
 // pageSize is how many keys one answer of etcd holds: with the longest names well below gRPC's 4 MiB.
 const pageSize = 1_000
 
-// maxLists is how often a list is begun anew because etcd was compacted between two of its pages, which operators and
-// timers do every few minutes at most.
+// maxLists is how often a list is begun at most. It is begun anew where etcd was compacted between two of its pages, which
+// operators and timers do every few minutes.
 const maxLists = 4
 
 // Store is a prefix of an etcd cluster.
