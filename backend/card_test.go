@@ -144,3 +144,44 @@ func TestStatusAfterAnUnbarIsNotTheOneFromBefore(t *testing.T) {
 		t.Errorf("right after the unbar: %v", got.data)
 	}
 }
+
+func TestAPINChangeThatTheCardDidNotMakeCostsNoTryAfterwards(t *testing.T) {
+	for name, test := range map[string]struct {
+		spoil func(*pkcs11test.SmartCard)
+		mend  func(*pkcs11test.SmartCard)
+		pin   string
+		code  int
+	}{
+		"it is too short": {pin: "12", code: http.StatusBadRequest},
+		"it is too weak": {
+			func(c *pkcs11test.SmartCard) { c.Fault(t, pkcs11test.Fails("C_SetPIN", 0x1B8)) },
+			func(c *pkcs11test.SmartCard) { c.Mend(t, pkcs11test.Fails("C_SetPIN", 0x1B8)) }, "777777", http.StatusBadRequest,
+		},
+		"the session was lost": {
+			func(c *pkcs11test.SmartCard) { c.Fault(t, pkcs11test.Fails("C_SetPIN", 0xB3)) },
+			func(c *pkcs11test.SmartCard) { c.Mend(t, pkcs11test.Fails("C_SetPIN", 0xB3)) }, "777777", http.StatusServiceUnavailable,
+		},
+		"the card is away": {
+			func(c *pkcs11test.SmartCard) { c.Remove(t, pkcs11test.ReaderRemoved) },
+			func(c *pkcs11test.SmartCard) { c.Return(t) }, "777777", http.StatusServiceUnavailable,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newCardMount(t)
+			m.configure(m.card.PIN)
+			m.works()
+			if test.spoil != nil {
+				test.spoil(m.card)
+			}
+			m.write("devices/card/pin", fields{"new_pin": test.pin}).want(t, test.code)
+			if test.mend != nil {
+				test.mend(m.card)
+			}
+			if got := m.read("devices/card"); got.text("pin_change_pending") != "false" {
+				t.Errorf("afterwards: %v", got.data)
+			}
+			m.works()
+			m.wants(0, 3)
+		})
+	}
+}

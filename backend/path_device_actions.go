@@ -98,7 +98,8 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			HelpDescription: "A PIN that was wrong once is not sent again from this machine, because a token locks after three wrong " +
 				"ones. Where the PIN is right after all (it was set to it, or the bar hit a PIN that only looks like a wrong one, 1 in " +
 				"1,024), lift the bar: one try is then spent where it is wrong. Only this device's PIN is let through, and not while " +
-				"another mount uses the token with a PIN that is right. The better way is to write the right PIN.",
+				"another mount uses the token with a PIN that is right, nor on the last try where the token rejected this very PIN. The " +
+				"better way is to write the right PIN.",
 		},
 		{
 			Pattern: pattern + "/pin",

@@ -366,7 +366,7 @@ func TestAPINChangeThatTheTokenRefusedSurelyDidNotHappen(t *testing.T) {
 			if !errors.Is(err, test.kind) || errors.Is(err, hsm.ErrMayHaveHappened) {
 				t.Errorf("it gives %v, want %v that surely did not happen", err, test.kind)
 			}
-			if errors.Is(err, hsm.ErrUnavailable) != (test.kind == hsm.ErrUnavailable) {
+			if errors.Is(err, hsm.ErrUnavailable) != errors.Is(test.kind, hsm.ErrUnavailable) {
 				t.Errorf("whether to try again is wrong for %v", err)
 			}
 			f.follow(nil)

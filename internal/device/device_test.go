@@ -419,7 +419,7 @@ func TestAPINFileThatBecomesReadableServesThoughItLooksTheSame(t *testing.T) {
 	}
 	use()
 	must(t, os.WriteFile(path, []byte("2222222"), 0o600))
-	must(t, os.Chmod(path, 0o620)) //nolint:gosec // the mistake that the warning names
+	must(t, os.Chmod(path, 0o620)) // the mistake that the warning names
 	use()
 	use()
 	if n := strings.Count(log.String(), "chmod go-w"); n != 1 {
