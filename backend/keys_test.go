@@ -286,6 +286,39 @@ func TestRequestToMakeAKeyIsNotAnsweredByOneThatWasAdopted(t *testing.T) {
 	m.write("keys/prod", request).want(t, http.StatusBadRequest).says(t, "exists already")
 }
 
+// A client repeats by itself what was answered with 5xx, and a fast HSM has made the key by then.
+func TestARotationThatIsSentAgainMakesNoSecondKey(t *testing.T) {
+	m := newMount(t)
+	token := m.addKey("prod")
+	for range 3 {
+		m.write("keys/prod/rotate", fields{"generate": true}).ok(t)
+		m.jobs.wait()
+	}
+	if got := m.read("keys/prod"); got.text("latest_version") != "2" || token.Generations() != 1 {
+		t.Errorf("version %s after %d generations", got.text("latest_version"), token.Generations())
+	}
+	m.write("keys/prod/rotate", fields{"generate": true, "request_id": "once more"}).ok(t)
+	m.jobs.wait()
+	if got := m.read("keys/prod"); got.text("latest_version") != "3" {
+		t.Errorf("a request_id of its own gave version %s", got.text("latest_version"))
+	}
+	key, err := m.keys.Get(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest := key.Versions[2]
+	again := &keyring.RotateRequest{Generate: &keyring.GenerateRequest{
+		Device: newest.Recipients[0].Device, Algorithm: newest.Recipients[0].Kind, By: newest.CreatedBy,
+	}}
+	if !isRepeatedRotation(key, again, newest.Created.Add(59*time.Second)) || isRepeatedRotation(key, again, newest.Created.Add(time.Minute)) {
+		t.Error("a minute is not where it ends")
+	}
+	again.Generate.By = "somebody else"
+	if isRepeatedRotation(key, again, newest.Created) {
+		t.Error("another caller's request was taken for a repetition")
+	}
+}
+
 func TestKeyIsRotatedAndOldEnvelopesOpen(t *testing.T) {
 	m := newMount(t)
 	token := m.addKey("prod")

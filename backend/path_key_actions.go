@@ -3,9 +3,11 @@ package backend
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -210,6 +212,14 @@ func (b *backend) keyRotate(ctx context.Context, req *logical.Request, data *fra
 	if source == nil {
 		return nil, mistake("say where the new version's HSM key comes from: give device and key_label or key_id to adopt one, or generate=true")
 	}
+	if isRepeatedRotation(current, source, time.Now()) {
+		response, err := b.keyResponse(ctx, current)
+		if err == nil {
+			response.AddWarning(fmt.Sprintf("version %d was made for you less than a minute ago, and this request was taken for the same one "+
+				"sent again; for another version, give a request_id of its own", current.LatestVersion))
+		}
+		return response, err
+	}
 	var key *keyring.Key
 	if source.Generate != nil {
 		key, err = b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Rotate(ctx, name, *source) })
@@ -226,6 +236,19 @@ func (b *backend) keyRotate(ctx context.Context, req *logical.Request, data *fra
 		return nil, adoptionError(err)
 	}
 	return b.keyResponse(ctx, key)
+}
+
+// isRepeatedRotation tells whether a request to make a new version is most likely one whose answer was lost: clients
+// repeat by themselves, within seconds, and a fast HSM has made the key by then. Nobody needs two versions in a minute
+// without saying so by a request_id.
+func isRepeatedRotation(key *keyring.Key, source *keyring.RotateRequest, now time.Time) bool {
+	if source.Generate == nil || source.Generate.RequestID != "" || key.Pending != nil || key.LatestVersion < 2 {
+		return false
+	}
+	newest := key.Versions[len(key.Versions)-1]
+	made := newest.Recipients[0]
+	return made.Generated && made.Device == source.Generate.Device && made.Kind == source.Generate.Algorithm &&
+		newest.CreatedBy == source.Generate.By && now.Sub(newest.Created) < time.Minute
 }
 
 // inheritSource fills in what a rotation leaves out: the new HSM key is made where, and of the kind that, the newest
