@@ -275,6 +275,9 @@ func parseRecord(content []byte, token string) (record, error) {
 	case err != nil || len(name) != 4:
 		return record{}, fmt.Errorf("%q names no key", file.Key)
 	}
+	if len(file.Barred) == 0 {
+		file.Barred = nil // written or not, an empty list is none
+	}
 	return file.record, nil
 }
 
