@@ -18,6 +18,9 @@ var (
 	ErrLocked = errors.New("the HSM is locked")
 	// ErrUnavailable: the HSM did not answer. Try again, or elsewhere.
 	ErrUnavailable = errors.New("the HSM is unavailable")
+	// ErrForbidden: the HSM knows the user and does not let it do that: its role or its tags are not enough. Trying again
+	// does not help; an administrator of the HSM does.
+	ErrForbidden = errors.New("the HSM does not allow this user to do that")
 	// ErrUnsupported: this HSM or key cannot do that.
 	ErrUnsupported = errors.New("not supported by the HSM")
 	// ErrFull: no room for another key or object.

@@ -2,7 +2,7 @@
 //
 // A [Device] is one HSM: a PKCS#11 token, or a NetHSM cluster behind its REST API. It finds and makes [Key] values;
 // what a key can do is asked by type assertion: [Decrypter] for RSA, [Agreer] for elliptic curves. What else a device
-// can do is asked the same way: [ObjectStore], [Randomer], [Unlocker], [PINChanger].
+// can do is asked the same way: [ObjectStore], [Randomer], [Unlocker], [PINChanger], [Clustered].
 //
 // Three rules hold for every provider, and package hsmtest checks them:
 //
@@ -17,6 +17,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdh"
+	"time"
 )
 
 // Device is one HSM. All methods are safe for concurrent use and return when ctx ends, whatever the HSM does.
@@ -177,10 +178,37 @@ type Randomer interface {
 	Random(ctx context.Context, n int) ([]byte, error)
 }
 
-// Unlocker is a device that starts locked and wants a passphrase, as a NetHSM does.
+// Unlocker is a device that starts locked and wants a passphrase, as a NetHSM does. On a device of several nodes both
+// methods reach every node that answers; what fails on one does not keep the others from it.
 type Unlocker interface {
+	// Unlock opens every locked node; one that is open already is no error. A wrong passphrase is a [PINError].
 	Unlock(ctx context.Context, passphrase []byte) error
+	// Lock locks every node. It needs an administrator's rights: [ErrForbidden] where the device has none.
 	Lock(ctx context.Context) error
+}
+
+// Clustered is a device of several nodes, any of which can serve a request.
+type Clustered interface {
+	// Nodes asks every node how it fares, all at one time, in the order of the configuration. A node that does not
+	// answer is an entry with an error, not a missing one.
+	Nodes(ctx context.Context) []Node
+}
+
+// Node is one node of a [Clustered] device.
+type Node struct {
+	URL string
+	// State is StateAbsent where the node does not answer.
+	State State
+	// Serial and Firmware are empty where the device has not the rights to ask.
+	Serial, Firmware string
+	// RoundTrip is how long the node took to answer.
+	RoundTrip time.Duration
+	// CertificateEnds is when the TLS certificate that the node showed ends; zero where none was seen.
+	CertificateEnds time.Time
+	// Resting is true while requests avoid the node because it failed; it is probed in the background until it answers.
+	Resting bool
+	// Err is why the node cannot serve now; nil where it can.
+	Err error
 }
 
 // PINChanger is a device with a PIN.
