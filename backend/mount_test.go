@@ -76,7 +76,7 @@ func (r *rack) add(serial string) *testToken {
 }
 
 // open is a device.Opener. As the provider does, it logs in with the first operation, not when it is opened.
-func (r *rack) open(ctx context.Context, _ string, config device.Config, pin []byte) (hsm.Device, error) {
+func (r *rack) open(ctx context.Context, _ string, config device.Config, secrets device.Secrets) (hsm.Device, error) {
 	if r.opening != nil {
 		r.opening(ctx)
 	}
@@ -92,7 +92,7 @@ func (r *rack) open(ctx context.Context, _ string, config device.Config, pin []b
 	if token == nil {
 		return nil, fmt.Errorf("no token has the serial number %q: %w", config.Serial, hsm.ErrUnavailable)
 	}
-	opened := &session{Memory: token.Attach(), rack: r, token: token, pin: string(pin)}
+	opened := &session{Memory: token.Attach(), rack: r, token: token, pin: string(secrets.PIN)}
 	if r.locks {
 		return &lockable{opened}, nil
 	}

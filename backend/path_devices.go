@@ -15,74 +15,6 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
-// deviceTypesToCome are types that the documentation speaks of and this version does not have.
-var deviceTypesToCome = map[string]string{
-	"nethsm": "devices of type \"nethsm\" are not in this version of the plugin; use type=pkcs11",
-}
-
-func deviceFields() map[string]*framework.FieldSchema {
-	return map[string]*framework.FieldSchema{
-		"name": nameField("The name of the device."),
-		"type": {
-			Type:          framework.TypeString,
-			Description:   "The kind of HSM: pkcs11.",
-			AllowedValues: []any{device.TypePKCS11},
-			Default:       device.TypePKCS11,
-		},
-		"module": {
-			Type: framework.TypeString,
-			Description: "The path of the vendor's PKCS#11 module, one that the plugin was registered with " +
-				"(-args=-pkcs11-module=PATH).",
-		},
-		"serial": {
-			Type:        framework.TypeString,
-			Description: "The serial number of the token. One of serial, token_label and slot chooses the token.",
-		},
-		"token_label": {Type: framework.TypeString, Description: "The label of the token; exactly one token must have it."},
-		"slot":        {Type: framework.TypeInt, Description: "The slot that the token is in. Slots may change when a token is pulled."},
-		"pin": {
-			Type:         framework.TypeString,
-			Description:  "The user PIN. It is never shown. A write that chooses another module or token must carry it again.",
-			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
-		},
-		"pin_file": {
-			Type: framework.TypeString,
-			Description: "A file that holds the user PIN, under the plugin's -secrets-dir on every node that serves this mount. " +
-				"It is read anew when it changes.",
-		},
-		"parallel": {
-			Type:        framework.TypeInt,
-			Description: "How many operations the token takes at one time: 1 for a card, the default; 8 suits SoftHSM.",
-			Default:     1,
-		},
-		"decrypt_timeout": {
-			Type: framework.TypeDurationSecond,
-			Description: "How long one operation may stay inside the module before its process is killed. 0 means the default, " +
-				"20 seconds.",
-		},
-		"generate_timeout": {
-			Type:        framework.TypeDurationSecond,
-			Description: "The same for the making of a key. 0 means the default, 5 minutes.",
-		},
-	}
-}
-
-// deviceAnswer is what a read shows: everything but secrets.
-func deviceAnswer() map[string]*framework.FieldSchema {
-	fields := deviceFields()
-	delete(fields, "name")
-	delete(fields, "pin")
-	for _, field := range fields {
-		field.Default = nil
-	}
-	fields["pin_set"] = &framework.FieldSchema{Type: framework.TypeBool, Description: "Whether a PIN is stored here.", Required: true}
-	fields["pin_change_pending"] = &framework.FieldSchema{
-		Type:        framework.TypeBool,
-		Description: "Whether a change of the PIN was cut short; the next use of the device finds out which PIN the token took.",
-	}
-	return fields
-}
-
 func (b *backend) devicePaths() []*framework.Path {
 	fields := deviceFields()
 	fields["force"] = &framework.FieldSchema{
@@ -94,7 +26,7 @@ func (b *backend) devicePaths() []*framework.Path {
 			Callback:                    b.deviceWrite,
 			Summary:                     "Configure a device.",
 			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "configure"},
-			Responses:                   noContent("The device was configured. The HSM was not touched; devices/:name/status does that."),
+			Responses:                   configured("The device was configured. The HSM was not touched; devices/:name/status does that."),
 			ForwardPerformanceStandby:   true,
 			ForwardPerformanceSecondary: true,
 		}
@@ -123,11 +55,14 @@ func (b *backend) devicePaths() []*framework.Path {
 				},
 			},
 			HelpSynopsis: "An HSM that this mount may use.",
-			HelpDescription: "A device is a PKCS#11 token: module names the vendor's library, one of serial, token_label and " +
-				"slot the token, pin or pin_file the user PIN. Fields that a write leaves out keep their values. The PIN is " +
-				"never shown, and a write that would send it somewhere else must carry it again, or name pin_file again. Writing " +
-				"touches no HSM: read devices/<name>/status to see whether it works. Where a wrong PIN was sent, give the right one " +
-				"with devices/<name>/pin and on_token=false, which tries it once.",
+			HelpDescription: "A device is a PKCS#11 token (type=pkcs11, the default) or a NetHSM (type=nethsm). For a token, module " +
+				"names the vendor's library, one of serial, token_label and slot the token, pin or pin_file the user PIN. For a " +
+				"NetHSM, urls names its nodes, username and password a user with the role Operator; admin_username and " +
+				"admin_password, an Administrator, are needed only to make and delete keys and for object_store; ca_cert or " +
+				"tls_pins say which certificates are trusted. Fields that a write leaves out keep their values. Secrets are " +
+				"never shown, and a write that would send one somewhere else must carry each of them again, or name its file again. " +
+				"Writing touches no HSM: read devices/<name>/status to see whether it works. Where a wrong PIN was sent, give the " +
+				"right one with devices/<name>/pin and on_token=false, which tries it once.",
 		},
 	}
 }
@@ -146,7 +81,9 @@ func (b *backend) deviceRead(ctx context.Context, _ *logical.Request, data *fram
 		return nil, err
 	}
 	shown := record.Config.Redacted()
-	shown["pin_change_pending"] = record.NextPIN != ""
+	if record.Config.Type == device.TypePKCS11 {
+		shown["pin_change_pending"] = record.NextPIN != ""
+	}
 	return &logical.Response{Data: shown}, nil
 }
 
@@ -160,83 +97,129 @@ func (b *backend) deviceWrite(ctx context.Context, _ *logical.Request, data *fra
 		return nil, err
 	}
 	defer done()
-	record, err := b.readDevice(ctx, name)
+	old, err := b.readDevice(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	var old *device.Config
-	if record == nil {
-		record = &deviceRecord{Config: device.Config{Type: device.TypePKCS11}}
-	} else {
-		kept := record.Config
-		old = &kept
+	record := &deviceRecord{Config: device.Config{Type: data.Get("type").(string)}}
+	if old != nil {
+		kept := *old
+		record = &kept
 	}
-	if err := mergeDevice(&record.Config, data); err != nil {
+	if kind, given := data.GetOk("type"); given && kind.(string) != record.Config.Type {
+		return nil, mistake("device %q is of type %q and stays so; configure the other HSM under another name", name, record.Config.Type)
+	}
+	secrets, err := mergeDevice(&record.Config, data)
+	if err != nil {
 		return nil, err
 	}
-	_, pin := data.GetOk("pin")
-	_, pinFile := data.GetOk("pin_file")
-	if old != nil && !pin && !pinFile {
-		if changed := record.Config.DestinationChanged(*old); changed != nil {
-			return nil, mistake("this write changes %s, and the PIN would go somewhere else than before; give pin or pin_file in the same write; "+
-				"nothing was changed", strings.Join(changed, " and "))
+	if old != nil {
+		if err := checkDestination(old.Config, record.Config, secrets); err != nil {
+			return nil, err
 		}
 	}
 	if err := b.tryDevice(ctx, name, record.Config); err != nil {
 		return nil, err
 	}
-	if pin || pinFile {
+	if slices.Contains(secrets, "pin") {
 		record.NextPIN = ""
 	}
-	return nil, b.writeDevice(ctx, name, record)
+	if err := b.writeDevice(ctx, name, record); err != nil {
+		return nil, err
+	}
+	if !record.Config.Insecure {
+		return nil, nil
+	}
+	b.logger.Warn("a device takes any certificate", "device", name)
+	response := new(logical.Response)
+	response.AddWarning("tls_insecure: whoever answers at one of the urls is taken for the NetHSM, and gets its passwords and what it is to " +
+		"open; give ca_cert or tls_pins instead, and tls_insecure=false")
+	return response, nil
 }
 
-// mergeDevice changes what the request gives and leaves the rest.
-func mergeDevice(config *device.Config, data *framework.FieldData) error {
-	if kind, given := data.GetOk("type"); given {
-		if sentence, toCome := deviceTypesToCome[kind.(string)]; toCome {
-			return mistake("%s", sentence)
+// checkDestination refuses a write that would send a stored secret somewhere else than before without carrying it again.
+// Given are the names of the secrets that the write carries.
+func checkDestination(old, changed device.Config, given []string) error {
+	fields := changed.DestinationChanged(old)
+	if fields == nil {
+		return nil
+	}
+	var kept, wanted []string
+	for _, secret := range changed.SecretFields() {
+		if *secret.Value+*secret.File != "" && !slices.Contains(given, secret.Name) {
+			kept = append(kept, secret.Name)
+			wanted = append(wanted, secret.Name+" or "+secret.FileName())
 		}
-		config.Type = kind.(string)
 	}
-	if module, given := data.GetOk("module"); given {
-		config.Module = module.(string)
+	if kept == nil {
+		return nil
 	}
+	return mistake("this write changes %s, and %s would go somewhere else than before; give %s in the same write; nothing was changed",
+		strings.Join(fields, " and "), strings.Join(kept, " and "), strings.Join(wanted, ", and "))
+}
+
+// mergeDevice changes what the request gives and leaves the rest. It returns the names of the secrets that are given.
+func mergeDevice(config *device.Config, data *framework.FieldData) (secrets []string, err error) {
 	mergeToken(config, data)
 	if slot, given := data.GetOk("slot"); given {
 		number := slot.(int)
 		if number < 0 {
-			return mistake("slot %d is not a slot number; pkcs11-tool --list-slots shows them", number)
+			return nil, mistake("slot %d is not a slot number; pkcs11-tool --list-slots shows them", number)
 		}
 		chosen := uint(number)
 		config.Slot = &chosen
 	}
-	pin, err := secretField(data, "pin")
-	if err != nil {
-		return err
+	for _, secret := range config.SecretFields() {
+		given, err := mergeSecret(secret, data)
+		if err != nil {
+			return nil, err
+		}
+		if given {
+			secrets = append(secrets, secret.Name)
+		}
 	}
-	_, pinGiven := data.GetOk("pin")
-	file, fileGiven := data.GetOk("pin_file")
-	if pinGiven || fileGiven { // one replaces the other
-		config.PIN, config.PINFile = "", ""
-	}
-	if pinGiven {
-		config.PIN = pin
-	}
-	if fileGiven {
-		config.PINFile = file.(string)
-	}
-	if parallel, given := data.GetOk("parallel"); given {
-		config.Parallel = parallel.(int)
-	}
+	merge(data, map[string]*string{
+		"module": &config.Module, "username": &config.Username, "admin_username": &config.AdminUsername, "ca_cert": &config.CACert,
+		"tls_server_name": &config.TLSServerName,
+	})
+	merge(data, map[string]*[]string{"urls": &config.URLs, "tls_pins": &config.TLSPins, "key_tags": &config.KeyTags})
+	merge(data, map[string]*bool{"tls_insecure": &config.Insecure, "object_store": &config.ObjectStore})
+	merge(data, map[string]*int{"parallel": &config.Parallel})
 	for field, limit := range map[string]*time.Duration{
-		"decrypt_timeout": &config.DecryptTimeout, "generate_timeout": &config.GenerateTimeout,
+		"decrypt_timeout": &config.DecryptTimeout, "generate_timeout": &config.GenerateTimeout, "request_timeout": &config.RequestTimeout,
 	} {
 		if given, ok := duration(data, field); ok {
 			*limit = given
 		}
 	}
-	return nil
+	return secrets, nil
+}
+
+// merge sets what the request gives.
+func merge[T any](data *framework.FieldData, fields map[string]*T) {
+	for field, target := range fields {
+		if value, given := data.GetOk(field); given {
+			*target = value.(T)
+		}
+	}
+}
+
+// mergeSecret sets a secret, or the file that holds it, and tells whether the request gives either: one replaces the other.
+func mergeSecret(secret device.SecretField, data *framework.FieldData) (given bool, err error) {
+	value, err := secretField(data, secret.Name)
+	if err != nil {
+		return false, err
+	}
+	_, valueGiven := data.GetOk(secret.Name)
+	file, fileGiven := data.GetOk(secret.FileName())
+	if !valueGiven && !fileGiven {
+		return false, nil
+	}
+	*secret.Value, *secret.File = value, ""
+	if fileGiven {
+		*secret.File = file.(string)
+	}
+	return true, nil
 }
 
 // mergeToken sets how the token is chosen: a way that is given replaces the one before.

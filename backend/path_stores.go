@@ -82,16 +82,12 @@ func (b *backend) storePaths() []*framework.Path {
 		Type: framework.TypeBool, Query: true,
 		Description: "For a deletion: forget the store although stored material lies in it. The material stays where it is.",
 	}
-	configured := noContent("The store was configured.")
-	configured[http.StatusOK] = []framework.Response{{
-		Description: "The store was configured; read the warnings.", Fields: map[string]*framework.FieldSchema{},
-	}}
 	write := func() *framework.PathOperation {
 		return &framework.PathOperation{
 			Callback:                    b.storeWrite,
 			Summary:                     "Configure a store.",
 			DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "configure"},
-			Responses:                   configured,
+			Responses:                   configured("The store was configured."),
 			ForwardPerformanceStandby:   true,
 			ForwardPerformanceSecondary: true,
 		}

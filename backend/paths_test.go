@@ -53,7 +53,7 @@ func checkField(t *testing.T, name string, field *framework.FieldSchema) {
 	if len(field.Description) < 5 || !strings.HasSuffix(strings.TrimSpace(field.Description), ".") {
 		t.Errorf("field %s: description %q is no sentence", name, field.Description)
 	}
-	secret := regexp.MustCompile(`^(pin|new_pin|passphrase|password|client_key)$`).MatchString(name)
+	secret := regexp.MustCompile(`^(pin|new_pin|passphrase|unlock_passphrase|password|admin_password|client_key)$`).MatchString(name)
 	if secret && (field.DisplayAttrs == nil || !field.DisplayAttrs.Sensitive) {
 		t.Errorf("field %s is a secret and not marked as sensitive", name)
 	}

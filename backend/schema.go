@@ -43,6 +43,15 @@ func noContent(description string) map[int][]framework.Response {
 	return map[int][]framework.Response{http.StatusNoContent: {{Description: description}}}
 }
 
+// configured documents a write without an answer, unless there is something to warn of.
+func configured(description string) map[int][]framework.Response {
+	responses := noContent(description)
+	responses[http.StatusOK] = []framework.Response{{
+		Description: "The same; read the warnings.", Fields: map[string]*framework.FieldSchema{},
+	}}
+	return responses
+}
+
 // listAnswer documents a list, with something about each entry where info says what.
 func listAnswer(keys, info string) map[int][]framework.Response {
 	fields := map[string]*framework.FieldSchema{

@@ -5,26 +5,21 @@
 // while the HSM lies in a drawer, and a device that could not be opened is tried again at the next need: a returned
 // HSM is used again without a restart of anything.
 //
-// What several mounts share (the module host, the log-in, the queue in front of a card, the PIN bar) is shared one
-// room below, in the provider. Here each mount has its own handle, so that closing one never disturbs another.
+// What several mounts share (the module host, the log-in, the queue in front of a card, the PIN bar; the connections to a
+// NetHSM and the patience with its nodes) is shared one room below, in the provider. Here each mount has its own handle, so that closing one never disturbs another.
 //
-// A PIN comes from the configuration or from a file under the secrets directory. A file is read anew when it changed:
-// a rotated PIN needs no write to Vault. While it cannot be read, an open device stays in use.
+// A PIN, password or passphrase comes from the configuration or from a file under the secrets directory. A file is read
+// anew when it changed: a rotated PIN needs no write to Vault. While it cannot be read, an open device stays in use.
 package device
 
 import (
 	"context"
-	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sync"
-	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 )
@@ -32,13 +27,13 @@ import (
 // ErrClosed is returned by a handle after its Close.
 var ErrClosed = errors.New("the device was closed")
 
-// Opener opens a device of one type. It copies the PIN if it keeps it. Owner names the mount, so that the provider can
-// be fair between mounts and keep one mount's wrong PIN from barring another.
-type Opener func(ctx context.Context, owner string, config Config, pin []byte) (hsm.Device, error)
+// Opener opens a device of one type. It copies the secrets that it keeps. Owner names the mount, so that the provider
+// can be fair between mounts and keep one mount's wrong PIN from barring another.
+type Opener func(ctx context.Context, owner string, config Config, secrets Secrets) (hsm.Device, error)
 
 // Options configure a [Registry].
 type Options struct {
-	// Openers are the known types of device: TypePKCS11 and so on.
+	// Openers are the known types of device: [TypePKCS11] and so on.
 	Openers map[string]Opener
 	Secrets SecretFiles
 	Logger  *slog.Logger
@@ -60,29 +55,34 @@ func New(options Options) *Registry {
 	return &Registry{openers: options.Openers, secrets: options.Secrets, logger: logger}
 }
 
-// Check says what is wrong with a configuration, its secret file included, without touching the HSM. What the user can
+// Check says what is wrong with a configuration, its secret files included, without touching the HSM. What the user can
 // mend wraps [ErrConfig].
 func (r *Registry) Check(config Config) error {
-	if err := config.Validate(); err != nil {
+	if _, err := r.opener(config); err != nil {
 		return err
 	}
-	if _, known := r.openers[config.Type]; !known {
-		return complain(`this build of the plugin has no support for devices of type %q`, config.Type)
+	secrets, err := r.secrets.readAll(config)
+	secrets.Wipe()
+	return err
+}
+
+// opener returns the opener of a valid configuration.
+func (r *Registry) opener(config Config) (Opener, error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
 	}
-	if config.PINFile != "" {
-		return r.secrets.Check(config.PINFile)
+	opener, known := r.openers[config.Type]
+	if !known {
+		return nil, complain(`devices of type %q cannot be opened here: this program was built or started without them`, config.Type)
 	}
-	return nil
+	return opener, nil
 }
 
 // Open returns a handle. The HSM is not touched before the handle's Device is called.
 func (r *Registry) Open(owner, name string, config Config) (*Handle, error) {
-	if err := config.Validate(); err != nil {
+	opener, err := r.opener(config)
+	if err != nil {
 		return nil, fmt.Errorf("device %q: %w", name, err)
-	}
-	opener, known := r.openers[config.Type]
-	if !known {
-		return nil, fmt.Errorf("device %q: %w", name, complain(`this build of the plugin has no support for devices of type %q`, config.Type))
 	}
 	h := &Handle{
 		owner: owner, name: name, config: config, open: opener, secrets: r.secrets,
@@ -106,13 +106,13 @@ type Handle struct {
 
 	digestKey [sha256.Size]byte
 
-	mu        sync.Mutex // guards what follows
-	device    hsm.Device
-	pinFile   fileState         // as it was when last looked at
-	unread    bool              // it could not be read then, so that it is tried again also where it looks the same
-	pinDigest [sha256.Size]byte // of the PIN that the device was opened with
-	closed    bool
-	probed    probe
+	mu     sync.Mutex // guards what follows
+	device hsm.Device
+	files  [kinds]fileState  // of the secrets, as they were when last looked at
+	unread bool              // one could not be read then, so that it is tried again also where it looks the same
+	digest [sha256.Size]byte // of the secrets that the device was opened with
+	closed bool
+	probed probe
 }
 
 // Name is the device's name in its mount.
@@ -134,67 +134,71 @@ func (h *Handle) Device(ctx context.Context) (hsm.Device, error) {
 	if current || err != nil { // somebody else opened it while we waited
 		return open, err
 	}
-	state := h.statPINFile()
-	pin, err := h.pin()
-	defer clear(pin)
+	files := h.secrets.states(h.config)
+	secrets, err := h.secrets.readAll(h.config)
+	defer secrets.Wipe()
+	digest := secrets.digest(h.digestKey[:])
 	switch {
 	case err != nil && open != nil:
-		// A secrets volume that flaps, a file that is just being rewritten: the PIN that is in use still works.
-		if h.putOff(state) {
-			h.logger.Warn("the PIN file changed and cannot be read; going on with the PIN in use", "error", err)
+		// A secrets volume that flaps, a file that is just being rewritten: the secrets that are in use still work.
+		if h.putOff(files) {
+			h.logger.Warn("a secret file changed and cannot be read; going on with the secret in use", "error", err)
 		}
 		return open, nil
 	case err != nil:
 		return nil, fmt.Errorf("device %q: %w", h.name, err)
-	case open != nil && h.digest(pin) == h.digestInUse():
-		h.keep(open, state, h.digest(pin))
+	case open != nil && digest == h.digestInUse():
+		h.keep(open, files, digest)
 		return open, nil
 	}
 	if err := h.drop(); err != nil {
-		h.logger.Warn("closing the device to open it with a changed PIN", "error", err)
+		h.logger.Warn("closing the device to open it with a changed secret", "error", err)
 	}
-	device, err := h.open(ctx, h.owner, h.config, pin)
+	device, err := h.open(ctx, h.owner, h.config, secrets)
 	if err != nil {
 		return nil, fmt.Errorf("opening device %q: %w", h.name, err)
 	}
-	if !h.keep(device, state, h.digest(pin)) {
+	if !h.keep(device, files, digest) {
 		return nil, errors.Join(fmt.Errorf("device %q: %w", h.name, ErrClosed), device.Close())
 	}
 	return device, nil
 }
 
+// UnlockPassphrase returns the passphrase that the configuration gives for unlocking the device, nil for none. The caller
+// wipes it.
+func (h *Handle) UnlockPassphrase() ([]byte, error) {
+	passphrase, err := h.secrets.read(SecretField{Value: &h.config.UnlockPassphrase, File: &h.config.UnlockPassphraseFile})
+	if err != nil {
+		return nil, fmt.Errorf("device %q: %w", h.name, err)
+	}
+	return passphrase, nil
+}
+
 // keep makes a device the open one, unless the handle was closed meanwhile.
-func (h *Handle) keep(device hsm.Device, state fileState, digest [sha256.Size]byte) bool {
+func (h *Handle) keep(device hsm.Device, files [kinds]fileState, digest [sha256.Size]byte) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
 		return false
 	}
-	h.device, h.pinFile, h.pinDigest, h.unread = device, state, digest, false
+	h.device, h.files, h.digest, h.unread = device, files, digest, false
 	return true
 }
 
-// putOff leaves the open device as it is, because its PIN file cannot be read: the next use tries again. It tells whether
-// that is news.
-func (h *Handle) putOff(state fileState) (news bool) {
+// putOff leaves the open device as it is, because one of its secret files cannot be read: the next use tries again. It
+// tells whether that is news.
+func (h *Handle) putOff(files [kinds]fileState) (news bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	news = !h.unread || state != h.pinFile
-	h.pinFile, h.unread = state, true
+	news = !h.unread || files != h.files
+	h.files, h.unread = files, true
 	return news
-}
-
-// digest tells PINs apart without keeping them.
-func (h *Handle) digest(pin []byte) [sha256.Size]byte {
-	mac := hmac.New(sha256.New, h.digestKey[:])
-	mac.Write(pin)
-	return [sha256.Size]byte(mac.Sum(nil))
 }
 
 func (h *Handle) digestInUse() [sha256.Size]byte {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.pinDigest
+	return h.digest
 }
 
 // Close gives the device back.
@@ -207,15 +211,15 @@ func (h *Handle) Close() error {
 	return h.drop()
 }
 
-// current returns the open device, nil for none, and whether it may be used as it is: not where its PIN file has
-// changed since.
+// current returns the open device, nil for none, and whether it may be used as it is: not where one of its secret files
+// has changed since.
 func (h *Handle) current() (device hsm.Device, current bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
 		return nil, false, fmt.Errorf("device %q: %w", h.name, ErrClosed)
 	}
-	return h.device, h.device != nil && !h.unread && h.statPINFile() == h.pinFile, nil
+	return h.device, h.device != nil && !h.unread && h.secrets.states(h.config) == h.files, nil
 }
 
 // drop closes the open device, if any. The caller holds opening.
@@ -228,38 +232,4 @@ func (h *Handle) drop() error {
 		return nil
 	}
 	return device.Close()
-}
-
-// pin returns the PIN; the caller wipes it.
-func (h *Handle) pin() ([]byte, error) {
-	if h.config.PINFile == "" {
-		return []byte(h.config.PIN), nil
-	}
-	return h.secrets.Read(h.config.PINFile)
-}
-
-// fileState tells whether a file was changed or replaced.
-type fileState struct {
-	modified time.Time
-	size     int64
-	target   string // what the links lead to: Kubernetes swaps a link to replace a secret
-}
-
-func (h *Handle) statPINFile() fileState {
-	if h.config.PINFile == "" {
-		return fileState{}
-	}
-	path := h.config.PINFile
-	if !filepath.IsAbs(path) {
-		path = filepath.Join(h.secrets.Dir, path)
-	}
-	target, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return fileState{}
-	}
-	var info fs.FileInfo
-	if info, err = os.Stat(target); err != nil {
-		return fileState{}
-	}
-	return fileState{modified: info.ModTime(), size: info.Size(), target: target}
 }

@@ -22,85 +22,6 @@ func valid() Config {
 	return Config{Type: TypePKCS11, Module: "/usr/lib/module.so", TokenLabel: "unseal", PIN: testPIN}
 }
 
-func TestValidateNamesTheMistake(t *testing.T) {
-	slot := uint(0)
-	tests := map[string]struct {
-		change func(*Config)
-		want   string // part of the complaint, "" where there is none
-	}{
-		"a complete configuration is fine":          {func(*Config) {}, ""},
-		"slot 0 is a slot":                          {func(c *Config) { c.TokenLabel, c.Slot = "", &slot }, ""},
-		"a type is needed":                          {func(c *Config) { c.Type = "" }, `"type" is missing`},
-		"an unknown type is named":                  {func(c *Config) { c.Type = "tpm" }, `type "tpm" is not known`},
-		"a module is needed":                        {func(c *Config) { c.Module = "" }, `"module" is missing`},
-		"a bare module name is refused":             {func(c *Config) { c.Module = "opensc.so" }, "not an absolute path"},
-		"a token has to be chosen":                  {func(c *Config) { c.TokenLabel = "" }, "no token is chosen"},
-		"one way to choose it is enough":            {func(c *Config) { c.Slot = &slot }, "more than one of"},
-		"a PIN is needed":                           {func(c *Config) { c.PIN = "" }, "no PIN is given"},
-		"a PIN and a PIN file are too much":         {func(c *Config) { c.PINFile = "pin" }, "keep one"},
-		"parallel has an upper bound":               {func(c *Config) { c.Parallel = 1000 }, "parallel 1000 is out of range"},
-		"a limit that kills a slow card is refused": {func(c *Config) { c.DecryptTimeout = time.Millisecond }, "decrypt_timeout"},
-		"a limit of hours is refused as well":       {func(c *Config) { c.GenerateTimeout = 3 * time.Hour }, "generate_timeout"},
-	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			config := valid()
-			test.change(&config)
-			err := config.Validate()
-			if test.want == "" {
-				if err != nil {
-					t.Fatal(err)
-				}
-				return
-			}
-			if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.want) {
-				t.Fatalf("got %v, want a complaint with %q", err, test.want)
-			}
-			if strings.Contains(err.Error(), testPIN) {
-				t.Fatalf("the complaint shows the PIN: %v", err)
-			}
-		})
-	}
-}
-
-func TestRedactedNeverShowsThePIN(t *testing.T) {
-	shown := valid().Redacted()
-	if shown["pin_set"] != true {
-		t.Error("pin_set is not true")
-	}
-	for field, value := range shown {
-		if value == testPIN || field == "pin" {
-			t.Errorf("field %q shows the PIN", field)
-		}
-	}
-}
-
-func TestDestinationChanged(t *testing.T) {
-	one, two, again := uint(1), uint(2), uint(1)
-	base := valid()
-	base.TokenLabel, base.Slot = "", &one
-	tests := map[string]struct {
-		change func(*Config)
-		want   string
-	}{
-		"the same configuration keeps it":      {func(*Config) {}, ""},
-		"an equal slot behind another pointer": {func(c *Config) { c.Slot = &again }, ""},
-		"another slot moves it":                {func(c *Config) { c.Slot = &two }, "slot"},
-		"another module moves it":              {func(c *Config) { c.Module = "/tmp/evil.so" }, "module"},
-		"a slot given up for a label moves it": {func(c *Config) { c.Slot, c.TokenLabel = nil, "x" }, "token_label slot"},
-		"a longer limit keeps it":              {func(c *Config) { c.DecryptTimeout = time.Minute }, ""},
-	}
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			config := base
-			test.change(&config)
-			if got := strings.Join(config.DestinationChanged(base), " "); got != test.want {
-				t.Fatalf("got %q, want %q", got, test.want)
-			}
-		})
-	}
-}
-
 func TestSecretFiles(t *testing.T) {
 	outside := t.TempDir()
 	dir := filepath.Join(t.TempDir(), "secrets")
@@ -186,9 +107,9 @@ func registry(secrets string, open Opener) *Registry {
 func TestDeviceIsOpenedOnceByManyCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var opens atomic.Int32
-		handle, err := registry("", func(_ context.Context, owner string, _ Config, pin []byte) (hsm.Device, error) {
-			if owner != "mount" || string(pin) != testPIN {
-				t.Errorf("opened for %q with %q", owner, pin)
+		handle, err := registry("", func(_ context.Context, owner string, _ Config, secrets Secrets) (hsm.Device, error) {
+			if owner != "mount" || string(secrets.PIN) != testPIN {
+				t.Errorf("opened for %q with %q", owner, secrets.PIN)
 			}
 			opens.Add(1)
 			time.Sleep(time.Second)
@@ -221,7 +142,7 @@ func TestDeviceIsOpenedOnceByManyCallers(t *testing.T) {
 
 func TestADeviceThatCouldNotBeOpenedIsTriedAgain(t *testing.T) {
 	away := true
-	handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+	handle, err := registry("", func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 		if away {
 			return nil, hsm.ErrUnavailable
 		}
@@ -246,8 +167,8 @@ func TestAChangedPINFileOpensTheDeviceAnew(t *testing.T) {
 	var devices []*fakeDevice
 	config := valid()
 	config.PIN, config.PINFile = "", path
-	handle, err := registry(dir, func(_ context.Context, _ string, _ Config, pin []byte) (hsm.Device, error) {
-		pins = append(pins, string(pin))
+	handle, err := registry(dir, func(_ context.Context, _ string, _ Config, secrets Secrets) (hsm.Device, error) {
+		pins = append(pins, string(secrets.PIN))
 		devices = append(devices, &fakeDevice{})
 		return devices[len(devices)-1], nil
 	}).Open("mount", "stick", config)
@@ -275,7 +196,7 @@ func TestAPINFileThatIsAwayForAMomentClosesNothing(t *testing.T) {
 	opens := 0
 	config := valid()
 	config.PIN, config.PINFile = "", path
-	handle, err := registry(dir, func(context.Context, string, Config, []byte) (hsm.Device, error) {
+	handle, err := registry(dir, func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 		opens++
 		return &fakeDevice{}, nil
 	}).Open("mount", "stick", config)
@@ -302,7 +223,7 @@ func TestAPINFileThatIsAwayForAMomentClosesNothing(t *testing.T) {
 func TestStatusIsProbedOnceForManyCallersAndForAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		device := &fakeDevice{delay: time.Second, keys: []hsm.Key{fakeKey{}}}
-		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+		handle, err := registry("", func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 			return device, nil
 		}).Open("mount", "stick", valid())
 		must(t, err)
@@ -353,7 +274,7 @@ func TestStatusIsProvedByAKeyThatCanOpen(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			device := &fakeDevice{keys: test.keys}
-			handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+			handle, err := registry("", func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 				return device, nil
 			}).Open("mount", "stick", valid())
 			must(t, err)
@@ -372,7 +293,7 @@ func TestStatusIsProvedByAKeyThatCanOpen(t *testing.T) {
 
 func TestAnImpatientCallersStatusIsNotRemembered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+		handle, err := registry("", func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 			return &fakeDevice{delay: time.Second}, nil
 		}).Open("mount", "stick", valid())
 		must(t, err)
@@ -402,8 +323,8 @@ func TestAPINFileThatBecomesReadableServesThoughItLooksTheSame(t *testing.T) {
 	var pins []string
 	var log strings.Builder
 	devices := New(Options{
-		Openers: map[string]Opener{TypePKCS11: func(_ context.Context, _ string, _ Config, pin []byte) (hsm.Device, error) {
-			pins = append(pins, string(pin))
+		Openers: map[string]Opener{TypePKCS11: func(_ context.Context, _ string, _ Config, secrets Secrets) (hsm.Device, error) {
+			pins = append(pins, string(secrets.PIN))
 			return &fakeDevice{}, nil
 		}},
 		Secrets: SecretFiles{Dir: dir}, Logger: slog.New(slog.NewTextHandler(&log, nil)),
@@ -436,7 +357,7 @@ func TestAPINFileThatBecomesReadableServesThoughItLooksTheSame(t *testing.T) {
 func TestAStatusThatWasForgottenIsAskedForAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		device := &fakeDevice{delay: time.Second, keys: []hsm.Key{fakeKey{}}}
-		handle, err := registry("", func(context.Context, string, Config, []byte) (hsm.Device, error) {
+		handle, err := registry("", func(context.Context, string, Config, Secrets) (hsm.Device, error) {
 			return device, nil
 		}).Open("mount", "stick", valid())
 		must(t, err)

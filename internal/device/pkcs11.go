@@ -12,10 +12,10 @@ import (
 // PKCS11 opens devices of TypePKCS11 through a manager, which belongs to whoever made it: close it after the last
 // handle.
 func PKCS11(manager *pkcs11.Manager) Opener {
-	return func(ctx context.Context, owner string, config Config, pin []byte) (hsm.Device, error) {
+	return func(ctx context.Context, owner string, config Config, secrets Secrets) (hsm.Device, error) {
 		device, err := manager.Open(ctx, pkcs11.Config{
 			Module: config.Module, Serial: config.Serial, TokenLabel: config.TokenLabel, Slot: config.Slot,
-			PIN: pin, Owner: owner,
+			PIN: secrets.PIN, Owner: owner,
 			Parallel: config.Parallel, DecryptLimit: config.DecryptTimeout, GenerateLimit: config.GenerateTimeout,
 		})
 		switch {

@@ -21,13 +21,6 @@ type SecretFiles struct {
 	Dir string
 }
 
-// Check says whether the path names a readable secret under the directory, without telling anything of its content.
-func (s SecretFiles) Check(path string) error {
-	secret, err := s.Read(path)
-	clear(secret)
-	return err
-}
-
 // Read returns the content of the file without a final line break. Symbolic links are followed as long as they stay
 // inside the directory, as those of a mounted Kubernetes secret do. An unreadable or empty file is an error: an empty
 // PIN would cost a try. The caller wipes the result.

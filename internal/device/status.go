@@ -3,6 +3,7 @@ package device
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -20,6 +21,8 @@ type Status struct {
 	Keys []hsm.Key
 	// RoundTrip is how long one private-key operation took, 0 where none could be tried.
 	RoundTrip time.Duration
+	// Nodes are the nodes of a device that has several, a NetHSM; each says by itself what is wrong with it.
+	Nodes []hsm.Node
 	// Err is why the device cannot be used now; nil where it can. A device that answers and holds no key that could
 	// open an envelope has none: a key can be made on it.
 	Err error
@@ -96,28 +99,66 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if err != nil {
 		return Status{Err: err}
 	}
+	if cluster, ok := device.(hsm.Clustered); ok {
+		nodes := make(chan []hsm.Node, 1)
+		go func() { nodes <- cluster.Nodes(ctx) }() // ends before check does
+		defer func() {
+			status.Nodes = <-nodes
+			status = withNodes(status)
+		}()
+	}
 	if status.Info, status.Err = device.Info(ctx); status.Err != nil {
 		return status
 	}
 	if status.Keys, status.Err = device.FindKeys(ctx, hsm.KeyQuery{}); status.Err != nil {
 		return status
 	}
-	return prove(ctx, status)
+	if status = prove(ctx, status); status.Err == nil && !status.proved && h.config.Type == TypeNetHSM {
+		status.Err = checkRole(ctx, device)
+	}
+	return status
 }
 
-// prove performs the private-key operation with the first key that can. A token may hold keys that are not ours, for
-// signing for example: those say nothing about ours.
+// maxForbidden is how many keys of others are tried before a user is taken for one that may use none. A NetHSM has room
+// for thousands.
+const maxForbidden = 8
+
+// prove performs the private-key operation with the first key that can. An HSM may hold keys that are not ours, for
+// signing for example, or ones that this user may not use: those say nothing about ours.
 func prove(ctx context.Context, status Status) Status {
+	var forbidden []error
 	for _, key := range status.Keys {
 		begin := time.Now()
 		_, err := hsm.Prove(ctx, key)
-		if errors.Is(err, hsm.ErrUnsupported) {
+		switch {
+		case errors.Is(err, hsm.ErrUnsupported):
 			continue
-		}
-		if status.Err = err; err == nil {
+		case errors.Is(err, hsm.ErrForbidden) && len(forbidden) < maxForbidden:
+			forbidden = append(forbidden, err)
+			continue
+		case err == nil:
 			status.RoundTrip, status.proved = time.Since(begin), true
 		}
+		status.Err = err
 		return status
 	}
+	if forbidden != nil {
+		status.Err = fmt.Errorf("the user sees %d keys and may use none of those tried: it needs the role Operator, and one of the tags of "+
+			"a key that has tags: %w", len(status.Keys), forbidden[0])
+	}
 	return status
+}
+
+// checkRole finds out on an HSM without a key for us whether its user could use one: random bytes are for the same role.
+func checkRole(ctx context.Context, device hsm.Device) error {
+	randomer, ok := device.(hsm.Randomer)
+	if !ok {
+		return nil
+	}
+	random, err := randomer.Random(ctx, 1)
+	clear(random)
+	if errors.Is(err, hsm.ErrForbidden) {
+		return fmt.Errorf("the user may list keys and not use them: name one with the role Operator: %w", err)
+	}
+	return err
 }

@@ -1,0 +1,83 @@
+package device
+
+import (
+	"fmt"
+	"strings"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// withNodes completes the status of a device of several nodes by what its nodes say: a state where nothing else told one,
+// a sentence about why none can serve, a note for each that cannot while others do.
+func withNodes(status Status) Status {
+	if status.Info.State == "" {
+		status.Info.State = stateOf(status.Nodes)
+	}
+	if status.Err != nil {
+		if sentence := whyNone(status.Nodes); sentence != "" {
+			status.Err = fmt.Errorf("%s: %w", sentence, status.Err)
+		}
+		return status
+	}
+	for _, node := range status.Nodes {
+		if node.Err != nil {
+			status.Info.Notes = append(status.Info.Notes, fmt.Sprintf("the node %s cannot serve: %v", node.URL, node.Err))
+		}
+	}
+	return status
+}
+
+// states are the states of a node, the most useful one first.
+var states = []hsm.State{hsm.StateOperational, hsm.StateLocked, hsm.StateUnprovisioned, hsm.StateFailed, hsm.StateAbsent}
+
+// stateOf returns the state of the best node.
+func stateOf(nodes []hsm.Node) hsm.State {
+	for _, state := range states {
+		for _, node := range nodes {
+			if node.State == state {
+				return state
+			}
+		}
+	}
+	return ""
+}
+
+// whyNone says why no node can serve, and what to do; it is empty where a node could.
+func whyNone(nodes []hsm.Node) string {
+	counts := map[hsm.State]int{}
+	for _, node := range nodes {
+		if node.State == hsm.StateOperational {
+			return ""
+		}
+		counts[node.State]++
+	}
+	var parts []string
+	for _, state := range states {
+		if n := counts[state]; n > 0 {
+			parts = append(parts, count(n, len(nodes))+" "+advice[state])
+		}
+	}
+	return strings.Join(parts, "; ")
+}
+
+// advice says what a state of nodes means, and what to do.
+var advice = map[hsm.State]string{
+	hsm.StateLocked: "locked: unlock the NetHSM with its unlock passphrase, or configure unlock_passphrase, and it is unlocked " +
+		"whenever it is found locked",
+	hsm.StateUnprovisioned: "not provisioned: set the NetHSM up first",
+	hsm.StateFailed:        "in the state Failed: its database may be away, and then it recovers by itself; else see its log",
+	hsm.StateAbsent:        "out of reach",
+}
+
+func count(n, of int) string {
+	switch {
+	case of == 1:
+		return "the node is"
+	case n == of:
+		return fmt.Sprintf("all %d nodes are", n)
+	case n == 1:
+		return "1 node is"
+	default:
+		return fmt.Sprintf("%d nodes are", n)
+	}
+}
