@@ -1,4 +1,21 @@
-// Package nethsm is a client of the Nitrokey NetHSM's REST API.
+// Package nethsm is a client of the Nitrokey NetHSM, a networked HSM with a REST API: the appliance, or its software in a
+// container.
+//
+// A [Client] knows the nodes of one NetHSM, one URL for each. [Client.As] is a view of it with a user's credentials,
+// [Client.At] a view of one node; views cost nothing and share connections. Every endpoint is one method with one request
+// behind it: a ctx first, a deadline of its own, typed values in and out.
+//
+//	client, err := nethsm.New(nethsm.Options{URLs: []string{"https://hsm1", "https://hsm2"}, TLS: nethsm.TLS{CA: ca}})
+//	operator := client.As(nethsm.Credentials{Username: "operator", Password: password})
+//	plaintext, err := operator.Decrypt(ctx, "seal", nethsm.ModeOAEPSHA256, ciphertext, nil)
+//
+// What all nodes share (keys, users, namespaces) is asked of any node that serves, and a node that does not is passed over.
+// What a node has for itself (its state, its TLS certificate, its clock, being unlocked or rebooted) wants a view of that
+// node: [ErrManyNodes] says where one is missing. A request that creates is not sent again unless it surely did not happen.
+//
+// An answer that says no is an [*Error]; ask it with errors.Is for what it means: the errors of package hsm, and here
+// [ErrRequest], [ErrState] and [ErrContainer]. What the client can see to be wrong is refused before anything is sent.
+// Passwords are [Secret] values, which print as nothing, and the bodies that held them are wiped.
 package nethsm
 
 import (
@@ -8,24 +25,38 @@ import (
 
 // Options configure a [Client].
 type Options struct {
-	URLs        []string // https://host[:port] with or without /api/v1; http only for a loopback address
-	TLS         TLS
-	Timeout     time.Duration // of one ordinary call; 0: 10 s
-	Connections int           // kept for each node; 0: 32
-	UserAgent   string
-	Logger      *slog.Logger
+	// URLs are the nodes of one NetHSM: https://host[:port], with or without /api/v1. Plain http is for a loopback address
+	// only.
+	URLs []string
+	// TLS says how a node proves what it is.
+	TLS TLS
+	// Timeout is the deadline of one ordinary call, all its tries together; 0 means 10 s. Calls that take long by nature,
+	// making a key, a backup, unlocking, have longer ones.
+	Timeout time.Duration
+	// Connections is how many connections are kept open to each node; 0 means 32.
+	Connections int
+	// UserAgent is what the NetHSM's log shows of this client.
+	UserAgent string
+	// Logger hears of nodes that fail and return. Nil discards.
+	Logger *slog.Logger
 }
 
-// TLS says how a node proves what it is.
+// TLS says how a node proves what it is. The zero value trusts the system's roots and the host name of the URL.
 type TLS struct {
-	CA         []byte   // PEM; empty: the system's roots
-	Pins       []string // SHA-256 of the leaf certificate, hex, colons allowed
+	// CA holds the certificates to trust instead of the system's roots, in PEM.
+	CA []byte
+	// Pins are SHA-256 fingerprints of leaf certificates in hexadecimal, colons allowed. A node must show one of them,
+	// besides what else is checked; two let a certificate be replaced.
+	Pins []string
+	// ServerName is the name that the certificate must have; empty: the host of the URL.
 	ServerName string
-	Insecure   bool
+	// Insecure trusts whoever answers, unless Pins are given. Passwords are sent to it.
+	Insecure bool
 }
 
-// Credentials are a user of the NetHSM, "namespace~user" for one of a namespace.
+// Credentials are a user of the NetHSM.
 type Credentials struct {
+	// Username is "namespace~user" for a user of a namespace.
 	Username string
-	Password []byte
+	Password Secret
 }

@@ -1,0 +1,20 @@
+package nethsm
+
+import (
+	"context"
+	"net/http"
+)
+
+// Metrics reads the metrics of a node, to a user of role Metrics. Which there are, and what their texts mean, is the
+// NetHSM's to say; with several nodes they are of whichever answers.
+func (c *Client) Metrics(ctx context.Context) (map[string]string, error) {
+	var got map[string]loose
+	if _, err := c.do(ctx, call{op: "reading metrics", method: http.MethodGet, path: "/metrics", into: &got}); err != nil {
+		return nil, err
+	}
+	metrics := make(map[string]string, len(got))
+	for name, value := range got {
+		metrics[name] = string(value)
+	}
+	return metrics, nil
+}
