@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"golang.org/x/term"
+
+	"vault-plugin-secrets-nitrokey/internal/config"
+)
+
+// How long a command may take where --timeout does not say.
+const (
+	ordinaryTimeout = time.Minute
+	generateTimeout = 15 * time.Minute // an RSA-4096 key takes a card minutes
+)
+
+// app is what the verbs share: the process's files, the global flags, and what is opened when a verb first needs it.
+type app struct {
+	stdin, stdout, stderr *os.File
+
+	configPath string
+	format     format
+	timeout    time.Duration
+
+	configuration *config.Config
+	set           *deviceSet
+	closers       []func() error
+	stdinTaken    bool
+}
+
+func newApp(stdin, stdout, stderr *os.File) *app {
+	return &app{stdin: stdin, stdout: stdout, stderr: stderr, format: formatTable}
+}
+
+// config reads the configuration, once.
+func (a *app) config() (*config.Config, error) {
+	if a.configuration != nil {
+		return a.configuration, nil
+	}
+	read, err := config.Load(a.configPath)
+	if err != nil {
+		return nil, err
+	}
+	a.configuration = read
+	return read, nil
+}
+
+// deviceConfig returns a device of the configuration.
+func (a *app) deviceConfig(name string) (config.Device, error) {
+	c, err := a.config()
+	if err != nil {
+		return config.Device{}, err
+	}
+	found, ok := c.Device(name)
+	if !ok {
+		return config.Device{}, fmt.Errorf("device %q: %w; %s has %s", name, errNotFound, c.Path, names("device", deviceNames(c)))
+	}
+	return found, nil
+}
+
+// logger writes what an operator should know, warnings and errors, to stderr.
+func (a *app) logger() *slog.Logger { return slog.New(personLog{app: a}) }
+
+// within bounds the work of a verb: by --timeout, else by usual. Prompts come before it, people take their time.
+func (a *app) within(ctx context.Context, usual time.Duration) (context.Context, context.CancelFunc) {
+	if a.timeout > 0 {
+		usual = a.timeout
+	}
+	return context.WithTimeout(ctx, usual)
+}
+
+// onClose remembers something to be closed at the end, the last one first.
+func (a *app) onClose(closer func() error) { a.closers = append(a.closers, closer) }
+
+func (a *app) close() error {
+	var errs []error
+	for len(a.closers) > 0 {
+		last := len(a.closers) - 1
+		errs = append(errs, a.closers[last]())
+		a.closers = a.closers[:last]
+	}
+	return errors.Join(errs...)
+}
+
+// report prints an error, once, and returns the exit code.
+func (a *app) report(err error) int {
+	code := exitCode(err)
+	switch code {
+	case exitOK:
+	case exitInterrupted:
+		a.say("nitroseal: interrupted: %v", err)
+	default:
+		a.say("nitroseal: %v", err)
+	}
+	return code
+}
+
+// say writes a line to a person. Where nobody listens, nothing can be done about it.
+func (a *app) say(format string, args ...any) { _, _ = fmt.Fprintf(a.stderr, format+"\n", args...) }
+
+// progress tells a waiting person what is going on; a log file is spared it.
+func (a *app) progress(format string, args ...any) {
+	if isTerminal(a.stderr) {
+		a.say(format, args...)
+	}
+}
+
+func isTerminal(file *os.File) bool { return term.IsTerminal(int(file.Fd())) } //nolint:gosec // a descriptor fits

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
+	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+)
+
+// owner names the command to the providers, which are fair between owners.
+const owner = "nitroseal"
+
+// deviceSet opens the devices of the configuration, each when it is first needed.
+type deviceSet struct {
+	app      *app
+	registry *device.Registry
+	handles  map[string]*device.Handle
+}
+
+var _ keyring.Devices = (*deviceSet)(nil)
+
+// devices returns the set, the same one each time.
+func (a *app) devices() (*deviceSet, error) {
+	if a.set != nil {
+		return a.set, nil
+	}
+	c, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	manager := pkcs11.New(pkcs11.Options{
+		Modules: c.PKCS11.Modules, StateDir: c.StateDir, Env: c.PKCS11.Env,
+		HostPath: c.PKCS11.ModuleHost, HostSHA256: c.PKCS11.ModuleHostSHA256, Logger: a.logger(),
+	})
+	a.onClose(manager.Close)
+	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(device.Options{
+		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(manager)},
+		Secrets: device.SecretFiles{Dir: c.SecretsDir},
+		Logger:  a.logger(),
+	})}
+	return a.set, nil
+}
+
+// handle returns the handle of a device; the HSM is not touched yet.
+func (s *deviceSet) handle(name string) (*device.Handle, error) {
+	if opened := s.handles[name]; opened != nil {
+		return opened, nil
+	}
+	configured, err := s.app.deviceConfig(name)
+	if err != nil {
+		return nil, err
+	}
+	complete, err := configured.WithEnvironment(os.LookupEnv)
+	if err != nil {
+		return nil, err
+	}
+	opened, err := s.registry.Open(owner, name, complete)
+	if err != nil {
+		return nil, err
+	}
+	s.handles[name] = opened
+	s.app.onClose(opened.Close)
+	return opened, nil
+}
+
+// Device implements [keyring.Devices].
+func (s *deviceSet) Device(ctx context.Context, name string) (hsm.Device, error) {
+	opened, err := s.handle(name)
+	if errors.Is(err, errNotFound) {
+		return nil, fmt.Errorf("%w: %w", keyring.ErrNoDevice, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return opened.Device(ctx)
+}
+
+// device opens a device by its name.
+func (a *app) device(ctx context.Context, name string) (hsm.Device, error) {
+	set, err := a.devices()
+	if err != nil {
+		return nil, err
+	}
+	return set.Device(ctx, name)
+}
+
+// checkSecrets reads the secrets of all devices and forgets them.
+func (a *app) checkSecrets(c *config.Config) error {
+	set, err := a.devices()
+	if err != nil {
+		return err
+	}
+	var complaints []string
+	for _, configured := range c.Devices {
+		complete, err := configured.WithEnvironment(os.LookupEnv)
+		if err == nil {
+			err = set.registry.Check(complete)
+		}
+		if err != nil {
+			complaints = append(complaints, fmt.Sprintf("device %q: %v", configured.Name, err))
+		}
+	}
+	if complaints == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %s", config.ErrInvalid, strings.Join(complaints, "\n  "))
+}
+
+func deviceNames(c *config.Config) []string {
+	all := make([]string, len(c.Devices))
+	for i := range c.Devices {
+		all[i] = c.Devices[i].Name
+	}
+	slices.Sort(all)
+	return all
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
+	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// The exit codes. Scripts rely on them: they never change their meaning.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnavailable = 3
+	exitNotFound    = 4
+	exitRefused     = 5
+	exitInterrupted = 130 // 128 + SIGINT, as shells count
+)
+
+const exitCodesHelp = `Exit codes:
+  0    done
+  1    failed, and the message says why
+  2    wrong usage or configuration
+  3    an HSM or a store is unavailable: trying again may help
+  4    there is no device, key or store of that name
+  5    refused: a PIN, a password, a role, or a locked HSM; a person has to act
+  130  interrupted`
+
+// usageError is a mistake on the command line.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+// usage says what is wrong on the command line, and what to write instead.
+func usage(format string, args ...any) error { return &usageError{fmt.Errorf(format, args...)} }
+
+// exitCodes is read from the top; the first code with an error that fits is the one. Who calls it again after 3 must
+// not spend tries of a PIN, so what was refused comes before what is unavailable: of a key with two HSMs one may be
+// both.
+var exitCodes = []struct {
+	code   int
+	errors []error
+}{
+	{exitInterrupted, []error{context.Canceled}},
+	{exitUsage, []error{config.ErrInvalid, device.ErrConfig, pkcs11.ErrConfig}},
+	{exitRefused, []error{hsm.ErrLocked, hsm.ErrForbidden, store.ErrDenied}},
+	{exitUnavailable, []error{context.DeadlineExceeded, hsm.ErrUnavailable, store.ErrUnavailable}},
+	{exitNotFound, []error{keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound}},
+	{exitUsage, []error{keyring.ErrInvalid}},
+}
+
+// errNotFound is for names that the configuration lacks.
+var errNotFound = errors.New("not in the configuration")
+
+// exitCode is the exit code of an error.
+func exitCode(err error) int {
+	if err == nil {
+		return exitOK
+	}
+	if mistake := (*usageError)(nil); errors.As(err, &mistake) {
+		return exitUsage
+	}
+	if pin := (*hsm.PINError)(nil); errors.As(err, &pin) {
+		return exitRefused
+	}
+	for _, group := range exitCodes {
+		if slices.ContainsFunc(group.errors, func(sentinel error) bool { return errors.Is(err, sentinel) }) {
+			return group.code
+		}
+	}
+	return exitFailed
+}

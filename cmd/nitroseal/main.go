@@ -1,0 +1,40 @@
+// Command nitroseal is the operator's command: it seals and opens values, looks after HSMs and wrapping keys, and makes
+// a NetHSM ready.
+//
+// What it does lies in the rooms below it: devices in internal/device, wrapping keys in internal/keyring, configuration
+// in internal/config. Here are flags, prompts, tables and exit codes, one file a verb. The program may itself be the
+// module host, the process that loads a vendor's PKCS#11 module: then it never comes to the command.
+//
+// Results go to stdout, everything else to stderr. Exit codes are listed in exit.go.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
+)
+
+func main() {
+	modhost.RunIfStarted()
+	os.Exit(run(os.Args[1:]))
+}
+
+// run is the command with the process's own files; the result is its exit code.
+func run(args []string) int {
+	// The first signal ends what is under way in an orderly manner, the second one ends the process at once.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	defer context.AfterFunc(ctx, stop)()
+
+	a := newApp(os.Stdin, os.Stdout, os.Stderr)
+	root := newRootCommand(a)
+	root.SetArgs(longFlags(root, args))
+	err := root.ExecuteContext(ctx)
+	if closing := a.close(); err == nil {
+		err = closing
+	}
+	return a.report(err)
+}

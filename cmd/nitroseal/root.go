@@ -1,0 +1,143 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"vault-plugin-secrets-nitrokey/internal/config"
+)
+
+const rootHelp = `nitroseal keeps the unseal material of Vault and OpenBao under a hardware key: a Nitrokey HSM 2, or a NetHSM.
+
+Devices and stores are named in a configuration file, nitroseal.hcl; "nitroseal config check" reads it and says what is
+wrong. Secrets never come as an argument: they are read from files, environment variables or a prompt.
+
+` + exitCodesHelp
+
+// newRootCommand is the whole command tree.
+func newRootCommand(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "nitroseal",
+		Short:         "Keep unseal keys under a hardware key",
+		Long:          rootHelp,
+		Args:          noArguments,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		SilenceErrors: true, // printed once, by app.report
+		SilenceUsage:  true,
+	}
+	root.CompletionOptions.HiddenDefaultCmd = false
+	root.SetFlagErrorFunc(flagError)
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+
+	global := root.PersistentFlags()
+	global.StringVarP(&a.configPath, "config", "c", cmp.Or(os.Getenv("NITROSEAL_CONFIG"), config.DefaultPath),
+		"the configuration file; the environment variable NITROSEAL_CONFIG names another default")
+	global.VarP(&a.format, "output", "o", "how results are printed: table or json")
+	global.DurationVar(&a.timeout, "timeout", 0, "how long the command may take at most (default 1m, 15m where an HSM makes a key)")
+	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{formatTable, formatJSON}, cobra.ShellCompDirectiveNoFileComp))
+	_ = root.MarkPersistentFlagFilename("config", "hcl")
+
+	for _, add := range nouns {
+		root.AddCommand(add(a))
+	}
+	return root
+}
+
+// nouns make the commands below the root, in the order of the help.
+var nouns = []func(*app) *cobra.Command{
+	newConfigCommand,
+	newVersionCommand,
+}
+
+// group is a command that only holds others.
+func group(use, short, long string, verbs ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: use, Short: short, Long: long,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_ = cmd.Help()
+			return usage("%s needs a verb", cmd.CommandPath())
+		},
+	}
+	cmd.AddCommand(verbs...)
+	return cmd
+}
+
+// noArguments refuses what follows the flags. cobra's own check would call it an unknown command.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if cmd.HasAvailableSubCommands() {
+		suggestion := ""
+		cmd.SuggestionsMinimumDistance = 2
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			suggestion = `; did you mean "` + near[0] + `"?`
+		}
+		return usage(`%q is not a verb of %q%s`, args[0], cmd.CommandPath(), suggestion)
+	}
+	return usage("%s takes no argument, and %d came", cmd.CommandPath(), len(args))
+}
+
+// arguments wants exactly these, and names those that are missing. It never repeats what was given: a secret that was
+// typed in the wrong place must not come out again.
+func arguments(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) < len(names):
+			return usage(`%s: %s is missing; "%s --help" shows an example`, cmd.CommandPath(), strings.Join(names[len(args):], " "), cmd.CommandPath())
+		case len(args) > len(names):
+			return usage("%s takes %d arguments (%s), and %d came", cmd.CommandPath(), len(names), strings.Join(names, " "), len(args))
+		}
+		return nil
+	}
+}
+
+// flagError says what is wrong with a flag. The value of one that is not known is left out: somebody may have meant to give
+// a secret.
+func flagError(cmd *cobra.Command, err error) error {
+	if unknown := (*pflag.NotExistError)(nil); errors.As(err, &unknown) {
+		name, _, _ := strings.Cut(unknown.GetSpecifiedName(), "=")
+		if group := unknown.GetSpecifiedShortnames(); group != "" {
+			name, _, _ = strings.Cut(group, "=")
+		}
+		return usage(`the flag "-%s" is not known; "%s --help" lists the flags`, name, cmd.CommandPath())
+	}
+	return usage(`%w; "%s --help" lists the flags`, err, cmd.CommandPath())
+}
+
+// longFlags lets "-output" stand for "--output", as in Vault's own command. Only names of flags that there are get their
+// second dash, so bundled short flags keep their meaning.
+func longFlags(root *cobra.Command, args []string) []string {
+	known := map[string]bool{"help": true}
+	var collect func(*cobra.Command)
+	collect = func(cmd *cobra.Command) {
+		note := func(f *pflag.Flag) { known[f.Name] = true }
+		cmd.Flags().VisitAll(note)
+		cmd.PersistentFlags().VisitAll(note)
+		for _, sub := range cmd.Commands() {
+			collect(sub)
+		}
+	}
+	collect(root)
+	long := make([]string, len(args))
+	for i, arg := range args {
+		if arg == "--" {
+			copy(long[i:], args[i:])
+			break
+		}
+		name, _, _ := strings.Cut(strings.TrimPrefix(arg, "-"), "=")
+		if strings.HasPrefix(arg, "-") && len(name) > 1 && known[name] {
+			arg = "-" + arg
+		}
+		long[i] = arg
+	}
+	return long
+}

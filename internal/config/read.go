@@ -1,0 +1,205 @@
+package config
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+)
+
+// top is the file as a whole.
+type top struct {
+	StateDir   string        `hcl:"state_dir,optional"`
+	SecretsDir string        `hcl:"secrets_dir,optional"`
+	PKCS11     []pkcs11Block `hcl:"pkcs11,block"`
+	Devices    []typed       `hcl:"device,block"`
+	Stores     []typed       `hcl:"store,block"`
+	Vault      []vaultBlock  `hcl:"vault,block"`
+}
+
+// The blocks are taken out of the file by their syntax, so that each can be read with complaints of its own; these
+// types only tell that they may be there.
+type (
+	typed struct {
+		Name string   `hcl:"name,label"`
+		Rest hcl.Body `hcl:",remain"`
+	}
+	pkcs11Block struct {
+		Rest hcl.Body `hcl:",remain"`
+	}
+	vaultBlock struct {
+		Rest hcl.Body `hcl:",remain"`
+	}
+)
+
+// read reads the whole file.
+func (r *reader) read(body *hclsyntax.Body) *Config {
+	config := &Config{Path: r.path}
+	file := &block{reader: r, what: "the file", body: body, at: hcl.Range{Start: hcl.InitialPos}, good: true}
+	var whole top
+	file.decode(&whole)
+	if whole.StateDir == "" && (file.good || body.Attributes["state_dir"] == nil) {
+		file.wrong("state_dir", `state_dir is missing; name a folder that only this user may write, "/var/lib/nitroseal" for example`)
+	}
+	config.StateDir = file.resolve(whole.StateDir)
+	if config.SecretsDir = file.resolve(whole.SecretsDir); config.SecretsDir == "" {
+		config.SecretsDir = "/"
+	}
+	blocks := r.blocks(body)
+	for _, b := range blocks { // first, because devices refer to it
+		if b.kindOf == "pkcs11" {
+			config.PKCS11 = b.pkcs11()
+		}
+	}
+	for _, b := range blocks {
+		switch b.kindOf {
+		case "device":
+			if d := b.device(config.PKCS11); !b.again {
+				config.Devices = append(config.Devices, d)
+			}
+		case "store":
+			if s := b.store(); !b.again {
+				config.Stores = append(config.Stores, s)
+			}
+		case "vault":
+			config.Vault = b.vault()
+		}
+	}
+	r.checkReferences(config, body)
+	return config
+}
+
+// blocks returns the blocks of the file whose labels are right; about those of others HCL complained.
+func (r *reader) blocks(body *hclsyntax.Body) []*block {
+	var all []*block
+	seen := map[string]bool{}
+	for _, nested := range body.Blocks {
+		labels := 0
+		if nested.Type == "device" || nested.Type == "store" {
+			labels = 1
+		}
+		if len(nested.Labels) != labels {
+			continue
+		}
+		b := &block{reader: r, kindOf: nested.Type, what: nested.Type, body: nested.Body, at: nested.DefRange(), good: true}
+		if labels == 1 {
+			b.label = nested.Labels[0]
+			b.what = fmt.Sprintf("%s %q", nested.Type, b.label)
+			b.checkName(nested.LabelRanges[0])
+		}
+		if b.again = seen[b.what]; b.again {
+			b.complain(b.at, "%s is there twice; keep one", b.what)
+		}
+		seen[b.what] = true
+		all = append(all, b)
+	}
+	return all
+}
+
+// kind takes the attribute "type" out of a block and returns it, empty where there is none that is known.
+func (b *block) kind(known ...string) string {
+	var head struct {
+		Type string   `hcl:"type,optional"`
+		Rest hcl.Body `hcl:",remain"`
+	}
+	attribute, given := b.body.Attributes["type"]
+	if !given {
+		b.refuse(b.at, "%s: type is missing; write type = %q, or %s", b.what, known[0], strings.Join(known[1:], " or "))
+		return ""
+	}
+	alone := &hclsyntax.Body{
+		Attributes: hclsyntax.Attributes{"type": attribute}, SrcRange: b.body.SrcRange, EndRange: b.body.EndRange,
+	}
+	only := &block{reader: b.reader, what: b.what, body: alone, at: b.at, good: true}
+	only.decode(&head)
+	if only.good && !slices.Contains(known, head.Type) {
+		only.wrong("type", "type %q is not known; it is one of %s", head.Type, strings.Join(known, ", "))
+	}
+	if !only.good {
+		return ""
+	}
+	rest := *b.body
+	rest.Attributes = hclsyntax.Attributes{}
+	for name, attribute := range b.body.Attributes {
+		if name != "type" {
+			rest.Attributes[name] = attribute
+		}
+	}
+	b.body = &rest
+	return head.Type
+}
+
+// pkcs11Attributes are those of the block pkcs11.
+type pkcs11Attributes struct {
+	Modules          []string `hcl:"modules"`
+	Env              []string `hcl:"env,optional"`
+	ModuleHost       string   `hcl:"module_host,optional"`
+	ModuleHostSHA256 string   `hcl:"module_host_sha256,optional"`
+}
+
+func (b *block) pkcs11() PKCS11 {
+	var given pkcs11Attributes
+	b.decode(&given)
+	for _, module := range given.Modules {
+		if !filepath.IsAbs(module) {
+			b.wrong("modules", "module %q is not an absolute path", module)
+		}
+	}
+	for _, name := range given.Env {
+		if name == "" || strings.ContainsAny(name, "= ") {
+			b.wrong("env", "env lists the names of environment variables; %q is none", name)
+		}
+	}
+	if (given.ModuleHost == "") != (given.ModuleHostSHA256 == "") {
+		b.wrong("module_host", "module_host and module_host_sha256 belong together; give both or neither")
+	}
+	return PKCS11{
+		Modules: given.Modules, Env: given.Env, ModuleHost: b.resolve(given.ModuleHost), ModuleHostSHA256: given.ModuleHostSHA256,
+	}
+}
+
+// vaultAttributes are those of the block vault.
+type vaultAttributes struct {
+	Address       string `hcl:"address"`
+	CACertFile    string `hcl:"ca_cert_file,optional"`
+	TLSServerName string `hcl:"tls_server_name,optional"`
+	TokenFile     string `hcl:"token_file,optional"`
+	TokenEnv      string `hcl:"token_env,optional"`
+	Mount         string `hcl:"mount,optional"`
+	PluginName    string `hcl:"plugin_name,optional"`
+	PluginFile    string `hcl:"plugin_file,optional"`
+}
+
+func (b *block) vault() *Vault {
+	var given vaultAttributes
+	given.Mount, given.PluginName = "nitrokey", "vault-plugin-secrets-nitrokey"
+	b.decode(&given)
+	b.secret("token", given.TokenFile, given.TokenEnv)
+	if b.good && !strings.HasPrefix(given.Address, "https://") && !strings.HasPrefix(given.Address, "http://") {
+		b.wrong("address", "address is not of the form https://host:8200")
+	}
+	return &Vault{
+		Address: given.Address, CACert: b.pem("ca_cert_file", given.CACertFile), TLSServerName: given.TLSServerName,
+		TokenFile: b.resolve(given.TokenFile), TokenEnv: given.TokenEnv,
+		Mount: strings.Trim(given.Mount, "/"), PluginName: given.PluginName, PluginFile: b.resolve(given.PluginFile),
+	}
+}
+
+// checkReferences checks what one block says about another.
+func (r *reader) checkReferences(config *Config, body *hclsyntax.Body) {
+	for _, nested := range body.Blocks {
+		if nested.Type != "store" || len(nested.Labels) != 1 {
+			continue
+		}
+		store, found := config.Store(nested.Labels[0])
+		if !found || store.Type != StoreObject || store.Device == "" {
+			continue
+		}
+		if _, known := config.Device(store.Device); !known {
+			r.complain(nested.Body.Attributes["device"].Expr.Range(), "store %q: there is no device %q in this file", store.Name, store.Device)
+		}
+	}
+}
