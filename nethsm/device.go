@@ -1,0 +1,332 @@
+package nethsm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// ErrClosed is returned by a device after its Close.
+var ErrClosed = fmt.Errorf("%w: the device was closed", hsm.ErrUnavailable)
+
+// Device is a NetHSM, of one node or several, as one mount uses it. It implements hsm.Device and what else it asserts
+// below; objects only where its configuration says so.
+//
+// Every node can serve a private-key operation. What changes keys or objects goes to the first node that answers, in the
+// order of the configuration: a node makes sure that a name is taken once, and two nodes of a cluster that are asked at
+// the same moment cannot.
+type Device struct {
+	manager *Manager
+	id      digest
+	shared  *shared
+	logger  *slog.Logger
+	name    string // for messages
+	objects bool
+	tags    []string
+	lag     time.Duration // how long a node may be behind another one
+
+	mu     sync.Mutex // guards what follows
+	closed bool
+	named  map[string]hsm.ObjectRef // carriers that were seen with a value, by id
+}
+
+var (
+	_ hsm.Device      = (*Device)(nil)
+	_ hsm.Randomer    = (*Device)(nil)
+	_ hsm.Unlocker    = (*Device)(nil)
+	_ hsm.Clustered   = (*Device)(nil)
+	_ hsm.ObjectStore = (*Device)(nil)
+)
+
+// shared is what devices of the same configuration have in common.
+type shared struct {
+	client        *Client // without credentials
+	operator      *Client
+	administrator *Client // nil where there is none
+	operatorName  string
+	users         int // devices; guarded by the manager's mu
+
+	mu         sync.Mutex // guards what follows
+	passphrase []byte     // of the automatic unlocking; nil for none
+	locked     bool       // on purpose, by Lock: nothing is unlocked by itself until Unlock
+}
+
+func newShared(config DeviceConfig) (*shared, error) {
+	client, err := New(config.Options)
+	if err != nil {
+		return nil, err
+	}
+	s := &shared{client: client, operator: client.As(config.Operator), operatorName: config.Operator.Username}
+	if config.Administrator != nil {
+		s.administrator = client.As(*config.Administrator)
+	}
+	if len(config.UnlockPassphrase) > 0 {
+		s.passphrase = bytes.Clone(config.UnlockPassphrase)
+	}
+	return s, nil
+}
+
+func (s *shared) close() error {
+	err := s.client.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	clear(s.passphrase)
+	s.passphrase = nil
+	return err
+}
+
+func newDevice(m *Manager, id digest, s *shared, config DeviceConfig) *Device {
+	var hosts []string
+	for _, url := range s.client.URLs() {
+		_, host, _ := strings.Cut(url, "://")
+		hosts = append(hosts, host)
+	}
+	name := "the NetHSM at " + strings.Join(hosts, ", ")
+	return &Device{
+		manager: m, id: id, shared: s, name: name, objects: config.Objects, tags: slices.Clone(config.Tags), lag: cacheLag,
+		logger: config.Logger.With("mount", config.Owner, "nethsm", strings.Join(hosts, ",")),
+		named:  map[string]hsm.ObjectRef{},
+	}
+}
+
+// Close implements [hsm.Device]. With the last device that shares the client, the client is closed.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	was := d.closed
+	d.closed = true
+	d.mu.Unlock()
+	if was {
+		return nil
+	}
+	return d.manager.release(d)
+}
+
+// begin fails where the device is closed or the caller has already gone.
+func (d *Device) begin(ctx context.Context) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return ErrClosed
+	}
+	return ctx.Err()
+}
+
+// administrator is the client that may change keys.
+func (d *Device) administrator() (*Client, error) {
+	if d.shared.administrator == nil {
+		return nil, fmt.Errorf("%w: only an Administrator may, and %s was configured with an Operator alone; "+
+			"give the device an administrator's user name and password as well", hsm.ErrForbidden, d.name)
+	}
+	return d.shared.administrator, nil
+}
+
+// Info implements [hsm.Device]. All nodes are asked at one time, and the first that is operational answers for the device.
+// Nothing is asked that needs a password, so serial number and firmware stay empty: they belong to nodes, see Nodes.
+func (d *Device) Info(ctx context.Context) (hsm.Info, error) {
+	during := "asking " + d.name + " for its state"
+	best := hsm.Info{State: hsm.StateAbsent}
+	if err := d.begin(ctx); err != nil {
+		return best, fmt.Errorf("%s: %w", during, err)
+	}
+	client := d.shared.client
+	urls := client.URLs()
+	type look struct {
+		info hsm.Info
+		err  error
+	}
+	looks := make(chan look, len(urls))
+	var all sync.WaitGroup
+	defer all.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // runs before the waiting
+	for _, url := range urls {
+		node, err := client.At(url)
+		if err != nil {
+			return best, fmt.Errorf("%s: %w", during, err)
+		}
+		all.Go(func() {
+			info, err := describeNode(ctx, node)
+			looks <- look{info, err}
+		})
+	}
+	var failed []error
+	for range urls {
+		got := <-looks
+		if got.err != nil {
+			failed = append(failed, got.err)
+		} else if slices.Index(betterStates, got.info.State) > slices.Index(betterStates, best.State) {
+			best = got.info
+		}
+		if best.State == hsm.StateOperational {
+			break
+		}
+	}
+	if best.State == hsm.StateAbsent {
+		return best, fmt.Errorf("%s: %w", during, errors.Join(failed...))
+	}
+	return best, nil
+}
+
+// betterStates has the states from the worst to the best: a locked node is one passphrase away from serving.
+var betterStates = []hsm.State{hsm.StateAbsent, hsm.StateFailed, hsm.StateUnprovisioned, hsm.StateLocked, hsm.StateOperational}
+
+// describeNode asks one node what it is and how it fares.
+func describeNode(ctx context.Context, node *Client) (hsm.Info, error) {
+	state, err := node.State(ctx)
+	if err != nil {
+		return hsm.Info{}, err
+	}
+	product, err := node.Info(ctx)
+	if err != nil {
+		return hsm.Info{}, err
+	}
+	return hsm.Info{
+		Vendor: product.Vendor, Model: product.Product, State: state.HSM(), Mechanisms: []string{string(ourMechanism)},
+	}, nil
+}
+
+// Nodes implements [hsm.Clustered].
+func (d *Device) Nodes(ctx context.Context) []hsm.Node {
+	if d.shared.administrator != nil {
+		return d.shared.administrator.Nodes(ctx)
+	}
+	return d.shared.client.Nodes(ctx)
+}
+
+// Random implements [hsm.Randomer].
+func (d *Device) Random(ctx context.Context, n int) ([]byte, error) {
+	if n < 1 || n > 1024 {
+		return nil, fmt.Errorf("%d random bytes are out of range: ask for 1 to 1024", n)
+	}
+	if err := d.begin(ctx); err != nil {
+		return nil, fmt.Errorf("making random bytes on %s: %w", d.name, err)
+	}
+	random, err := d.shared.operator.Random(ctx, n)
+	if err != nil {
+		return nil, err
+	}
+	if len(random) != n {
+		clear(random)
+		return nil, fmt.Errorf("making random bytes on %s: %w: it gave %d bytes, not %d", d.name, hsm.ErrUnavailable, len(random), n)
+	}
+	return random, nil
+}
+
+// Unlock implements [hsm.Unlocker]. Without a passphrase it takes the one of the configuration. From then on nodes that are
+// found locked are unlocked by themselves again, where the configuration says so.
+func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
+	if err := d.begin(ctx); err != nil {
+		return fmt.Errorf("unlocking %s: %w", d.name, err)
+	}
+	if len(passphrase) == 0 {
+		passphrase = d.shared.unlockPassphrase()
+		defer clear(passphrase)
+	}
+	if len(passphrase) == 0 {
+		return fmt.Errorf("unlocking %s: %w: no passphrase was given, and none is configured", d.name, hsm.ErrLocked)
+	}
+	err := d.each(ctx, d.shared.client, "unlocking", func(node *Client) error {
+		switch state, err := node.State(ctx); {
+		case err != nil:
+			return err
+		case state == StateOperational:
+			return nil
+		case state != StateLocked:
+			return fmt.Errorf("%w: it is not locked, it is %s", hsm.ErrUnavailable, strings.ToLower(string(state)))
+		}
+		return node.Unlock(ctx, passphrase)
+	})
+	if err == nil {
+		d.shared.lockedOnPurpose(false)
+	}
+	return err
+}
+
+// Lock implements [hsm.Unlocker]. Nodes then stay locked until Unlock: this process unlocks them no more by itself. Another
+// one that was told to, does.
+func (d *Device) Lock(ctx context.Context) error {
+	if err := d.begin(ctx); err != nil {
+		return fmt.Errorf("locking %s: %w", d.name, err)
+	}
+	administrator, err := d.administrator()
+	if err != nil {
+		return fmt.Errorf("locking %s: %w", d.name, err)
+	}
+	var locked atomic.Bool
+	d.shared.lockedOnPurpose(true)
+	err = d.each(ctx, administrator, "locking", func(node *Client) error {
+		err := node.Lock(ctx)
+		if errors.Is(err, hsm.ErrLocked) { // it is what was wanted
+			err = nil
+		}
+		if err == nil {
+			locked.Store(true)
+		}
+		return err
+	})
+	if !locked.Load() {
+		d.shared.lockedOnPurpose(false)
+	}
+	return err
+}
+
+// each runs do on every node at one time. Nodes that do not answer are no error where one does; they are logged.
+func (d *Device) each(ctx context.Context, view *Client, doing string, do func(*Client) error) error {
+	urls := view.URLs()
+	results := make([]error, len(urls))
+	var all sync.WaitGroup
+	for i, url := range urls {
+		node, err := view.At(url)
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", doing, d.name, err)
+		}
+		all.Go(func() { results[i] = do(node) })
+	}
+	all.Wait()
+	var answered, silent []error
+	for i, err := range results {
+		switch {
+		case err == nil:
+		case unreached(err):
+			silent = append(silent, fmt.Errorf("%s the node %s: %w", doing, urls[i], err))
+		default:
+			answered = append(answered, fmt.Errorf("%s the node %s: %w", doing, urls[i], err))
+		}
+	}
+	if len(silent) == len(urls) || ctx.Err() != nil {
+		answered = append(answered, silent...)
+		silent = nil
+	}
+	for _, err := range silent {
+		d.logger.Warn("a node of the NetHSM did not answer and is left as it is", "error", err)
+	}
+	return errors.Join(answered...)
+}
+
+// unreached tells whether a node gave no answer at all.
+func unreached(err error) bool {
+	_, answered := errors.AsType[*Error](err)
+	return errors.Is(err, hsm.ErrUnavailable) && !answered
+}
+
+// unlockPassphrase is a copy of the configured one, for the caller to wipe; nil for none.
+func (s *shared) unlockPassphrase() []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return bytes.Clone(s.passphrase)
+}
+
+func (s *shared) lockedOnPurpose(yes bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.locked = yes
+}
