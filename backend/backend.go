@@ -194,9 +194,9 @@ func (b *backend) clean(context.Context) {
 const walMinAge = 2 * time.Minute
 
 const backendHelp = `
-This engine keeps the unseal material of Vault and OpenBao clusters under the keys of a hardware security module, a
-Nitrokey HSM 2 or another PKCS#11 token. Private keys never leave the HSM; sealing needs their public half only, and
-opening costs one operation in the HSM.
+This engine keeps the unseal material of Vault and OpenBao clusters under the keys of a hardware security module: a
+Nitrokey HSM 2 or another PKCS#11 token, or a Nitrokey NetHSM. Private keys never leave the HSM; sealing needs their
+public half only, and opening costs one operation in the HSM.
 
 Begin with "devices/<name>" (an HSM), then "keys/<name>" (a wrapping key on it). "wrap/<key>" and "unwrap/<key>" seal and
 open a value that you keep yourself; "material/<cluster>/<name>" keeps it for you in a store, "stores/<name>";

@@ -29,7 +29,7 @@ func newCardMount(t *testing.T) cardMount {
 		}
 	})
 	storage := &faultyStorage{Storage: new(logical.InmemStorage)}
-	return cardMount{mountWith(t, storage, device.PKCS11(manager), t.TempDir(), state), card}
+	return cardMount{mountWith(t, storage, map[string]device.Opener{device.TypePKCS11: device.PKCS11(manager)}, t.TempDir(), state), card}
 }
 
 // configure writes the device with a PIN.

@@ -67,6 +67,7 @@ func status(err error) int {
 var passing = []error{
 	context.DeadlineExceeded, context.Canceled,
 	hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
+	hsm.ErrMayHaveHappened, // every write here knows its own repetition
 }
 
 // passes tells whether the same request may succeed a little later.
@@ -102,9 +103,10 @@ var statuses = []struct {
 		keyring.ErrTooLarge,
 		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 	}},
-	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, or is locked.
+	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, is locked, or does not
+	// let the configured user do what it did before. It is not 403, which says that Vault's own policy forbids the request.
 	{http.StatusServiceUnavailable, []error{
-		hsm.ErrLocked, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
+		hsm.ErrLocked, hsm.ErrForbidden, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 		store.ErrDenied, keyring.ErrNoDevice,
 	}},
 }

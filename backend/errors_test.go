@@ -34,7 +34,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 		},
 		http.StatusNotFound: {keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound, absent("x")},
 		http.StatusServiceUnavailable: {
-			hsm.ErrUnavailable, hsm.ErrLocked, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
+			hsm.ErrUnavailable, hsm.ErrMayHaveHappened, hsm.ErrLocked, hsm.ErrForbidden, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 			store.ErrUnavailable, store.ErrDenied, device.ErrClosed, keyring.ErrGenerating, keyring.ErrNoDevice,
 			context.DeadlineExceeded, context.Canceled,
 			&hsm.PINError{TriesLeft: 2}, &hsm.PINError{TriesLeft: 0}, &hsm.PINError{TriesLeft: -1, Barred: true},

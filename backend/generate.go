@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -17,6 +19,24 @@ const (
 	walGenerate = "generate" // an HSM key is being made
 	walRewrap   = "rewrap"   // stored material is being sealed anew
 )
+
+// checkMaker refuses to begin what a device, as it is configured, can never end. One that is not configured at all is the
+// keyring's to name.
+func (b *backend) checkMaker(ctx context.Context, request keyring.GenerateRequest) error {
+	record, err := b.readDevice(ctx, request.Device)
+	switch {
+	case err != nil || record == nil || record.Config.Type != device.TypeNetHSM:
+		return err
+	case record.Config.AdminUsername == "":
+		return mistake("device %q has no Administrator, and nobody else makes keys on a NetHSM; configure admin_username and admin_password "+
+			"with devices/%s, or adopt a key that is there", request.Device, request.Device)
+	case !strings.HasPrefix(string(request.Algorithm), "rsa-"):
+		return mistake("device %q is a NetHSM, which cannot do key agreement (ECDH): only its RSA keys can be wrapping keys; use algorithm "+
+			"%s, %s or %s", request.Device, hsm.RSA2048, hsm.RSA3072, hsm.RSA4096)
+	default:
+		return nil
+	}
+}
 
 // beginGeneration journals that an HSM key is about to be made, lets begin record the intent in the keyring, and makes
 // the key in the background: a card takes half a minute and more, longer than a request may last.

@@ -56,6 +56,8 @@ type rack struct {
 	barred string
 	// locks makes devices that have a lock, as a NetHSM has.
 	locks bool
+	// netHSMs are found by the first of their URLs.
+	netHSMs map[string]*testNetHSM
 }
 
 type testToken struct {
@@ -195,16 +197,18 @@ func (m *mount) remount() *mount {
 
 func mountOn(t testing.TB, storage *faultyStorage, tokens *rack, secrets, state string) *mount {
 	t.Helper()
-	m := mountWith(t, storage, tokens.open, secrets, state)
+	m := mountWith(t, storage, map[string]device.Opener{
+		device.TypePKCS11: tokens.open, device.TypeNetHSM: tokens.openNetHSM,
+	}, secrets, state)
 	m.rack = tokens
 	return m
 }
 
-// mountWith is a mount whose devices are opened by an opener.
-func mountWith(t testing.TB, storage *faultyStorage, open device.Opener, secrets, state string) *mount {
+// mountWith is a mount whose devices are opened by these openers.
+func mountWith(t testing.TB, storage *faultyStorage, openers map[string]device.Opener, secrets, state string) *mount {
 	t.Helper()
 	registry := device.New(device.Options{
-		Openers: map[string]device.Opener{device.TypePKCS11: open},
+		Openers: openers,
 		Secrets: device.SecretFiles{Dir: secrets},
 	})
 	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, (*mount)(nil).configFor(storage))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -22,13 +21,15 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 	name := nameField("The name of the device.")
 	onlyName := map[string]*framework.FieldSchema{"name": name}
 	display := &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device"}
-	write := func(handle framework.OperationFunc, verb, summary, done string) map[logical.Operation]framework.OperationHandler {
+	write := func(
+		handle framework.OperationFunc, verb, summary string, responses map[int][]framework.Response,
+	) map[logical.Operation]framework.OperationHandler {
 		return map[logical.Operation]framework.OperationHandler{
 			logical.UpdateOperation: &framework.PathOperation{
 				Callback:                    handle,
 				Summary:                     summary,
 				DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: verb},
-				Responses:                   noContent(done),
+				Responses:                   responses,
 				ForwardPerformanceStandby:   true,
 				ForwardPerformanceSecondary: true,
 			},
@@ -48,8 +49,8 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			},
 			HelpSynopsis: "Whether a device works.",
 			HelpDescription: "The answer comes from the HSM itself: what it is, its PIN flags, its keys, and how long one private-key " +
-				"operation took. It is 200 also where the device cannot be used: read usable and error. Results are reused for " +
-				"five seconds.",
+				"operation took; for a NetHSM also how each of its nodes fares. It is 200 also where the device cannot be used: read " +
+				"usable and error. Results are reused for five seconds.",
 		},
 		{
 			Pattern:      pattern + "/keys/?$",
@@ -71,29 +72,33 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			Fields: map[string]*framework.FieldSchema{
 				"name": name,
 				"passphrase": {
-					Type: framework.TypeString, Description: "The passphrase that unlocks the HSM.", Required: true,
+					Type:         framework.TypeString,
+					Description:  "The passphrase that unlocks the HSM; the configured unlock_passphrase where it is left out.",
 					DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
 				},
 			},
-			DisplayAttrs:    display,
-			Operations:      write(b.deviceUnlock, "unlock", "Unlock an HSM that starts locked.", "The HSM is unlocked."),
-			HelpSynopsis:    "Unlock an HSM that starts locked.",
-			HelpDescription: "PKCS#11 tokens have no such lock: they log in with the PIN by themselves.",
+			DisplayAttrs: display,
+			Operations:   write(b.deviceUnlock, "unlock", "Unlock an HSM that starts locked.", noContent("The HSM is unlocked.")),
+			HelpSynopsis: "Unlock an HSM that starts locked.",
+			HelpDescription: "A NetHSM is locked after a restart unless it boots unattended. Every locked node that answers is unlocked. A wrong " +
+				"passphrase costs nothing but a second: a NetHSM does not lock for good. PKCS#11 tokens have no such lock: they log in " +
+				"with the PIN by themselves.",
 		},
 		{
-			Pattern:         pattern + "/lock",
-			Fields:          onlyName,
-			DisplayAttrs:    display,
-			Operations:      write(b.deviceLock, "lock", "Lock an HSM.", "The HSM is locked."),
-			HelpSynopsis:    "Lock an HSM until its passphrase is given again.",
-			HelpDescription: "PKCS#11 tokens have no such lock.",
+			Pattern:      pattern + "/lock",
+			Fields:       onlyName,
+			DisplayAttrs: display,
+			Operations:   write(b.deviceLock, "lock", "Lock an HSM.", configured("The HSM is locked.")),
+			HelpSynopsis: "Lock an HSM until its passphrase is given again.",
+			HelpDescription: "Every node of the NetHSM is locked, for all who use it; this needs admin_username. With an unlock_passphrase " +
+				"configured, the next use unlocks it again. PKCS#11 tokens have no such lock.",
 		},
 		{
 			Pattern:      pattern + "/unbar",
 			Fields:       onlyName,
 			DisplayAttrs: display,
 			Operations: write(b.deviceUnbar, "unbar", "Lift the bar that a wrong PIN left on this machine.",
-				"The bar is lifted; the next operation logs in once."),
+				noContent("The bar is lifted; the next operation logs in once.")),
 			HelpSynopsis: "Let a barred PIN be tried once more.",
 			HelpDescription: "A PIN that was wrong once is not sent again from this machine, because a token locks after three wrong " +
 				"ones. Where the PIN is right after all (it was set to it, or the bar hit a PIN that only looks like a wrong one, 1 in " +
@@ -122,7 +127,7 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 				},
 			},
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "device-pin"},
-			Operations:   write(b.devicePIN, "change", "Change a token's PIN, or the stored one.", "The PIN was changed."),
+			Operations:   write(b.devicePIN, "change", "Change a token's PIN, or the stored one.", noContent("The PIN was changed.")),
 			HelpSynopsis: "Change the PIN on the token, or replace the stored one.",
 			HelpDescription: "The new PIN is recorded before the token hears of it, so that a crash in between loses neither. " +
 				"After a wrong PIN was stored and sent, give the right one here with on_token=false: that tries it once, also where the " +
@@ -130,27 +135,6 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 				"and the last try is spent with force=true only. A device with pin_file keeps its PIN in the file: change it on the " +
 				"token with the vendor's tool, then in the file.",
 		},
-	}
-}
-
-func statusAnswer() map[string]*framework.FieldSchema {
-	return map[string]*framework.FieldSchema{
-		"usable":        {Type: framework.TypeBool, Description: "Whether the device can be used now.", Required: true},
-		"error":         {Type: framework.TypeString, Description: "Why it cannot be used; empty where it can."},
-		"state":         {Type: framework.TypeString, Description: "operational, locked, unprovisioned, absent or failed; empty where nothing answers."},
-		"vendor":        {Type: framework.TypeString, Description: "The maker of the HSM."},
-		"model":         {Type: framework.TypeString, Description: "Its model."},
-		"serial":        {Type: framework.TypeString, Description: "Its serial number."},
-		"label":         {Type: framework.TypeString, Description: "The label of the token."},
-		"firmware":      {Type: framework.TypeString, Description: "Its firmware version."},
-		"pin_count_low": {Type: framework.TypeBool, Description: "A wrong PIN was sent since the last right one."},
-		"pin_final_try": {Type: framework.TypeBool, Description: "The next wrong PIN locks the token."},
-		"pin_locked":    {Type: framework.TypeBool, Description: "The PIN is locked; the SO PIN unlocks it."},
-		"keys":          {Type: framework.TypeInt, Description: "How many key pairs were found."},
-		"round_trip_ms": {Type: framework.TypeFloat, Description: "How long one private-key operation took; 0 where none could be tried."},
-		"mechanisms":    {Type: framework.TypeStringSlice, Description: "What the HSM can do, in its provider's words."},
-		"notes":         {Type: framework.TypeStringSlice, Description: "What an operator should know."},
-		"checked":       {Type: framework.TypeString, Description: "When this was found out, RFC 3339.", Required: true},
 	}
 }
 
@@ -162,126 +146,6 @@ func (b *backend) knownDevice(ctx context.Context, data *framework.FieldData) (s
 		return name, nil, absent("device %q: %w; write devices/%s first", name, err, name)
 	}
 	return name, handle, err
-}
-
-func (b *backend) deviceStatus(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	_, handle, err := b.knownDevice(ctx, data)
-	if err != nil {
-		return nil, err
-	}
-	return &logical.Response{Data: showStatus(handle.Status(ctx))}, nil
-}
-
-func showStatus(status device.Status) map[string]any {
-	shown := map[string]any{
-		"usable":        status.Err == nil,
-		"error":         "",
-		"state":         string(status.Info.State),
-		"vendor":        status.Info.Vendor,
-		"model":         status.Info.Model,
-		"serial":        status.Info.Serial,
-		"label":         status.Info.Label,
-		"firmware":      status.Info.Firmware,
-		"pin_count_low": status.Info.PIN.CountLow,
-		"pin_final_try": status.Info.PIN.FinalTry,
-		"pin_locked":    status.Info.PIN.Locked,
-		"keys":          len(status.Keys),
-		"round_trip_ms": float64(status.RoundTrip) / float64(time.Millisecond),
-		"mechanisms":    present(status.Info.Mechanisms),
-		"notes":         present(status.Info.Notes),
-		"checked":       stamp(status.Checked),
-	}
-	if status.Err != nil {
-		shown["error"] = status.Err.Error()
-	}
-	return shown
-}
-
-func (b *backend) deviceKeys(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	name, _, err := b.knownDevice(ctx, data)
-	if err != nil {
-		return nil, err
-	}
-	opened, err := b.Device(ctx, name)
-	if err != nil {
-		return nil, err
-	}
-	keys, err := opened.FindKeys(ctx, hsm.KeyQuery{})
-	if err != nil {
-		return nil, fmt.Errorf("listing the keys on device %q: %w", name, err)
-	}
-	seen := map[string]int{}
-	for _, key := range keys {
-		seen[key.Ref().ID]++
-	}
-	var names []string
-	info := map[string]any{}
-	for _, key := range keys {
-		ref, traits := key.Ref(), key.Traits()
-		listed := ref.ID
-		if listed == "" || seen[listed] > 1 {
-			listed = ref.Fingerprint
-		}
-		names = append(names, listed)
-		info[listed] = map[string]any{
-			"key_label": ref.Label, "key_id": ref.ID, "fingerprint": ref.Fingerprint,
-			"sensitive": traits.Sensitive, "extractable": traits.Extractable, "also_usable_for": present(traits.AlsoUsableFor),
-		}
-	}
-	slices.Sort(names)
-	return logical.ListResponseWithInfo(names, info), nil
-}
-
-// unlocker returns the device as one that has a lock.
-func (b *backend) unlocker(ctx context.Context, data *framework.FieldData) (string, hsm.Unlocker, error) {
-	name, _, err := b.knownDevice(ctx, data)
-	if err != nil {
-		return name, nil, err
-	}
-	opened, err := b.Device(ctx, name)
-	if err != nil {
-		return name, nil, err
-	}
-	unlocker, ok := opened.(hsm.Unlocker)
-	if !ok {
-		return name, nil, mistake("device %q is a PKCS#11 token: it has no lock of its own, the PIN opens it; to stop its use, delete the device", name)
-	}
-	return name, unlocker, nil
-}
-
-func (b *backend) deviceUnlock(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	name, unlocker, err := b.unlocker(ctx, data)
-	if err != nil {
-		return nil, err
-	}
-	given, err := secretField(data, "passphrase")
-	if err != nil {
-		return nil, err
-	}
-	if given == "" {
-		return nil, mistake("passphrase is missing")
-	}
-	passphrase := []byte(given)
-	defer clear(passphrase)
-	err = unlocker.Unlock(ctx, passphrase)
-	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
-		return nil, mistake("unlocking device %q: %w", name, err)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("unlocking device %q: %w", name, err)
-	}
-	return nil, nil
-}
-
-func (b *backend) deviceLock(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	name, unlocker, err := b.unlocker(ctx, data)
-	if err != nil {
-		return nil, err
-	}
-	if err := unlocker.Lock(ctx); err != nil {
-		return nil, fmt.Errorf("locking device %q: %w", name, err)
-	}
-	return nil, nil
 }
 
 // pinChanger returns the device as one that has a PIN. The caller is changing its record, and nobody else meanwhile.
@@ -296,7 +160,8 @@ func (b *backend) pinChanger(ctx context.Context, name string, record *deviceRec
 func asPINChanger(name string, opened hsm.Device) (hsm.PINChanger, error) {
 	changer, ok := opened.(hsm.PINChanger)
 	if !ok {
-		return nil, mistake("device %q has no PIN", name)
+		return nil, mistake("device %q is a NetHSM: it has no PIN, and bars nobody for a wrong password; where a password was changed on the "+
+			"NetHSM, write devices/%s with the new one", name, name)
 	}
 	return changer, nil
 }

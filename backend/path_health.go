@@ -22,7 +22,7 @@ func (b *backend) healthPaths() []*framework.Path {
 	fields := map[string]*framework.FieldSchema{
 		"usable":  {Type: framework.TypeBool, Description: "Whether at least one device can open envelopes now.", Required: true},
 		"version": {Type: framework.TypeString, Description: "The version of the plugin.", Required: true},
-		"devices": {Type: framework.TypeMap, Description: "Each device: usable, error, state, serial, keys, round_trip_ms.", Required: true},
+		"devices": {Type: framework.TypeMap, Description: "Each device: usable, error, state, serial, keys, round_trip_ms; a NetHSM also nodes.", Required: true},
 		"stores":  {Type: framework.TypeMap, Description: "Each store: usable, error, type.", Required: true},
 	}
 	return []*framework.Path{{
@@ -110,10 +110,14 @@ func (b *backend) deviceHealth(ctx context.Context, name string) map[string]any 
 	if status.Err == nil && !status.CanOpen() {
 		shown["error"] = fmt.Sprintf("device %q answers and holds no key that can open an envelope; make or adopt one with keys/NAME", name)
 	}
-	return map[string]any{
+	health := map[string]any{
 		"usable": status.CanOpen(), "error": shown["error"], "state": shown["state"], "serial": shown["serial"],
 		"keys": shown["keys"], "round_trip_ms": shown["round_trip_ms"],
 	}
+	if nodes, clustered := shown["nodes"]; clustered {
+		health["nodes"] = nodes
+	}
+	return health
 }
 
 func (b *backend) storeHealth(ctx context.Context, name string) map[string]any {

@@ -222,6 +222,9 @@ func (b *backend) keyRotate(ctx context.Context, req *logical.Request, data *fra
 	}
 	var key *keyring.Key
 	if source.Generate != nil {
+		if err := b.checkMaker(ctx, *source.Generate); err != nil {
+			return nil, err
+		}
 		key, err = b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Rotate(ctx, name, *source) })
 	} else {
 		key, err = b.keys.Rotate(ctx, name, *source)

@@ -29,7 +29,7 @@ func sourceFields() map[string]*framework.FieldSchema {
 		},
 		"key_id": {
 			Type:        framework.TypeString,
-			Description: "Adopt the HSM key with this id, in hexadecimal. With key_label, both must match.",
+			Description: "Adopt the HSM key with this id: CKA_ID in hexadecimal, or a NetHSM's key id. With key_label, both must match.",
 		},
 		"accept_weak_key": {
 			Type: framework.TypeBool,
@@ -226,6 +226,9 @@ func (b *backend) keyMake(ctx context.Context, req *logical.Request, data *frame
 		if _, settings := keySettings(req, data); settings {
 			return nil, mistake("generate=true takes no settings: write them when the key's state is \"ready\"")
 		}
+		if err := b.checkMaker(ctx, *source.Generate); err != nil {
+			return nil, err
+		}
 		key, err := b.beginGeneration(ctx, name, func() (*keyring.Key, error) { return b.keys.Begin(ctx, name, *source.Generate) })
 		if errors.Is(err, keyring.ErrKeyExists) {
 			if made, failed := b.keys.Get(ctx, name); failed == nil && wasMadeBy(made, *source.Generate) {
@@ -277,9 +280,10 @@ func readSource(req *logical.Request, data *framework.FieldData) (*keyring.Rotat
 	}
 }
 
-// adoptionError makes a mistake of the user what elsewhere is trouble with an HSM: no such key, or two of that name.
+// adoptionError makes a mistake of the user what elsewhere is trouble with an HSM: no such key, two of that name, or one
+// that the device's user may not use or delete.
 func adoptionError(err error) error {
-	for _, sentinel := range []error{hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, keyring.ErrNoDevice} {
+	for _, sentinel := range []error{hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, hsm.ErrForbidden, keyring.ErrNoDevice} {
 		if errors.Is(err, sentinel) && status(err) == http.StatusServiceUnavailable && !errors.Is(err, hsm.ErrUnavailable) {
 			return &statusError{http.StatusBadRequest, err}
 		}
@@ -322,6 +326,9 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	err = b.keys.Delete(ctx, name, keyring.DeleteRequest{
 		DeleteHSMKeys: data.Get("delete_hsm_keys").(bool), Force: data.Get("force").(bool), By: by(req),
 	})
+	if errors.Is(err, hsm.ErrForbidden) {
+		err = mistake("%w; configure a user of the device that may delete keys", err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/store/object"
 )
@@ -22,7 +23,7 @@ func storeFields() map[string]*framework.FieldSchema {
 		"name": nameField("The name of the store."),
 		"type": {
 			Type:          framework.TypeString,
-			Description:   "The kind of store: etcd, object (data objects on an HSM), vault (this mount's own storage) or file.",
+			Description:   "The kind of store: etcd, object (data objects on a token, certificate slots on a NetHSM), vault (this mount's own storage) or file.",
 			AllowedValues: []any{storeEtcd, storeObject, storeVault, storeFile},
 		},
 		"endpoints": {Type: framework.TypeCommaStringSlice, Description: "etcd: the members' client URLs, https://host:2379."},
@@ -47,8 +48,8 @@ func storeFields() map[string]*framework.FieldSchema {
 			Description: "etcd: accept endpoints with http:// beyond this machine. Whoever is on the way can then read names and envelopes, put " +
 				"old ones back, and answer in etcd's place. TLS is verified in any case.",
 		},
-		"device":      {Type: framework.TypeString, Description: "object: the device that holds the data objects."},
-		"application": {Type: framework.TypeString, Description: "object: CKA_APPLICATION of the data objects; nitroseal where it is left out."},
+		"device":      {Type: framework.TypeString, Description: "object: the device that holds the data objects; a NetHSM needs object_store=true."},
+		"application": {Type: framework.TypeString, Description: "object: CKA_APPLICATION of the data objects, or what takes its place on a NetHSM; nitroseal where it is left out."},
 		"dir":         {Type: framework.TypeString, Description: "file: the name of a directory under the plugin's -state-dir."},
 	}
 }
@@ -303,12 +304,15 @@ func (b *backend) checkStoreRecord(ctx context.Context, record *storeRecord, dat
 	if record.Device == "" {
 		return mistake("device is missing; name the device that holds the data objects")
 	}
-	device, err := b.readDevice(ctx, record.Device)
-	if err != nil {
+	held, err := b.readDevice(ctx, record.Device)
+	switch {
+	case err != nil:
 		return err
-	}
-	if device == nil {
+	case held == nil:
 		return mistake("device %q is not configured in this mount; write devices/%s first", record.Device, record.Device)
+	case held.Config.Type == device.TypeNetHSM && !held.Config.ObjectStore:
+		return mistake("device %q is a NetHSM, which keeps values in the certificate slots of keys only where that is allowed: write devices/%s "+
+			"with object_store=true, and an Administrator", record.Device, record.Device)
 	}
 	return nil
 }

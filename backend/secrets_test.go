@@ -48,6 +48,9 @@ func TestNoReadErrorOrLogLineShowsASecret(t *testing.T) {
 	write("devices/a", fields{"module": testModule, "serial": "SN", "pin": pin}).ok(t)
 	write("devices/b", fields{"module": testModule, "serial": "SN", "pin_file": "pin"}).ok(t)
 	write("stores/e", fields{"type": "etcd", "endpoints": "http://127.0.0.1:1", "prefix": "p", "username": "u", "password": password, "request_timeout": 1}).ok(t)
+	m.addNetHSM(netURL)
+	m.secretFile("unlock", netPassphrase)
+	write("devices/n", netHSMFieldsWith(fields{"unlock_passphrase": nil, "unlock_passphrase_file": "unlock"})).ok(t)
 	write("stores/own", fields{"type": "vault"}).ok(t)
 	write("keys/k", fields{"device": "a", "key_label": "k"}).ok(t)
 	write("material/c/i", fields{"fields": fields{"x": encoded}, "key": "k", "store": "own"}).ok(t)
@@ -56,6 +59,10 @@ func TestNoReadErrorOrLogLineShowsASecret(t *testing.T) {
 
 	// What goes wrong while secrets are at hand.
 	write("devices/a", fields{"pin": pin, "pin_file": "pin"}).want(t, http.StatusBadRequest)
+	write("devices/n", netHSMFieldsWith(fields{"password_file": "pin"})).want(t, http.StatusBadRequest)
+	write("devices/n", fields{"urls": "https://u:" + password + "@evil.example"}).want(t, http.StatusBadRequest)
+	write("devices/n", netHSMFieldsWith(fields{"urls": "https://u:" + password + "@evil.example"})).want(t, http.StatusBadRequest)
+	write("devices/n/unlock", fields{"passphrase": password}).want(t, http.StatusBadRequest)
 	write("devices/a/pin", fields{"new_pin": pin, "on_token": false}).want(t, http.StatusBadRequest)
 	write("devices/b/status", nil)
 	write("keys/b", fields{"device": "b", "key_label": "k"}).want(t, http.StatusServiceUnavailable)
@@ -71,7 +78,7 @@ func TestNoReadErrorOrLogLineShowsASecret(t *testing.T) {
 	token.SetError(nil)
 
 	for _, path := range []string{
-		"config", "devices/a", "devices/b", "devices/a/status", "devices/b/status", "stores/e", "stores/own", "keys/k", "keys/k/backup",
+		"config", "devices/a", "devices/b", "devices/n", "devices/a/status", "devices/b/status", "devices/n/status", "stores/e", "stores/own", "keys/k", "keys/k/backup",
 		"keys/k/public.pem", "material/c/i", "health",
 	} {
 		do(logical.ReadOperation, path, nil)

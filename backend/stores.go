@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/store/etcd"
 	"vault-plugin-secrets-nitrokey/internal/store/file"
@@ -228,16 +229,9 @@ func (b *backend) owned(opened store.Store, path, what string) store.Store {
 
 // openObjects opens the data objects of a device.
 func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.Store, error) {
-	opened, err := b.Device(ctx, record.Device)
+	serial, err := b.serialOf(ctx, record.Device)
 	if err != nil {
-		return nil, fmt.Errorf("device %q: %w", record.Device, err)
-	}
-	info, err := opened.Info(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("asking device %q for its serial number: %w", record.Device, err)
-	}
-	if info.Serial == "" {
-		return nil, mistake("device %q tells no serial number, which data objects need for their lock file; use another kind of store", record.Device)
+		return nil, err
 	}
 	objects := func(ctx context.Context) (hsm.ObjectStore, error) {
 		opened, err := b.Device(ctx, record.Device)
@@ -250,12 +244,36 @@ func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.S
 		}
 		return objects, nil
 	}
-	kept, err := object.New(objects, object.Config{Application: record.Application, StateDir: b.options.StateDir, Serial: info.Serial})
+	kept, err := object.New(objects, object.Config{Application: record.Application, StateDir: b.options.StateDir, Serial: serial})
 	if err != nil {
 		return nil, machineError(err) // the rest of it was checked when the store was written
 	}
-	what := fmt.Sprintf("the application %q on the token %s", record.Application, info.Serial)
-	return b.owned(kept, objectOwnerPath(b.options.StateDir, info.Serial, record.Application), what), nil
+	what := fmt.Sprintf("the application %q on the HSM %s", record.Application, serial)
+	return b.owned(kept, objectOwnerPath(b.options.StateDir, serial, record.Application), what), nil
+}
+
+// serialOf names the HSM of a device for the lock file and the note of the owner: a token by its serial number, which it is
+// asked for; a NetHSM, each of whose nodes has another one, by its nodes and namespace.
+func (b *backend) serialOf(ctx context.Context, name string) (string, error) {
+	record, err := b.readDevice(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	if record != nil && record.Config.Type == device.TypeNetHSM {
+		return record.Config.Place(), nil
+	}
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return "", fmt.Errorf("device %q: %w", name, err)
+	}
+	info, err := opened.Info(ctx)
+	if err != nil {
+		return "", fmt.Errorf("asking device %q for its serial number: %w", name, err)
+	}
+	if info.Serial == "" {
+		return "", mistake("device %q tells no serial number, which data objects need for their lock file; use another kind of store", name)
+	}
+	return info.Serial, nil
 }
 
 // fileStoreDir returns the directory of a file store. It lies under -state-dir, links resolved: whoever may write a

@@ -1,0 +1,101 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
+)
+
+// lockedDevice is a device that has a lock.
+type lockedDevice struct {
+	name   string
+	handle *device.Handle
+	hsm.Unlocker
+}
+
+// unlocker returns the device of a request as one that has a lock.
+func (b *backend) unlocker(ctx context.Context, data *framework.FieldData) (lockedDevice, error) {
+	name, handle, err := b.knownDevice(ctx, data)
+	if err != nil {
+		return lockedDevice{}, err
+	}
+	opened, err := b.Device(ctx, name)
+	if err != nil {
+		return lockedDevice{}, err
+	}
+	unlocker, ok := opened.(hsm.Unlocker)
+	if !ok {
+		return lockedDevice{}, mistake("device %q is a PKCS#11 token: it has no lock of its own, the PIN opens it; to stop its use, delete the device", name)
+	}
+	return lockedDevice{name, handle, unlocker}, nil
+}
+
+func (b *backend) deviceUnlock(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	locked, err := b.unlocker(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	passphrase, err := locked.passphrase(data)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(passphrase)
+	defer locked.handle.ForgetStatus()
+	err = locked.Unlock(ctx, passphrase)
+	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
+		return nil, mistake("unlocking device %q: %w", locked.name, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("unlocking device %q: %w", locked.name, err)
+	}
+	b.logger.Info("device unlocked", "device", locked.name, "by", by(req))
+	return nil, nil
+}
+
+// passphrase returns the one that a request gives, or else the configured one. The caller wipes it.
+func (d lockedDevice) passphrase(data *framework.FieldData) ([]byte, error) {
+	given, err := secretField(data, "passphrase")
+	if err != nil {
+		return nil, err
+	}
+	if given != "" {
+		return []byte(given), nil
+	}
+	passphrase, err := d.handle.UnlockPassphrase()
+	if err == nil && passphrase == nil {
+		err = mistake("passphrase is missing; give it, or configure unlock_passphrase with devices/%s", d.name)
+	}
+	return passphrase, err
+}
+
+func (b *backend) deviceLock(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
+	unlocked, err := b.unlocker(ctx, data)
+	if err != nil {
+		return nil, err
+	}
+	defer unlocked.handle.ForgetStatus()
+	err = unlocked.Lock(ctx)
+	switch {
+	case errors.Is(err, hsm.ErrForbidden):
+		return nil, mistake("locking device %q: only an Administrator may; configure admin_username and admin_password with devices/%s: %w",
+			unlocked.name, unlocked.name, err)
+	case err != nil:
+		return nil, fmt.Errorf("locking device %q: %w", unlocked.name, err)
+	}
+	b.logger.Info("device locked", "device", unlocked.name, "by", by(req))
+	passphrase, err := unlocked.handle.UnlockPassphrase()
+	clear(passphrase)
+	if err == nil && passphrase == nil {
+		return nil, nil
+	}
+	response := new(logical.Response)
+	response.AddWarning(fmt.Sprintf("an unlock passphrase is configured, so the next use of the device unlocks it again; to keep it locked, "+
+		"write devices/%s with unlock_passphrase=\"\", in every mount and program that has it", unlocked.name))
+	return response, nil
+}
