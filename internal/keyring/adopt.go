@@ -118,7 +118,7 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 			return fmt.Errorf("key %q: %w: version %d has %d recipients, no more fit into an envelope; rotate instead", name,
 				ErrTooLarge, v.Number, len(v.Recipients))
 		}
-		auth, ok := v.auth()
+		auth, ok := k.knownAuth(v)
 		if !ok {
 			return fmt.Errorf("key %q changed meanwhile: %w: send the request again", name, store.ErrConflict)
 		}
@@ -127,6 +127,9 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 		v.Recipients = append(v.Recipients, rcpt)
 		if err := sealAuth(ctx, rec.Name, v, &auth, &rcpt, key); err != nil {
 			return fmt.Errorf("adding a recipient to key %q: %w", name, err)
+		}
+		if rec.sealed {
+			k.opened.keep(v.AuthEnvelope, auth)
 		}
 		rec.noteWeakness(rcpt)
 		return nil

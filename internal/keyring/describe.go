@@ -15,6 +15,7 @@ func (k *Keyring) newRecord(name, by string) *record {
 		CreatedBy:            by,
 		MinDecryptionVersion: 1,
 		Versions:             []version{},
+		sealed:               k.sealed,
 	}
 }
 
@@ -109,7 +110,7 @@ func (r *record) describeVersion(v *version) Version {
 		Created:       v.Created,
 		CreatedBy:     v.CreatedBy,
 		ServedEncrypt: v.ServedEncrypt,
-		Locked:        len(v.AuthKey) == 0,
+		Locked:        len(v.AuthKey) == 0 && !r.sealed,
 
 		RecordRead:      clonePointer(recordRead),
 		BackupConfirmed: clonePointer(r.backupConfirmed(v)),

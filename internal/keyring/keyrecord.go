@@ -175,6 +175,7 @@ func (k *Keyring) fromKeyRecord(restored keyRecord, request RestoreRequest) *rec
 		CreatedBy:            request.By,
 		MinDecryptionVersion: restored.MinDecryptionVersion,
 		Acknowledgements:     acknowledgements{RecordRead: &Acknowledgement{By: request.By, At: k.today()}},
+		sealed:               k.sealed,
 	}
 	for _, v := range restored.Versions {
 		kept := version{

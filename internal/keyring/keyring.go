@@ -11,7 +11,7 @@
 // one HSM key, however often it is tried. Deleting works the same way.
 //
 // The record holds the authentication keys in the clear and belongs in a store that is itself protected, such as a
-// Vault mount's storage. The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store while
+// Vault mount's storage; where the store is plain files, they lie in their envelopes only ([Config.SealAuthKeys]). The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store while
 // one of its HSMs exists ([Keyring.Restore]).
 package keyring
 
@@ -44,6 +44,10 @@ type Config struct {
 	// CacheRecords keeps parsed records in memory, so that sealing and opening do not read the store. Set it only where
 	// nobody else writes the store, or where [Keyring.Invalidate] is called for every foreign write.
 	CacheRecords bool
+	// SealAuthKeys keeps authentication keys out of the records, for a store that a thief may read: they lie in their
+	// envelopes only, and the first use of a version in a Keyring opens its own, at the cost of one private-key operation.
+	// A record with one in the clear is refused: whoever put it there could make envelopes that open.
+	SealAuthKeys bool
 }
 
 // Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods
@@ -59,6 +63,8 @@ type Keyring struct {
 	cache   recordCache
 	found   foundKeys
 	health  deviceHealth
+	sealed  bool // Config.SealAuthKeys
+	opened  openedAuthKeys
 }
 
 // New returns a keyring. It does no I/O.
@@ -69,6 +75,7 @@ func New(config Config) *Keyring {
 		logger:  config.Logger,
 		now:     config.Now,
 		inUse:   config.InUse,
+		sealed:  config.SealAuthKeys,
 	}
 	if k.logger == nil {
 		k.logger = slog.New(slog.DiscardHandler)

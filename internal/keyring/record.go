@@ -32,6 +32,8 @@ type record struct {
 	Versions             []version        `json:"versions"`
 	Pending              *intent          `json:"pending,omitempty"`
 	Deleting             *deletion        `json:"deleting,omitempty"`
+
+	sealed bool // Config.SealAuthKeys: what the store keeps has no AuthKey
 }
 
 // acknowledgements are what people confirmed about the key as it is: RecordRead about all of it, BackupConfirmed about
@@ -176,7 +178,15 @@ func (r *record) clone() *record {
 
 // encode returns the bytes that the store keeps. The caller wipes them.
 func (r *record) encode() ([]byte, error) {
-	raw, err := json.Marshal(r)
+	kept := r
+	if r.sealed {
+		kept = r.clone()
+		for i := range kept.Versions {
+			clear(kept.Versions[i].AuthKey)
+			kept.Versions[i].AuthKey = nil
+		}
+	}
+	raw, err := json.Marshal(kept)
 	if err != nil {
 		return nil, fmt.Errorf("encoding key %q: %w", r.Name, err)
 	}

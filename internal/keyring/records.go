@@ -48,6 +48,9 @@ func (k *Keyring) load(ctx context.Context, name string) (*record, store.Revisio
 	}
 	rec, err := decodeRecord(name, entry.Value)
 	clear(entry.Value)
+	if err == nil {
+		err = k.seal(rec)
+	}
 	if err != nil {
 		return nil, "", err
 	}
@@ -66,6 +69,7 @@ func (k *Keyring) write(ctx context.Context, rec *record, expected store.Revisio
 		return err
 	}
 	defer clear(raw)
+	k.opened.keepAll(rec)
 	k.cache.drop(rec.Name)
 	defer k.cache.drop(rec.Name)
 	_, err = k.records.Put(ctx, recordPrefix+rec.Name, bytes.Clone(raw), expected)

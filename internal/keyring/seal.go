@@ -3,7 +3,6 @@ package keyring
 import (
 	"context"
 	"fmt"
-	"slices"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 )
@@ -98,37 +97,4 @@ func (r *record) usable(number int) (*version, error) {
 			ErrVersionTooOld, number, r.MinDecryptionVersion)
 	}
 	return v, nil
-}
-
-// authKey returns a version's authentication key. Where a restore could not open it, an HSM does it now, once.
-func (k *Keyring) authKey(ctx context.Context, rec *record, number int) (*envelope.AuthKey, error) {
-	v := rec.version(number)
-	if auth, ok := v.auth(); ok {
-		return &auth, nil
-	}
-	parsed, err := envelope.Parse(v.AuthEnvelope)
-	if err != nil {
-		return nil, fmt.Errorf("key %q: the authentication envelope of version %d: %w", rec.Name, number, err)
-	}
-	opened, _, err := k.openAnywhere(ctx, parsed, authContext(rec.Name, number), v, nil)
-	if err != nil {
-		return nil, fmt.Errorf("key %q: opening the authentication key of version %d: %w", rec.Name, number, err)
-	}
-	defer clear(opened)
-	var auth envelope.AuthKey
-	if copy(auth[:], opened) != len(auth) || len(opened) != len(auth) {
-		return nil, fmt.Errorf("key %q: the authentication key of version %d: %w", rec.Name, number, ErrRecordMalformed)
-	}
-	_, err = k.update(ctx, rec.Name, func(rec *record) error {
-		v := rec.version(number)
-		if v == nil || len(v.AuthKey) > 0 {
-			return errNoChange
-		}
-		v.AuthKey = slices.Clone(auth[:])
-		return nil
-	})
-	if err != nil { // it is here all the same; the next use tries again
-		k.logger.Warn("keeping an opened authentication key failed", "key", rec.Name, "version", number, "error", err)
-	}
-	return &auth, nil
 }
