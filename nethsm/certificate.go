@@ -44,6 +44,6 @@ func (c *Client) DeleteKeyCertificate(ctx context.Context, id string) error {
 	if err := checkID(op, "the key", id); err != nil {
 		return err
 	}
-	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("keys", id, "cert")})
+	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("keys", id, "cert"), creates: true})
 	return err
 }

@@ -25,6 +25,9 @@ func (c *Client) Members(ctx context.Context) ([]Member, error) {
 	_, err := c.do(ctx, call{
 		op: "listing the members of the cluster", method: http.MethodGet, path: "/cluster/members",
 		into: wanting(&got, func() error {
+			if len(got) == 0 {
+				return errNoList // the node itself is a member
+			}
 			for _, member := range got {
 				if err := present("id", member.ID); err != nil {
 					return err
@@ -98,7 +101,9 @@ func (c *Client) changeMember(ctx context.Context, op, method, id string, body a
 		return err
 	}
 	segments := append([]string{"cluster", "members", id}, below...)
-	_, err := c.do(ctx, call{op: op, method: method, path: path(segments...), body: body, ok: unchanged, timeout: slowly})
+	_, err := c.do(ctx, call{
+		op: op, method: method, path: path(segments...), body: body, ok: unchanged, creates: true, timeout: slowly,
+	})
 	return err
 }
 

@@ -37,7 +37,7 @@ func (c *Client) SetUnattendedBoot(ctx context.Context, on bool) error {
 		status = "on"
 	}
 	_, err := c.doAlone(ctx, call{
-		op: "turning unattended boot " + status, method: http.MethodPut, path: "/config/unattended-boot",
+		op: "turning unattended boot " + status, method: http.MethodPut, path: "/config/unattended-boot", creates: true,
 		body: struct {
 			Status string `json:"status"`
 		}{status},
@@ -97,7 +97,7 @@ func (c *Client) Time(ctx context.Context) (time.Time, error) {
 // SetTime sets a node's clock, to the second.
 func (c *Client) SetTime(ctx context.Context, now time.Time) error {
 	_, err := c.doAlone(ctx, call{
-		op: "setting the clock", method: http.MethodPut, path: "/config/time",
+		op: "setting the clock", method: http.MethodPut, path: "/config/time", creates: true,
 		body: struct {
 			Time string `json:"time"`
 		}{timestamp(now)},
@@ -136,7 +136,7 @@ func (c *Client) Logging(ctx context.Context) (Logging, error) {
 // SetLogging sets where a node sends its log.
 func (c *Client) SetLogging(ctx context.Context, logging Logging) error {
 	_, err := c.doAlone(ctx, call{
-		op: "setting the logging configuration", method: http.MethodPut, path: "/config/logging", body: logging,
+		op: "setting the logging configuration", method: http.MethodPut, path: "/config/logging", creates: true, body: logging,
 	})
 	return err
 }
@@ -158,7 +158,7 @@ type IPv6 struct {
 // Network reads how an appliance is reached. A container gives [ErrContainer].
 func (c *Client) Network(ctx context.Context) (Network, error) {
 	var got Network
-	_, err := c.doAppliance(ctx, call{
+	err := c.doAppliance(ctx, call{
 		op: "reading the network configuration", method: http.MethodGet, path: "/config/network",
 		into: wanting(&got, func() error {
 			if !got.Address.IsValid() {
@@ -173,8 +173,7 @@ func (c *Client) Network(ctx context.Context) (Network, error) {
 // SetNetwork sets how an appliance is reached. Its answer may be lost with the old address: [hsm.ErrMayHaveHappened]. A
 // container gives [ErrContainer].
 func (c *Client) SetNetwork(ctx context.Context, network Network) error {
-	_, err := c.doAppliance(ctx, call{
+	return c.doAppliance(ctx, call{
 		op: "setting the network configuration", method: http.MethodPut, path: "/config/network", body: network, creates: true,
 	})
-	return err
 }

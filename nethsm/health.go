@@ -1,6 +1,7 @@
 package nethsm
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -97,7 +98,7 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 			Level   loose `json:"level"`
 			Message loose `json:"msg"`
 		} `json:"clusterLogs"`
-		State struct {
+		State *struct {
 			Running  bool  `json:"running"`
 			Exited   loose `json:"exited"`
 			Signaled loose `json:"signaled"`
@@ -111,7 +112,15 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 			Version  loose `json:"version"`
 		} `json:"clusterSnapshot"`
 	}
-	_, err := c.doAlone(ctx, call{op: "asking for a diagnosis", method: http.MethodGet, path: "/health/diagnose", into: &got})
+	_, err := c.doAlone(ctx, call{
+		op: "asking for a diagnosis", method: http.MethodGet, path: "/health/diagnose",
+		into: wanting(&got, func() error {
+			if got.State == nil {
+				return errors.New("the member clusterState is missing")
+			}
+			return nil
+		}),
+	})
 	if err != nil {
 		return Diagnosis{}, err
 	}
@@ -162,18 +171,19 @@ func present[T ~string](name string, value T) error {
 	return nil
 }
 
+// errNoList is the check's complaint about a null where a list should be, even an empty one.
+var errNoList = errors.New("it is not a list")
+
 // loose is a JSON value of which only people want to know: a string as it is, anything else as its JSON text.
 type loose string
 
 // UnmarshalJSON implements json.Unmarshaler.
 func (l *loose) UnmarshalJSON(text []byte) error {
-	var s *string
-	if json.Unmarshal(text, &s) != nil {
+	switch {
+	case bytes.HasPrefix(text, []byte(`"`)):
+		return json.Unmarshal(text, (*string)(l))
+	case !bytes.Equal(text, []byte("null")):
 		*l = loose(text)
-		return nil
-	}
-	if s != nil {
-		*l = loose(*s)
 	}
 	return nil
 }

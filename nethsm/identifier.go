@@ -70,6 +70,9 @@ type ids []struct {
 
 // take returns the ids of a list, an error where an entry has none.
 func (list ids) take(into *[]string) error {
+	if list == nil {
+		return errNoList
+	}
 	out := make([]string, 0, len(list))
 	for _, entry := range list {
 		if err := present("id", entry.ID); err != nil {

@@ -292,7 +292,7 @@ func (c *Client) changeKey(ctx context.Context, method, op, id string, body any,
 		return err
 	}
 	segments := append([]string{"keys", id}, below...)
-	_, err := c.do(ctx, call{op: op, method: method, path: path(segments...), body: body, ok: unchanged})
+	_, err := c.do(ctx, call{op: op, method: method, path: path(segments...), body: body, ok: unchanged, creates: true})
 	return err
 }
 

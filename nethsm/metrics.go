@@ -2,6 +2,7 @@ package nethsm
 
 import (
 	"context"
+	"errors"
 	"net/http"
 )
 
@@ -9,7 +10,16 @@ import (
 // NetHSM's to say; with several nodes they are of whichever answers.
 func (c *Client) Metrics(ctx context.Context) (map[string]string, error) {
 	var got map[string]loose
-	if _, err := c.do(ctx, call{op: "reading metrics", method: http.MethodGet, path: "/metrics", into: &got}); err != nil {
+	_, err := c.do(ctx, call{
+		op: "reading metrics", method: http.MethodGet, path: "/metrics",
+		into: wanting(&got, func() error {
+			if got == nil {
+				return errors.New("it is not an object")
+			}
+			return nil
+		}),
+	})
+	if err != nil {
 		return nil, err
 	}
 	metrics := make(map[string]string, len(got))

@@ -36,6 +36,6 @@ func (c *Client) DeleteNamespace(ctx context.Context, name string) error {
 	if err := checkID(op, "the namespace", name); err != nil {
 		return err
 	}
-	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("namespaces", name)})
+	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("namespaces", name), creates: true})
 	return err
 }

@@ -11,7 +11,8 @@
 //
 // What all nodes share (keys, users, namespaces) is asked of any node that serves, and a node that does not is passed over.
 // What a node has for itself (its state, its TLS certificate, its clock, being unlocked or rebooted) wants a view of that
-// node: [ErrManyNodes] says where one is missing. A request that creates is not sent again unless it surely did not happen.
+// node: [ErrManyNodes] says where one is missing. A request that changes something is not sent again unless it surely did not happen;
+// where nobody knows, its error is hsm.ErrMayHaveHappened.
 //
 // An answer that says no is an [*Error]; ask it with errors.Is for what it means: the errors of package hsm, and here
 // [ErrRequest], [ErrState] and [ErrContainer]. What the client can see to be wrong is refused before anything is sent.

@@ -44,7 +44,7 @@ func (c *Client) Provision(ctx context.Context, p Provisioning) error {
 
 // Lock locks a node, as an Administrator of the root namespace.
 func (c *Client) Lock(ctx context.Context) error {
-	_, err := c.doAlone(ctx, call{op: "locking", method: http.MethodPost, path: "/lock"})
+	_, err := c.doAlone(ctx, call{op: "locking", method: http.MethodPost, path: "/lock", creates: true})
 	return err
 }
 
@@ -56,7 +56,7 @@ func (c *Client) Unlock(ctx context.Context, passphrase []byte) error {
 		return err
 	}
 	_, err := c.doAlone(ctx, call{
-		op: op, method: http.MethodPost, path: "/unlock", public: true, timeout: slowly,
+		op: op, method: http.MethodPost, path: "/unlock", public: true, creates: true, timeout: slowly,
 		body: passphraseBody{secret(passphrase)},
 	})
 	return wrongPassphrase(err, "unlock passphrase", true)

@@ -134,7 +134,7 @@ func (c *Client) Update(ctx context.Context, image []byte) (releaseNotes string,
 	var got struct {
 		ReleaseNotes string `json:"releaseNotes"`
 	}
-	_, err = c.doAppliance(ctx, call{
+	err = c.doAppliance(ctx, call{
 		op: "uploading an update", method: http.MethodPost, path: "/system/update", raw: image,
 		contentType: "application/octet-stream", timeout: updating, creates: true, into: &got,
 	})
@@ -154,24 +154,23 @@ func (c *Client) CancelUpdate(ctx context.Context) error {
 // system sends a command to an appliance, as an Administrator of the root namespace; a Failed one needs no credentials for
 // reboot, shutdown and reset. A container gives [ErrContainer].
 func (c *Client) system(ctx context.Context, op, command string) error {
-	_, err := c.doAppliance(ctx, call{
+	return c.doAppliance(ctx, call{
 		op: op, method: http.MethodPost, path: "/system/" + command, creates: true, timeout: slowly,
 	})
-	return err
 }
 
 // doAppliance sends a call that only an appliance can serve. What exactly a container answers is not written down anywhere:
 // one of these, and then its device id tells.
-func (c *Client) doAppliance(ctx context.Context, in call) (answer, error) {
-	got, err := c.doAlone(ctx, in)
+func (c *Client) doAppliance(ctx context.Context, in call) error {
+	_, err := c.doAlone(ctx, in)
 	var no *Error
 	if !errors.As(err, &no) || !slices.Contains(notInContainer, no.Status) {
-		return got, err
+		return err
 	}
 	if info, asked := c.SystemInfo(ctx); asked == nil && info.Container() {
-		return got, fmt.Errorf("%s at %s (HTTP %d): %w", no.Op, no.Node, no.Status, ErrContainer)
+		return fmt.Errorf("%s at %s (HTTP %d): %w", no.Op, no.Node, no.Status, ErrContainer)
 	}
-	return got, err
+	return err
 }
 
 var notInContainer = []int{

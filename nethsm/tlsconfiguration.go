@@ -24,7 +24,7 @@ func (c *Client) SetTLSCertificate(ctx context.Context, certificate []byte) erro
 		return fmt.Errorf("%s: %w: %w", op, ErrRequest, err)
 	}
 	_, err := c.doAlone(ctx, call{
-		op: op, method: http.MethodPut, path: "/config/tls/cert.pem", raw: certificate, contentType: pemContentType,
+		op: op, method: http.MethodPut, path: "/config/tls/cert.pem", creates: true, raw: certificate, contentType: pemContentType,
 	})
 	return err
 }
@@ -65,7 +65,9 @@ func (c *Client) SetClusterCA(ctx context.Context, certificate []byte) error {
 	if err := checkPEM(pemCertificate, certificate); err != nil {
 		return fmt.Errorf("%s: %w: %w", op, ErrRequest, err)
 	}
-	_, err := c.do(ctx, call{op: op, method: http.MethodPut, path: clusterCAPath, raw: certificate, contentType: pemContentType})
+	_, err := c.do(ctx, call{
+		op: op, method: http.MethodPut, path: clusterCAPath, creates: true, raw: certificate, contentType: pemContentType,
+	})
 	return err
 }
 

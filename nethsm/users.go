@@ -45,6 +45,9 @@ func (c *Client) Users(ctx context.Context) ([]string, error) {
 	_, err := c.do(ctx, call{
 		op: "listing users", method: http.MethodGet, path: "/users",
 		into: wanting(&got, func() error {
+			if got == nil {
+				return errNoList
+			}
 			for _, entry := range got {
 				if err := present("user", entry.User); err != nil {
 					return err
@@ -132,7 +135,7 @@ func (c *Client) DeleteUser(ctx context.Context, id string) error {
 	if err := checkUser(op, id); err != nil {
 		return err
 	}
-	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("users", id)})
+	_, err := c.do(ctx, call{op: op, method: http.MethodDelete, path: path("users", id), creates: true})
 	return err
 }
 
@@ -146,7 +149,8 @@ func (c *Client) SetPassphrase(ctx context.Context, id string, passphrase []byte
 		return err
 	}
 	_, err := c.do(ctx, call{
-		op: op, method: http.MethodPost, path: path("users", id, "passphrase"), body: passphraseBody{secret(passphrase)},
+		op: op, method: http.MethodPost, path: path("users", id, "passphrase"), creates: true,
+		body: passphraseBody{secret(passphrase)},
 	})
 	return err
 }
@@ -159,7 +163,15 @@ func (c *Client) UserTags(ctx context.Context, id string) ([]string, error) {
 		return nil, err
 	}
 	var tags []string
-	_, err := c.do(ctx, call{op: op, method: http.MethodGet, path: path("users", id, "tags"), into: &tags})
+	_, err := c.do(ctx, call{
+		op: op, method: http.MethodGet, path: path("users", id, "tags"),
+		into: wanting(&tags, func() error {
+			if tags == nil {
+				return errNoList
+			}
+			return nil
+		}),
+	})
 	return tags, err
 }
 
@@ -180,7 +192,7 @@ func (c *Client) userTag(ctx context.Context, method, op, id, tag string) error 
 	if err := checkID(op, "the tag", tag); err != nil {
 		return err
 	}
-	_, err := c.do(ctx, call{op: op, method: method, path: path("users", id, "tags", tag), ok: unchanged})
+	_, err := c.do(ctx, call{op: op, method: method, path: path("users", id, "tags", tag), ok: unchanged, creates: true})
 	return err
 }
 
