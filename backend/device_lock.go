@@ -83,7 +83,7 @@ func (b *backend) deviceLock(ctx context.Context, req *logical.Request, data *fr
 	err = unlocked.Lock(ctx)
 	switch {
 	case errors.Is(err, hsm.ErrForbidden):
-		return nil, mistake("locking device %q: only an Administrator may; configure admin_username and admin_password with devices/%s: %w",
+		return nil, mistake("locking device %q: only an Administrator of the root namespace may; configure admin_username and admin_password with devices/%s: %w",
 			unlocked.name, unlocked.name, err)
 	case err != nil:
 		return nil, fmt.Errorf("locking device %q: %w", unlocked.name, err)
@@ -95,7 +95,8 @@ func (b *backend) deviceLock(ctx context.Context, req *logical.Request, data *fr
 		return nil, nil
 	}
 	response := new(logical.Response)
-	response.AddWarning(fmt.Sprintf("an unlock passphrase is configured, so the next use of the device unlocks it again; to keep it locked, "+
-		"write devices/%s with unlock_passphrase=\"\", in every mount and program that has it", unlocked.name))
+	response.AddWarning(fmt.Sprintf("an unlock passphrase is configured: the NetHSM stays locked for this plugin until devices/%s/unlock, a "+
+		"restart or a write of the device, but whoever else has the passphrase unlocks it with the next use; to keep it locked, take "+
+		"unlock_passphrase out everywhere", unlocked.name))
 	return response, nil
 }

@@ -350,14 +350,14 @@ func TestNetHSMIsUnlockedWithThePassphraseGivenOrConfigured(t *testing.T) {
 
 	m.write("devices/net", fields{"unlock_passphrase": netPassphrase}).ok(t)
 	warned := m.write("devices/net/lock", nil).want(t, http.StatusOK).warnings
-	if len(warned) != 1 || !strings.Contains(warned[0], "unlocks it again") {
+	if len(warned) != 1 || !strings.Contains(warned[0], "unlocks it with the next use") {
 		t.Errorf("warnings = %v", warned)
 	}
 	m.write("devices/net/unlock", nil).want(t, http.StatusNoContent)
 	m.list("devices/net/keys").ok(t)
 
 	m.write("devices/net", fields{"admin_username": "", "admin_password": "", "password": netPassword, "unlock_passphrase": netPassphrase}).ok(t)
-	m.write("devices/net/lock", nil).want(t, http.StatusBadRequest).says(t, "only an Administrator may", "admin_username")
+	m.write("devices/net/lock", nil).want(t, http.StatusBadRequest).says(t, "only an Administrator of the root namespace may", "admin_username")
 }
 
 func TestNetHSMHasNoPIN(t *testing.T) {

@@ -90,8 +90,9 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			DisplayAttrs: display,
 			Operations:   write(b.deviceLock, "lock", "Lock an HSM.", configured("The HSM is locked.")),
 			HelpSynopsis: "Lock an HSM until its passphrase is given again.",
-			HelpDescription: "Every node of the NetHSM is locked, for all who use it; this needs admin_username. With an unlock_passphrase " +
-				"configured, the next use unlocks it again. PKCS#11 tokens have no such lock.",
+			HelpDescription: "Every node of the NetHSM is locked, for all who use it; this needs an admin_username of the root namespace. It " +
+				"is not unlocked by itself before devices/<name>/unlock, not even with a configured unlock_passphrase, unless the plugin " +
+				"starts anew or the device is written. PKCS#11 tokens have no such lock.",
 		},
 		{
 			Pattern:      pattern + "/unbar",

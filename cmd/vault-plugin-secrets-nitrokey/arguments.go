@@ -85,7 +85,8 @@ const usageText = `Usage: vault-plugin-secrets-nitrokey [arguments]
 Vault starts this program. The arguments are given when it is registered, each as -args=ARGUMENT:
 
   -pkcs11-module=PATH       a PKCS#11 module that mounts may use; repeat it for more
-  -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file; none without it
+  -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file, password_file and so
+                            on; none without it
   -state-dir=DIR            where a PIN is remembered that was wrong, so that it is sent once only, and where stores of
                             type "file" lie; must be the same for all plugins on this machine, and survive restarts.
                             Without it no PIN is sent at all

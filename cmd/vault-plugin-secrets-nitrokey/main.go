@@ -19,6 +19,7 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
 	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 func main() {
@@ -54,13 +55,14 @@ func serve(meta *api.PluginAPIClientMeta, given arguments) (err error) {
 	logger := hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true}) // Vault applies its own level
 	log := backend.NewLogger(logger)
 	endWithVault(log)
-	manager := pkcs11.New(pkcs11.Options{
+	tokens := pkcs11.New(pkcs11.Options{
 		Modules: given.modules, StateDir: given.stateDir, Env: given.moduleEnv,
 		HostPath: given.moduleHost, HostSHA256: given.moduleHostSHA256, Logger: log,
 	})
-	defer func() { err = errors.Join(err, manager.Close()) }()
+	netHSMs := nethsm.NewManager(log)
+	defer func() { err = errors.Join(err, netHSMs.Close(), tokens.Close()) }() // Vault has cleaned up the mounts by then, or is gone
 	devices := device.New(device.Options{
-		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(manager)},
+		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
 		Secrets: device.SecretFiles{Dir: given.secretsDir},
 		Logger:  log,
 	})

@@ -19,6 +19,9 @@ type Secrets struct {
 	UnlockPassphrase []byte
 }
 
+// String tells nothing, so that no log or error shows a secret by accident.
+func (Secrets) String() string { return "secrets" }
+
 // Wipe overwrites the secrets.
 func (s Secrets) Wipe() {
 	for _, secret := range s.all() {

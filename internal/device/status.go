@@ -99,6 +99,9 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if err != nil {
 		return Status{Err: err}
 	}
+	if h.config.Insecure {
+		defer func() { status.Info.Notes = append(status.Info.Notes, insecureNote) }()
+	}
 	if cluster, ok := device.(hsm.Clustered); ok {
 		nodes := make(chan []hsm.Node, 1)
 		go func() { nodes <- cluster.Nodes(ctx) }() // ends before check does
@@ -118,6 +121,8 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	}
 	return status
 }
+
+const insecureNote = "tls_insecure: any certificate is accepted, so nobody knows whether this is the NetHSM, and who else reads along"
 
 // maxForbidden is how many keys of others are tried before a user is taken for one that may use none. A NetHSM has room
 // for thousands.
