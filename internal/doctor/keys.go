@@ -1,0 +1,80 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+)
+
+// keys examines the wrapping keys: whether each of their HSM keys is there, is the recorded one and works.
+func (d *doctor) keys(ctx context.Context) {
+	names, err := d.Keys.List(ctx)
+	if err != nil {
+		d.about("keys").problem("records", "see whether state_dir is readable and whole", "%v", err)
+		return
+	}
+	if len(names) == 0 {
+		d.about("keys").skipped("records", "there is no wrapping key yet")
+	}
+	for _, name := range names {
+		f := d.about("key %q", name)
+		key, err := d.Keys.Get(ctx, name)
+		if err != nil {
+			f.problem("record", "restore the key from its record: nitroseal key restore", "%v", err)
+			continue
+		}
+		for i := range key.Versions {
+			for _, recipient := range key.Versions[i].Recipients {
+				d.recipient(ctx, f, key.Versions[i].Number, recipient)
+			}
+		}
+		redundancy(f, key)
+		for _, warning := range key.Warnings {
+			f.warning("record", "", "%s", warning)
+		}
+	}
+}
+
+// recipient proves that one HSM key opens what is sealed to it, at the cost of one private-key operation.
+func (d *doctor) recipient(ctx context.Context, f chart, version int, recipient keyring.Recipient) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	check := fmt.Sprintf("round trip v%d on %s", version, recipient.Device)
+	handle, err := d.Device(recipient.Device)
+	if err != nil {
+		f.problem(check, "configure the device again; another recipient opens meanwhile, if there is one", "%v", err)
+		return
+	}
+	opened, err := handle.Device(ctx)
+	if err == nil {
+		var found hsm.Key
+		if found, err = hsm.FindKey(ctx, opened, hsm.KeyQuery{Fingerprint: recipient.KID, ID: recipient.ID}); err == nil {
+			_, err = hsm.Prove(ctx, found)
+		}
+	}
+	if err != nil {
+		f.problem(check, "what is sealed to this HSM alone does not open now", "%v", err)
+		return
+	}
+	f.ok(check, "the HSM key %s opens what is sealed to it", recipient.ID)
+}
+
+// redundancy looks at what the loss of one HSM would cost.
+func redundancy(f chart, key *keyring.Key) {
+	const check = "backup"
+	if len(key.Versions) == 0 {
+		return
+	}
+	newest := key.Versions[len(key.Versions)-1]
+	switch hsms := keyring.CountHSMs(newest.Recipients); {
+	case hsms > 1:
+		f.ok(check, "%d HSMs open what is sealed now", hsms)
+	case newest.BackupConfirmed != nil:
+		f.ok(check, "one HSM opens what is sealed now; %s confirmed a backup of its key", newest.BackupConfirmed.By)
+	default:
+		f.warning(check, "add a second HSM (nitroseal key add-recipient), or back the HSM key up and say so: nitroseal key configure --backup-confirmed",
+			"one HSM opens what is sealed now, and no backup of its key is known: if it breaks, everything sealed is lost")
+	}
+}
