@@ -3,6 +3,7 @@ package nethsm
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
@@ -11,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -340,6 +342,41 @@ func (b *backupReader) decrypt(name string, sealed []byte) ([]byte, error) {
 	return plain, nil
 }
 
+// backupOpens tells whether the NetHSM has a backup passphrase, and whether it is this one: it begins a backup, which
+// changes nothing, and reads its first bytes. Another one is an *hsm.PINError. The view is that of a user with the role Backup.
+func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, err error) {
+	var beginning beginning
+	_, err = c.Backup(ctx, &beginning)
+	var no *Error
+	switch {
+	case errors.As(err, &no) && no.Status == http.StatusPreconditionFailed && !no.outOfService():
+		return false, nil
+	case err != nil && !errors.Is(err, errEnough):
+		return false, err
+	}
+	b := &backupReader{in: bufio.NewReader(bytes.NewReader(beginning))}
+	if _, err := b.header(); err != nil {
+		return true, err
+	}
+	return true, b.open(passphrase, backupKey)
+}
+
+// beginning keeps the first bytes written to it and then wants no more.
+type beginning []byte
+
+// beginningSize is more than the header of a backup has, which is 350 bytes.
+const beginningSize = 4 << 10
+
+var errEnough = errors.New("that is enough")
+
+func (b *beginning) Write(p []byte) (int, error) {
+	*b = append(*b, p...)
+	if len(*b) >= beginningSize {
+		return len(p), errEnough
+	}
+	return len(p), nil
+}
+
 func (b *backupReader) damaged(format string, args ...any) error {
 	return fmt.Errorf("reading the backup: %w: before byte %d "+format+"; make another one", append([]any{ErrBackup, b.offset}, args...)...)
 }
@@ -355,6 +392,62 @@ func CheckBackupFile(path string, passphrase []byte) (BackupInfo, error) {
 	}
 	defer file.Close()
 	return ReadBackup(file, passphrase)
+}
+
+// Backup is a backup that was read to its end and found whole.
+type Backup struct {
+	Info    BackupInfo
+	content []byte
+}
+
+// LoadBackup reads a backup file, checks it as [ReadBackup] does, and keeps it, so that what was checked is what will be restored. A
+// file larger than [MaxBackup] is [ErrBackup].
+func LoadBackup(path string, passphrase []byte) (Backup, error) {
+	content, err := readLimited(path)
+	if err != nil {
+		return Backup{}, err
+	}
+	info, err := ReadBackup(bytes.NewReader(content), passphrase)
+	if err != nil {
+		return Backup{}, err
+	}
+	return Backup{Info: info, content: content}, nil
+}
+
+func readLimited(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading the backup: %w", err)
+	}
+	defer file.Close()
+	content, err := io.ReadAll(io.LimitReader(file, MaxBackup+1))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("reading the backup: %w", err)
+	case len(content) > MaxBackup:
+		return nil, fmt.Errorf("reading the backup: %w that can be restored: it is larger than %d bytes", ErrBackup, MaxBackup)
+	}
+	return content, nil
+}
+
+// RestoreBackup restores a backup to one node and returns the state that it is in afterwards. See [Client.Restore] for what that does to
+// the node, and who may.
+func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []byte) (State, error) {
+	if err := c.Restore(ctx, Restoration{Backup: bytes.NewReader(backup.content), Passphrase: passphrase}); err != nil {
+		return "", err
+	}
+	return c.State(ctx)
+}
+
+// SaveBackup makes a backup into a new file with mode 0600 and returns what it holds. The view must have the credentials of
+// a user with the role Backup. The backup goes to a temporary file of the same folder, is synced, read again and checked as
+// [ReadBackup] does, with the passphrase where one is given, and only then gets its name: a file of that name is a whole
+// backup. An existing file is never replaced (fs.ErrExist). Whatever fails leaves no file behind.
+func (c *Client) SaveBackup(ctx context.Context, path string, passphrase []byte) (BackupInfo, error) {
+	return saveBackup(path, passphrase, osFiles{}, func(w io.Writer) error {
+		_, err := c.Backup(ctx, w)
+		return err
+	})
 }
 
 // saveBackup saves what fetch writes.
