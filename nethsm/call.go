@@ -1,16 +1,14 @@
 package nethsm
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"mime"
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -22,6 +20,10 @@ const apiPath = "/api/v1"
 // defaultLimit is how large an answer may be where the call does not say.
 const defaultLimit = 1 << 20
 
+// limitPause is how long a request that came too soon after a wrong password waits before its second try. A NetHSM asks for
+// a second.
+const limitPause = 1100 * time.Millisecond
+
 // call is one request to a NetHSM.
 type call struct {
 	op     string // what it does, a gerund for errors: "decrypting with key \"k\""
@@ -29,8 +31,8 @@ type call struct {
 	path   string // below /api/v1, escaped
 	query  url.Values
 
-	body        any    // sent as JSON and wiped; see [secret] for what must not stay in memory
-	raw         []byte // sent as it is, with contentType; not wiped, it is the caller's
+	body        any    // sent as JSON and wiped; passphrases in it are [secret]
+	raw         []byte // sent as it is, with contentType; the caller's, who may wipe it when do has returned
 	contentType string // of raw
 	ifMatch     string // an ETag; empty: no condition
 
@@ -52,106 +54,6 @@ type answer struct {
 	node   string // host:port of the node that answered
 }
 
-// secret is a value of a JSON body that is wiped with it: a passphrase.
-type secret []byte
-
-// MarshalJSON implements json.Marshaler.
-func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(string(s)) }
-
-// do sends a call and returns the answer. An answer with another status than the wanted is an [*Error]. No answer at all is
-// hsm.ErrUnavailable, with hsm.ErrMayHaveHappened where a call that creates had been sent. When ctx ends its error is
-// returned.
-func (c *Client) do(ctx context.Context, in call) (answer, error) {
-	timeout := in.timeout
-	if timeout == 0 {
-		timeout = c.pool.timeout
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	body, err := in.encode()
-	if err != nil {
-		return answer{}, err
-	}
-	if in.body != nil {
-		defer clear(body)
-	}
-	return c.send(ctx, c.nodes()[0], in, body)
-}
-
-// encode returns the body of the request; nil for none.
-func (in *call) encode() ([]byte, error) {
-	if in.body == nil {
-		return in.raw, nil
-	}
-	body, err := json.Marshal(in.body)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", in.op, err)
-	}
-	return body, nil
-}
-
-// send sends a call to one node, once.
-func (c *Client) send(ctx context.Context, n *node, in call, body []byte) (answer, error) {
-	address := n.url + apiPath + in.path
-	if len(in.query) > 0 {
-		address += "?" + in.query.Encode()
-	}
-	request, err := http.NewRequestWithContext(ctx, in.method, address, bytes.NewReader(body))
-	if err != nil {
-		return answer{}, fmt.Errorf("%s: %w", in.op, err)
-	}
-	request.Header.Set("User-Agent", c.pool.userAgent)
-	switch {
-	case in.contentType != "":
-		request.Header.Set("Content-Type", in.contentType)
-	case in.body != nil:
-		request.Header.Set("Content-Type", "application/json")
-	}
-	if in.ifMatch != "" {
-		request.Header.Set("If-Match", in.ifMatch)
-	}
-	if c.login != nil && !in.public {
-		request.Header.Set("Authorization", c.login.header)
-	}
-	response, err := n.http.Do(request)
-	if err != nil {
-		return answer{}, c.lost(ctx, n, in, err)
-	}
-	defer response.Body.Close()
-	out := answer{status: response.StatusCode, header: response.Header, node: n.host}
-	if !in.accepts(out.status) {
-		text, err := io.ReadAll(io.LimitReader(response.Body, defaultLimit))
-		if err != nil {
-			return answer{}, c.lost(ctx, n, in, err)
-		}
-		return out, &Error{Op: in.op, Node: n.host, Status: out.status, Message: message(out.header, text)}
-	}
-	if in.sink != nil {
-		if _, err := io.Copy(in.sink, response.Body); err != nil {
-			return answer{}, c.lost(ctx, n, in, err)
-		}
-		return out, nil
-	}
-	limit := in.limit
-	if limit == 0 {
-		limit = defaultLimit
-	}
-	if out.body, err = io.ReadAll(io.LimitReader(response.Body, limit+1)); err != nil {
-		return answer{}, c.lost(ctx, n, in, err)
-	}
-	if int64(len(out.body)) > limit {
-		return answer{}, fmt.Errorf("%s at %s: the answer is larger than %d bytes: %w", in.op, n.host, limit, hsm.ErrUnavailable)
-	}
-	if in.into != nil {
-		defer func() { clear(out.body); out.body = nil }()
-		if err := json.Unmarshal(out.body, in.into); err != nil {
-			return answer{}, fmt.Errorf("%s at %s: the answer (%s) is not the JSON that was expected: %w",
-				in.op, n.host, out.header.Get("Content-Type"), hsm.ErrUnavailable)
-		}
-	}
-	return out, nil
-}
-
 func (in *call) accepts(status int) bool {
 	if in.ok == nil {
 		return status == http.StatusOK || status == http.StatusCreated || status == http.StatusNoContent
@@ -159,27 +61,383 @@ func (in *call) accepts(status int) bool {
 	return slices.Contains(in.ok, status)
 }
 
-// lost is the error of a request without an answer.
-func (c *Client) lost(ctx context.Context, n *node, in call, err error) error {
-	if in.creates {
-		err = errors.Join(hsm.ErrMayHaveHappened, err)
+// do sends a call to the node that is best placed to serve it, and to the next one while that is harmless and of use: where
+// a node does not answer or cannot serve, and the call changes nothing or surely did not happen there.
+//
+// An answer that says no is an [*Error]. No usable answer is hsm.ErrUnavailable, with hsm.ErrMayHaveHappened where the call
+// creates and may have been carried out; where several nodes were asked, the error has each one's own cause. When ctx ends,
+// its error is among them. A password that is refused for more than a minute is an hsm.PINError.
+func (c *Client) do(ctx context.Context, in call) (answer, error) {
+	timeout := in.timeout
+	if timeout == 0 {
+		timeout = c.pool.timeout
 	}
-	if ctx.Err() != nil {
-		return fmt.Errorf("%s at %s: %w", in.op, n.host, err)
+	bytes := in.raw
+	if in.body != nil {
+		var err error
+		if bytes, err = encodeJSON(in.body); err != nil {
+			return answer{}, fmt.Errorf("%s: %w", in.op, err)
+		}
 	}
-	return fmt.Errorf("%s at %s: %w: %w", in.op, n.host, hsm.ErrUnavailable, err)
+	if in.sink != nil {
+		in.sink = &tally{to: in.sink}
+	}
+	limited, cancel := context.WithTimeout(ctx, timeout)
+	j := &job{client: c, in: &in, body: &payload{bytes: bytes}, caller: ctx}
+	if !in.public {
+		j.login = c.login
+	}
+	defer j.body.finish(in.body != nil)
+	defer cancel() // first: it ends what may still read the body
+	return j.run(limited)
 }
 
-// message is the sentence of an error's body: {"message": "…"}. Many errors have none, whatever their content type says.
-func message(header http.Header, body []byte) string {
-	if kind, _, _ := mime.ParseMediaType(header.Get("Content-Type")); kind != "application/json" {
-		return ""
+// job is a call on its way.
+type job struct {
+	client *Client
+	in     *call
+	body   *payload
+	login  *login          // nil: no credentials are sent
+	caller context.Context // without the time-out of the call
+
+	tried    set
+	limited  set // those that said 429
+	causes   map[*node]error
+	paused   bool // for 429
+	awaited  bool // a refused password was waited for once
+	unlocked bool // an unlocking was waited for once
+	looked   bool // another request's trial was waited for once
+}
+
+// run sends the call to one node after the other.
+func (j *job) run(ctx context.Context) (answer, error) {
+	p := j.client.pool
+	for ctx.Err() == nil && p.ctx.Err() == nil {
+		next := j.next()
+		if next.node == nil {
+			if !j.wait(ctx, next) {
+				break
+			}
+			continue
+		}
+		out, again, err := j.attempt(ctx, next)
+		if err == nil || !again {
+			return out, err
+		}
 	}
-	var said struct {
-		Message string `json:"message"`
+	return answer{}, j.unserved(ctx)
+}
+
+// next is the node to try next. A view of one node asks that one, whatever is known about it, and so does what needs no
+// credentials: it is asked of nodes that cannot serve otherwise.
+func (j *job) next() choice {
+	nodes := j.client.nodes()
+	next := j.client.pool.choose(nodes, j.tried, j.login)
+	if next.node != nil || j.client.only == nil && !j.in.public {
+		return next
 	}
-	if json.Unmarshal(body, &said) != nil {
-		return ""
+	for _, n := range nodes {
+		if !j.tried.has(n) && !j.login.refusedAt(n) {
+			next.left++
+			if next.node == nil {
+				next.node, next.trial = n, true
+			}
+		}
 	}
-	return said.Message
+	return next
+}
+
+// attempt asks one node. The second result is true where another node, or this one in a moment, may serve.
+func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
+	n, p := next.node, j.client.pool
+	pass, err := j.login.enter(ctx, n)
+	switch {
+	case errors.Is(err, errResting), errors.Is(err, errRefused):
+		return answer{}, true, err // choose anew
+	case err != nil:
+		return answer{}, true, j.failed(n, err)
+	}
+	n.begin(next.trial)
+	out, err := j.send(ctx, next)
+	n.end(next.trial)
+	pass.done(err)
+
+	if err == nil {
+		j.answered(n)
+		return out, false, nil
+	}
+	if lost, is := errors.AsType[*failure](err); is {
+		if ended := j.caller.Err(); ended != nil && lost.cause == nil {
+			lost.cause = ended
+		}
+		if !errors.Is(j.caller.Err(), context.Canceled) {
+			p.rests(n, err, lost.brief)
+		}
+		return answer{}, !lost.lost && !j.written(), j.failed(n, err)
+	}
+	refused, is := errors.AsType[*Error](err)
+	if !is {
+		return answer{}, false, err // the request could not be made
+	}
+	switch status := refused.Status; {
+	case status == http.StatusPreconditionFailed:
+		refused.State = n.askState(ctx)
+		if refused.outOfService() && refused.State != StateOperational {
+			p.rests(n, refused, false)
+			return answer{}, true, j.failed(n, refused)
+		}
+	case status == http.StatusTooManyRequests:
+		j.limited.add(n)
+		return answer{}, true, j.failed(n, refused)
+	case status == http.StatusUnauthorized && j.login != nil:
+		return answer{}, true, j.failed(n, refused)
+	case status >= 500, status >= 300 && status < 400:
+		p.rests(n, refused, true)
+		if !j.in.creates || status == http.StatusNotImplemented {
+			return answer{}, true, j.failed(n, refused)
+		}
+		return out, false, fmt.Errorf("%w; %w", refused, hsm.ErrMayHaveHappened)
+	default:
+		j.answered(n)
+	}
+	return out, false, refused
+}
+
+// answered notes that a node gave an answer of its own. What needs no credentials is answered in every state, so it is no
+// proof that the node serves; but it may have returned, or been unlocked.
+func (j *job) answered(n *node) {
+	if !j.in.public {
+		n.serves(true)
+		return
+	}
+	if resting, is := n.resting(); is && (j.in.method != http.MethodGet || errors.As(resting.cause, new(*failure))) {
+		n.probeSoon()
+	}
+}
+
+// send asks one node, a second time where its connection turns out to have ended before.
+func (j *job) send(ctx context.Context, next choice) (answer, error) {
+	n := next.node
+	var connected func()
+	if next.left > 1 { // a node that hangs must leave time for the others
+		if end, limited := ctx.Deadline(); limited {
+			share, cancel := context.WithCancel(ctx)
+			defer cancel()
+			timer := time.AfterFunc(time.Until(end)/time.Duration(next.left), cancel)
+			defer timer.Stop()
+			if j.in.creates { // once sent, nobody else can be asked
+				connected = func() { timer.Stop() }
+			}
+			ctx = share
+		}
+	}
+	over := n.kept
+	if j.in.creates {
+		over = n.fresh
+	}
+	out, err := n.exchange(ctx, over, j.in, j.body, j.login.authorization(), connected)
+	if lost, is := errors.AsType[*failure](err); is && lost.stale && ctx.Err() == nil && !j.written() {
+		return n.exchange(ctx, n.fresh, j.in, j.body, j.login.authorization(), connected)
+	}
+	return out, err
+}
+
+// failed keeps why a node did not serve.
+func (j *job) failed(n *node, err error) error {
+	if j.causes == nil {
+		j.causes = make(map[*node]error)
+	}
+	j.tried.add(n)
+	j.causes[n] = err
+	return err
+}
+
+// written is true where part of an answer reached the caller: another one cannot replace it.
+func (j *job) written() bool {
+	sink, is := j.in.sink.(*tally)
+	return is && sink.written
+}
+
+// wait waits, once for each reason, for what may let a node serve; false where nothing will.
+func (j *job) wait(ctx context.Context, next choice) bool {
+	p := j.client.pool
+	if next.wait != nil && !j.looked {
+		j.looked = true
+		return p.sleep(ctx, trialPatience, next.wait)
+	}
+	if j.limited != 0 && !j.paused {
+		j.paused = true
+		if !p.sleep(ctx, jittered(limitPause), nil) {
+			return false
+		}
+		j.tried &^= j.limited
+		j.limited = 0
+		return true
+	}
+	if j.login != nil && !j.awaited {
+		j.awaited = true
+		for n, cause := range j.causes { // it was refused, and another request has found out meanwhile that it is right
+			if saidOf(cause) == refused && !j.login.refusedAt(n) {
+				j.tried &^= 1 << n.index
+				return true
+			}
+		}
+		if n := j.login.await(ctx, j.client.nodes()); n != nil {
+			j.tried &^= 1 << n.index
+			return true
+		}
+	}
+	if j.client.only == nil && !j.in.public && !j.unlocked {
+		j.unlocked = true
+		for _, n := range j.client.nodes() {
+			if resting, is := n.resting(); is && resting.unlocking != nil {
+				if !p.sleep(ctx, -1, resting.unlocking) {
+					return false
+				}
+				j.tried &^= 1 << n.index
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// sleep waits until the time is over (negative: without limit), the event comes (nil: none does) or ctx or the pool ends,
+// in which case it is false. A wait that ctx would cut short is not begun.
+func (p *pool) sleep(ctx context.Context, limit time.Duration, event <-chan struct{}) bool {
+	var over <-chan time.Time
+	if limit >= 0 {
+		if end, limited := ctx.Deadline(); event == nil && limited && time.Until(end) <= limit {
+			return false
+		}
+		timer := time.NewTimer(limit)
+		defer timer.Stop()
+		over = timer.C
+	}
+	select {
+	case <-over:
+	case <-event:
+	case <-ctx.Done():
+		return false
+	case <-p.ctx.Done():
+		return false
+	}
+	return true
+}
+
+// unserved is the error of a call that no node served: each node's own cause.
+func (j *job) unserved(ctx context.Context) error {
+	if j.client.pool.ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", j.in.op, errClosed)
+	}
+	nodes := j.client.nodes()
+	all := &unserved{op: j.in.op}
+	for _, n := range nodes {
+		all.causes = append(all.causes, j.cause(n))
+	}
+	if err := j.caller.Err(); err != nil {
+		all.ended = err
+	}
+	if len(nodes) == 1 && (all.ended == nil || errors.Is(all.causes[0], all.ended)) {
+		return all.causes[0]
+	}
+	return all
+}
+
+// cause is why a node did not serve this call.
+func (j *job) cause(n *node) error {
+	if refusal := j.login.refusal(n, j.in.op); refusal != nil {
+		return refusal
+	}
+	resting, is := n.resting()
+	cause, tried := j.causes[n]
+	switch {
+	case tried:
+	case is:
+		cause = reworded(resting.cause, j.in.op)
+	default:
+		cause = &failure{op: j.in.op, node: n.host, text: "it was not asked any more: the time was up"}
+	}
+	if is && resting.unlockErr != nil {
+		return &unlockFailed{cause, resting.unlockErr}
+	}
+	return cause
+}
+
+// reworded is an earlier error of a node, told as that of another call.
+func reworded(err error, op string) error {
+	if refused, is := errors.AsType[*Error](err); is {
+		again := *refused
+		again.Op = op
+		return &again
+	}
+	if lost, is := errors.AsType[*failure](err); is {
+		again := *lost
+		again.op, again.lost = op, false
+		return &again
+	}
+	return err
+}
+
+// unserved says that no node served a call. It is what all its causes are, and unavailable where one of them is: that one
+// node is Locked does not mean that only a person can help.
+type unserved struct {
+	op     string
+	causes []error // one for each node
+	ended  error   // of the caller's ctx
+}
+
+func (e *unserved) Error() string {
+	parts := make([]string, 0, len(e.causes)+1)
+	for _, cause := range e.causes {
+		parts = append(parts, cause.Error())
+	}
+	text := strings.Join(parts, "; ")
+	if e.ended != nil {
+		text += "; " + e.ended.Error()
+	}
+	return fmt.Sprintf("no node of the NetHSM serves: %s", text)
+}
+
+func (e *unserved) Is(target error) bool {
+	if e.ended != nil && errors.Is(e.ended, target) {
+		return true
+	}
+	is := 0
+	for _, cause := range e.causes {
+		if errors.Is(cause, target) {
+			is++
+		}
+	}
+	return is == len(e.causes) || is > 0 && target == hsm.ErrUnavailable
+}
+
+// As finds the causes' types. A password that is wrong on one node is so on all.
+func (e *unserved) As(target any) bool {
+	for _, cause := range e.causes {
+		if errors.As(cause, target) {
+			return true
+		}
+	}
+	return false
+}
+
+// unlockFailed is the cause of a Locked node that could not be unlocked by itself.
+type unlockFailed struct{ cause, unlock error }
+
+func (e *unlockFailed) Error() string {
+	return fmt.Sprintf("%v; unlocking it by itself did not work: %v", e.cause, e.unlock)
+}
+
+func (e *unlockFailed) Unwrap() error { return e.cause }
+
+// tally notes that a sink has got something.
+type tally struct {
+	to      io.Writer
+	written bool
+}
+
+func (t *tally) Write(p []byte) (int, error) {
+	t.written = true
+	return t.to.Write(p)
 }

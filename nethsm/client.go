@@ -1,11 +1,8 @@
 package nethsm
 
 import (
-	"context"
 	"fmt"
 	"strings"
-
-	"vault-plugin-secrets-nitrokey/hsm"
 )
 
 // Client speaks to the nodes of one NetHSM. It is safe for concurrent use.
@@ -21,7 +18,7 @@ type Client struct {
 
 // New checks the options and returns a client. It does no I/O. Every complaint is [ErrConfig].
 func New(options Options) (*Client, error) {
-	pool, err := newPool(options)
+	pool, err := newPool(options, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -30,13 +27,12 @@ func New(options Options) (*Client, error) {
 
 // Close ends what runs in the background and closes the idle connections. Calls in flight are not waited for; they fail.
 func (c *Client) Close() error {
-	c.pool.close()
-	return nil
+	return c.pool.close()
 }
 
 // As returns a view that sends these credentials, which are copied.
 func (c *Client) As(credentials Credentials) *Client {
-	return &Client{pool: c.pool, login: c.pool.loginOf(credentials), only: c.only}
+	return &Client{pool: c.pool, login: c.pool.login(credentials), only: c.only}
 }
 
 // At returns a view of the one node with this URL, as it was given in [Options] or as [Client.URLs] lists it. There is no
@@ -62,9 +58,6 @@ func (c *Client) URLs() []string {
 	}
 	return urls
 }
-
-// Nodes implements [hsm.Clustered].
-func (c *Client) Nodes(_ context.Context) []hsm.Node { return nil }
 
 // nodes are those that may serve this view.
 func (c *Client) nodes() []*node {

@@ -1,110 +1,361 @@
 package nethsm
 
 import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/url"
-	"strings"
+	mathrand "math/rand/v2"
+	"net/http"
+	"sync"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
 )
 
 const (
 	defaultTimeout     = 10 * time.Second
 	defaultConnections = 32
 	defaultUserAgent   = "nitroseal"
+	maxNodes           = 64
+	probeTimeout       = 5 * time.Second
+	unlockTimeout      = 30 * time.Second // it takes about 2 s
 )
 
-// pool is what all views of a client share: the nodes and what is known about them.
+// errClosed is the cause of what fails because of Close.
+var errClosed = fmt.Errorf("the client was closed: %w", hsm.ErrUnavailable)
+
+// pool is what all views of a client share: the nodes, their connections and what is known about them. It owns every
+// goroutine of the client.
 type pool struct {
-	nodes     []*node
-	timeout   time.Duration
-	userAgent string
-	logger    *slog.Logger
+	nodes       []*node
+	timeout     time.Duration
+	logger      *slog.Logger
+	connections *connections
+
+	ctx    context.Context // ends with close
+	cancel context.CancelFunc
+	wait   sync.WaitGroup
+
+	mu       sync.Mutex
+	closed   bool
+	turn     int // where the search for a node begins, so that equals take turns
+	unlocker unlocker
+	logins   map[[sha256.Size]byte]*login
+	key      [sha256.Size]byte // of the fingerprints in logins
 }
 
-// login is a user and password.
-type login struct {
-	header string // of Authorization
-}
+// unlocker unlocks the one node of a view. A wrong passphrase is an [*hsm.PINError].
+type unlocker func(ctx context.Context, at *Client) error
 
-func newPool(options Options) (*pool, error) {
-	p := &pool{timeout: options.Timeout, userAgent: options.UserAgent, logger: options.Logger}
-	if p.timeout == 0 {
-		p.timeout = defaultTimeout
+func newPool(options Options, dial dialFunc) (*pool, error) {
+	switch {
+	case len(options.URLs) == 0:
+		return nil, fmt.Errorf("%w: there is no URL; give at least one, https://host:port", ErrConfig)
+	case len(options.URLs) > maxNodes:
+		return nil, fmt.Errorf("%w: there are %d URLs, and %d at most are allowed", ErrConfig, len(options.URLs), maxNodes)
+	case options.Timeout < 0 || options.Connections < 0:
+		return nil, fmt.Errorf("%w: the time-out and the number of connections cannot be negative", ErrConfig)
 	}
-	if p.userAgent == "" {
-		p.userAgent = defaultUserAgent
-	}
-	if p.logger == nil {
-		p.logger = slog.New(slog.DiscardHandler)
+	if options.Timeout == 0 {
+		options.Timeout = defaultTimeout
 	}
 	if options.Connections == 0 {
 		options.Connections = defaultConnections
 	}
-	if len(options.URLs) == 0 {
-		return nil, fmt.Errorf("%w: it has no URL; give at least one, https://host:port", ErrConfig)
+	if options.UserAgent == "" {
+		options.UserAgent = defaultUserAgent
 	}
-	for _, text := range options.URLs {
+	if options.Logger == nil {
+		options.Logger = slog.New(slog.DiscardHandler)
+	}
+	trust, err := newTrust(options.TLS)
+	if err != nil {
+		return nil, err
+	}
+	p := &pool{timeout: options.Timeout, logger: options.Logger, logins: make(map[[sha256.Size]byte]*login)}
+	if _, err := rand.Read(p.key[:]); err != nil {
+		return nil, fmt.Errorf("making a random key: %w", err)
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.connections = newConnections(p.ctx, dial)
+	known := make(map[string]bool)
+	for i, text := range options.URLs {
 		base, err := parseURL(text)
 		if err != nil {
-			return nil, err
+			return nil, errors.Join(err, p.close())
 		}
-		n, err := newNode(base, options)
-		if err != nil {
-			return nil, err
+		if known[base] {
+			return nil, errors.Join(fmt.Errorf("%w: the URL %s is given twice", ErrConfig, base), p.close())
 		}
-		p.nodes = append(p.nodes, n)
+		known[base] = true
+		p.nodes = append(p.nodes, newNode(i, base, options, trust, p.connections.dial, options.Logger))
 	}
 	return p, nil
 }
 
-func (p *pool) loginOf(credentials Credentials) *login {
+// close ends what runs in the background and every connection.
+func (p *pool) close() error {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.cancel()
+	p.connections.close()
+	p.wait.Wait()
+	for _, n := range p.nodes {
+		n.kept.CloseIdleConnections()
+		n.fresh.CloseIdleConnections()
+	}
+	return nil
+}
+
+// start runs something in the background until close, which waits for it.
+func (p *pool) start(run func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.wait.Go(run)
+	}
+}
+
+// setUnlocker makes nodes that are found Locked be unlocked by themselves, in the background: one try at a time for each
+// node, never more than one a second, and none after a wrong passphrase until the next setUnlocker.
+func (p *pool) setUnlocker(unlock unlocker) {
+	p.mu.Lock()
+	p.unlocker = unlock
+	p.mu.Unlock()
+	for _, n := range p.nodes {
+		n.mu.Lock()
+		n.unlockBarred = false
+		if n.rest != nil {
+			n.rest.unlockErr = nil
+		}
+		n.mu.Unlock()
+		n.probeSoon()
+	}
+}
+
+// login returns the login with these credentials; views with the same ones share it. A login of which nothing bad is known
+// need not be remembered.
+func (p *pool) login(credentials Credentials) *login {
 	pair := append([]byte(credentials.Username+":"), credentials.Password...)
 	defer clear(pair)
-	return &login{header: "Basic " + base64.StdEncoding.EncodeToString(pair)}
+	mac := hmac.New(sha256.New, p.key[:])
+	mac.Write(pair)
+	fingerprint := [sha256.Size]byte(mac.Sum(nil))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if known := p.logins[fingerprint]; known != nil {
+		return known
+	}
+	for fingerprint, l := range p.logins {
+		if !l.refusedAnywhere() {
+			delete(p.logins, fingerprint)
+		}
+	}
+	l := newLogin(p, credentials.Username, "Basic "+base64.StdEncoding.EncodeToString(pair))
+	p.logins[fingerprint] = l
+	return l
 }
 
-func (p *pool) close() {
-	for _, n := range p.nodes {
-		n.http.CloseIdleConnections()
+// set is a set of nodes, by their index.
+type set uint64
+
+func (s set) has(n *node) bool { return s&(1<<n.index) != 0 }
+func (s *set) add(n *node)     { *s |= 1 << n.index }
+
+// choice is the node that a request should try next.
+type choice struct {
+	node  *node
+	trial bool            // it rests, and the request finds out whether it still must
+	left  int             // nodes to try, this one included
+	wait  <-chan struct{} // node is nil: closed when another request's trial has its outcome
+}
+
+// choose picks a node that was not tried: of those that serve, and that do not refuse the login, the one with the fewest
+// requests in flight; equals take turns. Where there is none, a resting one whose last try is long enough ago.
+func (p *pool) choose(nodes []*node, tried set, login *login) choice {
+	p.mu.Lock()
+	p.turn++
+	start := p.turn
+	p.mu.Unlock()
+	var best choice
+	fewest, resting := 0, false
+	for i := range nodes {
+		n := nodes[(start+i)%len(nodes)]
+		if tried.has(n) || login.refusedAt(n) {
+			continue
+		}
+		n.mu.Lock()
+		rests, load := n.rest != nil, n.inFlight
+		n.mu.Unlock()
+		if rests {
+			resting = true
+			continue
+		}
+		best.left++
+		if best.node == nil || load < fewest {
+			best.node, fewest = n, load
+		}
+	}
+	if best.node != nil || !resting {
+		return best
+	}
+	for i := range nodes {
+		n := nodes[(start+i)%len(nodes)]
+		if tried.has(n) || login.refusedAt(n) {
+			continue
+		}
+		n.mu.Lock()
+		switch {
+		case n.rest == nil:
+			best.node, best.trial = n, false // it has just come back
+			best.left++
+		case n.rest.trial != nil:
+			best.wait = n.rest.trial
+		case n.rest.brief || time.Since(n.rest.tried) >= restTries:
+			best.left++
+			if best.node == nil {
+				best.node, best.trial = n, true
+			}
+		}
+		n.mu.Unlock()
+	}
+	return best
+}
+
+// rests lets a node rest because of the outcome of a request, and has it probed until it serves again.
+func (p *pool) rests(n *node, cause error, brief bool) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	begun := n.fails(cause, brief)
+	if errors.Is(cause, hsm.ErrLocked) {
+		p.announceUnlock(n)
+	}
+	if begun {
+		p.start(func() { p.probe(n) })
 	}
 }
 
-// parseURL checks the URL of a node and returns it as scheme://host:port.
-func parseURL(text string) (string, error) {
-	parsed, err := url.Parse(text)
-	switch {
-	case err != nil:
-		return "", fmt.Errorf("%w: a URL of a node cannot be read; it should be https://host:port", ErrConfig)
-	case parsed.User != nil:
-		return "", fmt.Errorf("%w: the URL of node %s holds a user; credentials have settings of their own", ErrConfig, parsed.Host)
-	case parsed.Hostname() == "":
-		return "", fmt.Errorf("%w: the URL %q names no host; it should be https://host:port", ErrConfig, text)
-	case parsed.RawQuery != "" || parsed.Fragment != "":
-		return "", fmt.Errorf("%w: the URL %q should end after the port", ErrConfig, text)
-	}
-	switch strings.TrimSuffix(parsed.Path, "/") {
-	case "", apiPath:
-	default:
-		return "", fmt.Errorf("%w: the URL %q should end after the port, or in %s", ErrConfig, text, apiPath)
-	}
-	host, port := parsed.Hostname(), parsed.Port()
-	switch parsed.Scheme {
-	case "https":
-		if port == "" {
-			port = "443"
+// probe asks a resting node whether it is ready, with growing pauses, until it serves again.
+func (p *pool) probe(n *node) {
+	for {
+		resting, is := n.resting()
+		if !is {
+			return
 		}
-	case "http":
-		if address := net.ParseIP(host); host != "localhost" && (address == nil || !address.IsLoopback()) {
-			return "", fmt.Errorf("%w: the URL %q would send passwords in the clear; http is for a loopback address only", ErrConfig, text)
+		if !p.unlock(n) { // after unlocking it is asked at once
+			n.mu.Lock()
+			pause := backoff[min(n.level, len(backoff)-1)]
+			n.level++
+			n.mu.Unlock()
+			timer := time.NewTimer(jittered(pause))
+			select {
+			case <-timer.C:
+			case <-resting.kick:
+				timer.Stop()
+			case <-resting.over:
+				timer.Stop()
+				return
+			case <-p.ctx.Done():
+				timer.Stop()
+				return
+			}
 		}
-		if port == "" {
-			port = "80"
+		switch err := p.ready(n); {
+		case p.ctx.Err() != nil:
+			return
+		case err == nil:
+			n.serves(false)
+		default:
+			p.rests(n, err, false)
 		}
-	default:
-		return "", fmt.Errorf("%w: the URL %q should begin with https://", ErrConfig, text)
 	}
-	return parsed.Scheme + "://" + net.JoinHostPort(strings.ToLower(host), port), nil
+}
+
+// ready asks a node whether it can serve. Where its state does not allow it, the error tells the state.
+func (p *pool) ready(n *node) error {
+	ctx, cancel := context.WithTimeout(p.ctx, probeTimeout)
+	defer cancel()
+	in := call{op: "asking whether it is ready", method: http.MethodGet, path: "/health/ready", public: true}
+	_, err := n.exchange(ctx, n.fresh, &in, &payload{}, "", nil)
+	if refused, is := errors.AsType[*Error](err); is && refused.Status == http.StatusPreconditionFailed {
+		refused.State = n.askState(ctx)
+	}
+	return err
+}
+
+// askState asks a node for its state: empty where it does not say.
+func (n *node) askState(ctx context.Context) State {
+	var got struct {
+		State State `json:"state"`
+	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	in := call{op: "asking for the state", method: http.MethodGet, path: "/health/state", into: &got}
+	if _, err := n.exchange(ctx, n.fresh, &in, &payload{}, "", nil); err != nil {
+		return ""
+	}
+	return got.State
+}
+
+// announceUnlock notes that a Locked node is about to be unlocked, so that requests can wait for it.
+func (p *pool) announceUnlock(n *node) {
+	p.mu.Lock()
+	has := p.unlocker != nil
+	p.mu.Unlock()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if has && !n.unlockBarred && n.rest != nil && n.rest.unlocking == nil && n.rest.unlockErr == nil {
+		n.rest.unlocking = make(chan struct{})
+	}
+}
+
+// unlock unlocks a Locked node where somebody has said how; true when that was tried and worked.
+func (p *pool) unlock(n *node) bool {
+	p.mu.Lock()
+	unlock := p.unlocker
+	p.mu.Unlock()
+	n.mu.Lock()
+	if unlock == nil || n.unlockBarred || n.rest == nil || !errors.Is(n.rest.cause, hsm.ErrLocked) || time.Since(n.unlockTried) < limitPause {
+		n.mu.Unlock()
+		return false
+	}
+	n.unlockTried = time.Now()
+	n.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(p.ctx, unlockTimeout)
+	defer cancel()
+	err := unlock(ctx, &Client{pool: p, only: n})
+
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.rest == nil { // a request found it unlocked
+		return true
+	}
+	n.rest.unlockErr = err
+	n.rest.brief = err == nil // requests need not wait for the probe
+	if _, wrong := errors.AsType[*hsm.PINError](err); wrong {
+		n.unlockBarred = true
+		n.logger.Error("unlocking a node of the NetHSM by itself is given up: its unlock passphrase is another one", "node", n.host, "error", err)
+	} else if err != nil && p.ctx.Err() == nil {
+		n.logger.Warn("unlocking a node of the NetHSM by itself did not work; it is tried again", "node", n.host, "error", err)
+	} else if err == nil {
+		n.logger.Info("a node of the NetHSM was unlocked by itself", "node", n.host)
+	}
+	if n.rest.unlocking != nil {
+		close(n.rest.unlocking)
+		n.rest.unlocking = nil
+	}
+	return err == nil
+}
+
+// jittered is a pause and up to a fifth of it more, so that many clients do not come back at one time.
+func jittered(pause time.Duration) time.Duration {
+	return pause + mathrand.N(pause/5+1) //nolint:gosec // it spreads load and guards nothing
 }

@@ -3,7 +3,6 @@ package nethsm
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -78,7 +77,7 @@ func (r *Restoration) multipart() (body []byte, contentType string, err error) {
 	if r.Time.IsZero() {
 		r.Time = time.Now()
 	}
-	arguments, err := json.Marshal(struct {
+	arguments, err := encodeJSON(struct {
 		Passphrase secret `json:"backupPassphrase"`
 		Time       string `json:"systemTime"`
 	}{secret(r.Passphrase), timestamp(r.Time)})

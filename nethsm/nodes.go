@@ -1,0 +1,108 @@
+package nethsm
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+// nodesTimeout is what each node gets to tell how it fares.
+const nodesTimeout = 5 * time.Second
+
+// Nodes asks the nodes of this view how they fare, all at one time, each with a deadline of its own, and lists them in the
+// order of the configuration. Serial and firmware are asked for only where the view has the credentials of an Administrator
+// of the root namespace: a NetHSM tells nobody else.
+func (c *Client) Nodes(ctx context.Context) []hsm.Node {
+	nodes := c.nodes()
+	out := make([]hsm.Node, len(nodes))
+	var wait sync.WaitGroup
+	for i, n := range nodes {
+		wait.Go(func() { out[i] = c.describe(ctx, n) })
+	}
+	wait.Wait()
+	return out
+}
+
+// describe asks one node.
+func (c *Client) describe(ctx context.Context, n *node) hsm.Node {
+	ctx, cancel := context.WithTimeout(ctx, nodesTimeout)
+	defer cancel()
+	out := hsm.Node{URL: n.url, State: hsm.StateAbsent}
+	state, took, err := n.measure(ctx)
+	if ends := n.certificateEnds.Load(); ends != nil {
+		out.CertificateEnds = *ends
+	}
+	resting, rests := n.resting()
+	out.Resting = rests
+	if err != nil {
+		out.Err = err
+		return out
+	}
+	out.State, out.RoundTrip = state.HSM(), took
+	switch {
+	case state != StateOperational:
+		out.Err = &Error{
+			Op: "asking how it fares", Node: n.host, Status: http.StatusPreconditionFailed, Message: messageState, State: state,
+		}
+		if rests && resting.unlockErr != nil {
+			out.Err = &unlockFailed{out.Err, resting.unlockErr}
+		}
+	case rests:
+		out.Err = reworded(resting.cause, "asking how it fares")
+	default:
+		out.Err = c.login.refusal(n, "asking how it fares")
+	}
+	if out.Err == nil && c.administers(ctx, n) {
+		alone := &Client{pool: c.pool, login: c.login, only: n}
+		if info, err := alone.SystemInfo(ctx); err == nil {
+			out.Serial, out.Firmware = info.DeviceID, info.SoftwareVersion
+		} else {
+			out.Err = err
+		}
+	}
+	return out
+}
+
+// measure asks for the state and how long that takes on a connection that is there.
+func (n *node) measure(ctx context.Context) (State, time.Duration, error) {
+	var got struct {
+		State State `json:"state"`
+	}
+	in := call{op: "asking for the state", method: http.MethodGet, path: "/health/state", into: &got}
+	var connected time.Time
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = time.Now() }})
+	_, err := n.exchange(traced, n.fresh, &in, &payload{}, "", nil)
+	return got.State, time.Since(connected), err
+}
+
+// administers is true where the view's user is an Administrator of the root namespace, as the NetHSM says. It is asked once.
+func (c *Client) administers(ctx context.Context, n *node) bool {
+	if c.login == nil || strings.Contains(c.login.username, "~") {
+		return false
+	}
+	if known := c.login.role.Load(); known != nil {
+		return *known == RoleAdministrator
+	}
+	var got struct {
+		Role Role `json:"role"`
+	}
+	alone := &Client{pool: c.pool, login: c.login, only: n}
+	_, err := alone.do(ctx, call{
+		op: "asking for the user's role", method: http.MethodGet, path: "/users/" + url.PathEscape(c.login.username), into: &got,
+	})
+	if errors.Is(err, hsm.ErrForbidden) { // Metrics and Backup may not even ask
+		got.Role, err = "none of an Administrator", nil
+	}
+	if err != nil {
+		return false
+	}
+	c.login.role.Store(&got.Role)
+	return got.Role == RoleAdministrator
+}

@@ -1,0 +1,308 @@
+package nethsm
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+)
+
+const (
+	dialTimeout  = 10 * time.Second // of TCP and TLS each; a call's own deadline is shorter most of the time
+	idleTimeout  = 90 * time.Second
+	errorLimit   = 64 << 10 // of an answer that says no
+	headerLimit  = 64 << 10
+	keepAliveTCP = 15 * time.Second
+)
+
+// newTransport makes the connections to one node. A NetHSM speaks HTTP/1.1. Nothing comes from the environment: a proxy
+// there would see where the HSM is asked.
+//
+// A transport that keeps connections may find one that the node has closed meanwhile. Package net/http then sends a GET, and
+// whatever it has not begun to write, once more by itself; anything else fails, although the node most likely never saw it.
+// What creates must not live with that doubt, so it goes over a transport that keeps none (keep 0).
+func newTransport(config *tls.Config, dial dialFunc, keep int) *http.Transport {
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
+	return &http.Transport{
+		DialContext:            dial,
+		TLSClientConfig:        config,
+		TLSHandshakeTimeout:    dialTimeout,
+		DisableKeepAlives:      keep == 0,
+		MaxIdleConnsPerHost:    keep,
+		MaxConnsPerHost:        keep,
+		IdleConnTimeout:        idleTimeout,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: headerLimit,
+		Protocols:              &protocols,
+	}
+}
+
+type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+// connections are those that a pool has open, so that Close can end them.
+type connections struct {
+	dialer dialFunc
+	ctx    context.Context // ends with Close
+	mu     sync.Mutex
+	open   map[*connection]struct{} // nil: closed
+}
+
+// connection leaves the list when it is closed.
+type connection struct {
+	net.Conn
+	list *connections
+}
+
+func newConnections(ctx context.Context, dialer dialFunc) *connections {
+	if dialer == nil {
+		dialer = (&net.Dialer{KeepAlive: keepAliveTCP}).DialContext
+	}
+	return &connections{dialer: dialer, ctx: ctx, open: make(map[*connection]struct{})}
+}
+
+// dial goes on when the call that needed the connection has given up, because the next one can use it; so it has a limit of
+// its own, and ends with Close.
+func (c *connections) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	defer context.AfterFunc(c.ctx, cancel)()
+	raw, err := c.dialer(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	conn := &connection{raw, c}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open == nil {
+		_ = raw.Close()
+		return nil, net.ErrClosed
+	}
+	c.open[conn] = struct{}{}
+	return conn, nil
+}
+
+// Close implements net.Conn.
+func (c *connection) Close() error {
+	c.list.mu.Lock()
+	delete(c.list.open, c)
+	c.list.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// close ends all connections; none can be opened afterwards.
+func (c *connections) close() {
+	c.mu.Lock()
+	open := c.open
+	c.open = nil
+	c.mu.Unlock()
+	for conn := range open {
+		_ = conn.Conn.Close()
+	}
+}
+
+// failure is a request without a usable answer. It is [hsm.ErrUnavailable], and [hsm.ErrMayHaveHappened] where the node may
+// have done what it was asked to create.
+type failure struct {
+	op, node string
+	text     string // what happened; empty: what cause says
+	cause    error  // for errors.Is and errors.As; never a deadline that was not the caller's
+	lost     bool   // of a request that creates and was, or may have been, sent
+	stale    bool   // a kept connection had ended before the request came
+	brief    bool   // says little about the node: it answered, with nonsense, or had hardly time to
+}
+
+func (f *failure) Error() string {
+	text := f.text
+	switch {
+	case text == "":
+		text = f.cause.Error()
+	case f.cause != nil:
+		text += ": " + f.cause.Error()
+	}
+	if f.lost {
+		text += "; " + hsm.ErrMayHaveHappened.Error()
+	}
+	return fmt.Sprintf("%s at %s: %s", f.op, f.node, text)
+}
+
+func (f *failure) Is(target error) bool {
+	return target == hsm.ErrUnavailable || f.lost && target == hsm.ErrMayHaveHappened
+}
+
+func (f *failure) Unwrap() error { return f.cause }
+
+// progress tells how far a request came.
+type progress struct {
+	connected, reused bool
+	began             atomic.Bool // the node began to answer
+}
+
+// exchange sends a request to a node over one of its transports, once, and reads the answer. The error is an *Error, or a
+// *failure.
+func (n *node) exchange(ctx context.Context, over *http.Transport, in *call, body *payload, authorization string, connected func()) (answer, error) {
+	var so progress
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			so.connected, so.reused = true, info.Reused
+			if connected != nil {
+				connected()
+			}
+		},
+		GotFirstResponseByte: func() { so.began.Store(true) },
+	})
+	request, err := n.request(traced, in, body, authorization)
+	if err != nil {
+		return answer{}, err
+	}
+	began := time.Now()
+	response, err := over.RoundTrip(request)
+	if err != nil {
+		return answer{}, n.failed(ctx, in, &so, began, err)
+	}
+	defer response.Body.Close()
+	out := answer{status: response.StatusCode, header: response.Header, node: n.host}
+	if !in.accepts(out.status) {
+		text, err := readBody(response.Body, response.ContentLength, errorLimit)
+		if err != nil && !errors.Is(err, errTooLarge) {
+			return answer{}, n.failed(ctx, in, &so, began, err)
+		}
+		refused := &Error{Op: in.op, Node: n.host, Status: out.status, Message: message(text)}
+		if place, err := response.Location(); err == nil && out.status >= 300 && out.status < 400 {
+			refused.Message = fmt.Sprintf("Location: %s://%s%s", place.Scheme, place.Host, place.EscapedPath())
+		}
+		return out, refused
+	}
+	if err := in.read(&out, response); err != nil {
+		return answer{}, n.failed(ctx, in, &so, began, err)
+	}
+	return out, nil
+}
+
+// request builds the request. It has no Accept header, which some endpoints would answer with 406, and no Expect, which a
+// NetHSM leaves without an answer. The length is always announced.
+func (n *node) request(ctx context.Context, in *call, body *payload, authorization string) (*http.Request, error) {
+	address := n.url + apiPath + in.path
+	if len(in.query) > 0 {
+		address += "?" + in.query.Encode()
+	}
+	request, err := http.NewRequestWithContext(ctx, in.method, address, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", in.op, err)
+	}
+	if len(body.bytes) > 0 {
+		request.Body = body.open()
+		request.ContentLength = int64(len(body.bytes))
+		if !in.creates {
+			request.GetBody = func() (io.ReadCloser, error) { return body.open(), nil }
+		}
+	}
+	request.Header["User-Agent"] = n.userAgent
+	if in.contentType != "" {
+		request.Header["Content-Type"] = []string{in.contentType}
+	} else if in.body != nil {
+		request.Header["Content-Type"] = contentJSON
+	}
+	if in.ifMatch != "" {
+		request.Header["If-Match"] = []string{in.ifMatch}
+	}
+	if authorization != "" {
+		request.Header["Authorization"] = []string{authorization}
+	}
+	return request, nil
+}
+
+var contentJSON = []string{"application/json"}
+
+// read takes the body of an answer to where the call wants it.
+func (in *call) read(out *answer, response *http.Response) error {
+	limit := in.limit
+	if limit == 0 {
+		limit = defaultLimit
+	}
+	if in.sink != nil {
+		written, err := io.Copy(in.sink, io.LimitReader(response.Body, limit+1))
+		if err == nil && written > limit {
+			err = errTooLarge
+		}
+		return err
+	}
+	body, err := readBody(response.Body, response.ContentLength, limit)
+	if err != nil {
+		return err
+	}
+	if in.into == nil {
+		out.body = body
+		return nil
+	}
+	defer clear(body)
+	if err := decodeJSON(body, out.header, in.into); err != nil {
+		return fmt.Errorf("%w: %w", ErrAnswer, err)
+	}
+	return nil
+}
+
+// failed says what happened to a request without a usable answer.
+func (n *node) failed(ctx context.Context, in *call, so *progress, began time.Time, err error) error {
+	took := time.Since(began)
+	f := &failure{op: in.op, node: n.host, lost: in.creates && so.connected, cause: err}
+	switch {
+	case errors.Is(err, errTooLarge):
+		limit := in.limit
+		if limit == 0 {
+			limit = defaultLimit
+		}
+		f.text, f.cause, f.brief = fmt.Sprintf("the answer has more than %d bytes, which no answer to this has", limit), ErrAnswer, true
+	case errors.Is(err, ErrAnswer):
+		f.brief = true
+	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled):
+		f.text, f.cause = fmt.Sprintf("no answer within %v", took.Round(time.Millisecond)), nil
+		if !so.connected {
+			f.text = fmt.Sprintf("no connection within %v", took.Round(time.Millisecond))
+		}
+		f.brief = took < enoughTime || f.lost
+	case !so.connected:
+		if certificate := n.trust.certificateError(n.host, err); certificate != nil {
+			n.certificateEnds.Store(&certificate.NotAfter)
+			f.cause = certificate
+		} else {
+			f.text = "no connection"
+		}
+	case so.began.Load():
+		f.text = "the answer broke off"
+	default:
+		f.text = "the connection ended before an answer came"
+		f.stale = so.reused && !in.creates
+	}
+	return f
+}
+
+// payload is the body of a call. Each of its requests reads the bytes anew.
+type payload struct {
+	bytes   []byte
+	readers sync.WaitGroup
+}
+
+func (p *payload) open() io.ReadCloser {
+	p.readers.Add(1)
+	return &outgoing{Reader: bytes.NewReader(p.bytes), done: p.readers.Done}
+}
+
+// finish waits until no request reads the bytes any more, which is soon after the last one ended, and clears them where they
+// are ours.
+func (p *payload) finish(wipe bool) {
+	p.readers.Wait()
+	if wipe {
+		clear(p.bytes)
+	}
+}
