@@ -21,7 +21,7 @@ func (k *Keyring) Adopt(ctx context.Context, name string, request AdoptRequest) 
 	if err := check(name, request); err != nil {
 		return nil, err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return nil, err
 	}

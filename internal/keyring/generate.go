@@ -159,7 +159,7 @@ func (k *Keyring) rotateAdopt(ctx context.Context, name string, request AdoptReq
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +206,7 @@ func (k *Keyring) Finish(ctx context.Context, name string) (*Key, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -353,7 +353,7 @@ func (k *Keyring) abandon(ctx context.Context, name string, undo func(context.Co
 	if err := checkName(name); err != nil {
 		return err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return err
 	}

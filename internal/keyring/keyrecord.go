@@ -104,7 +104,7 @@ func (k *Keyring) Restore(ctx context.Context, name string, request RestoreReque
 		return nil, fmt.Errorf("restoring key %q: %w: it is the record of key %q, whose envelopes name it; restore it under that name",
 			name, ErrInvalid, restored.Name)
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return nil, err
 	}

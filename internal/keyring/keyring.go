@@ -44,6 +44,9 @@ type Config struct {
 	// CacheRecords keeps parsed records in memory, so that sealing and opening do not read the store. Set it only where
 	// nobody else writes the store, or where [Keyring.Invalidate] is called for every foreign write.
 	CacheRecords bool
+	// Lock lets the slow changes of one key take turns among processes that share the store: two that made the same HSM key
+	// at once would make two. It waits until ctx ends. Nil where there is one process.
+	Lock func(ctx context.Context, name string) (unlock func(), err error)
 	// SealAuthKeys keeps authentication keys out of the records, for a store that a thief may read: they lie in their
 	// envelopes only, and the first use of a version in a Keyring opens its own, at the cost of one private-key operation.
 	// A record with one in the clear is refused: whoever put it there could make envelopes that open.
@@ -52,7 +55,7 @@ type Config struct {
 
 // Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods
 // are safe for concurrent use. Use one Keyring for each store: mutations of one key take turns within a Keyring, and
-// among several by compare-and-swap.
+// among several by compare-and-swap, and by [Config.Lock] where they make or delete HSM keys.
 type Keyring struct {
 	records store.Store
 	devices Devices
@@ -63,7 +66,8 @@ type Keyring struct {
 	cache   recordCache
 	found   foundKeys
 	health  deviceHealth
-	sealed  bool // Config.SealAuthKeys
+	lock    func(ctx context.Context, name string) (unlock func(), err error) // Config.Lock; may be nil
+	sealed  bool                                                              // Config.SealAuthKeys
 	opened  openedAuthKeys
 }
 
@@ -75,6 +79,7 @@ func New(config Config) *Keyring {
 		logger:  config.Logger,
 		now:     config.Now,
 		inUse:   config.InUse,
+		lock:    config.Lock,
 		sealed:  config.SealAuthKeys,
 	}
 	if k.logger == nil {

@@ -6,6 +6,23 @@ import (
 	"sync"
 )
 
+// turn waits for the turn to change a key slowly: in this keyring, and among processes. The caller calls unlock once.
+func (k *Keyring) turn(ctx context.Context, name string) (unlock func(), err error) {
+	leave, err := k.locks.lock(ctx, name)
+	if err != nil || k.lock == nil {
+		return leave, err
+	}
+	release, err := k.lock(ctx, name)
+	if err != nil {
+		leave()
+		return nil, fmt.Errorf("waiting for another process to end its change of key %q: %w: try again", name, err)
+	}
+	return func() {
+		release()
+		leave()
+	}, nil
+}
+
 // nameLocks lets the slow changes of one key take turns. The zero value is ready.
 type nameLocks struct {
 	mu   sync.Mutex

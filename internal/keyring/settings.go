@@ -89,7 +89,7 @@ func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest
 	if err := k.unused(ctx, rec, request); err != nil {
 		return err
 	}
-	unlock, err := k.locks.lock(ctx, name)
+	unlock, err := k.turn(ctx, name)
 	if err != nil {
 		return err
 	}

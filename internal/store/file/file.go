@@ -31,6 +31,7 @@ import (
 
 const (
 	lockName        = ".lock"
+	lockPrefix      = ".lock-" // of locks that Lock takes
 	temporaryPrefix = ".writing-"
 )
 
@@ -152,6 +153,20 @@ func (s *Store) Delete(ctx context.Context, name string, expected store.Revision
 		return fmt.Errorf("deleting %q: %w: %w", name, kind(err), err)
 	}
 	return nil
+}
+
+// Lock waits until no other process, and no other goroutine of this one, holds the lock of that name, which has nothing to
+// do with the value of that name: it is for work beside the store that must not be done twice at a time. The caller calls
+// unlock once; the death of a process unlocks as well.
+func (s *Store) Lock(ctx context.Context, name string) (unlock func(), err error) {
+	if err := store.CheckName(name); err != nil {
+		return nil, err
+	}
+	unlock, err = filelock.Lock(ctx, filepath.Join(s.dir, lockPrefix+strings.ReplaceAll(name, "/", "+")))
+	if err != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("locking %q: %w: %w", name, kind(err), err)
+	}
+	return unlock, err
 }
 
 // Close implements [store.Store]; nothing is held open.

@@ -133,3 +133,36 @@ func TestWaitingForTheLockEndsWithTheContext(t *testing.T) {
 		t.Errorf("Put = %v, want DeadlineExceeded", err)
 	}
 }
+
+func TestALockIsHeldByOneAndHindersNoWrite(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "store")
+	s, other := open(t, dir), open(t, dir)
+	unlock, err := s.Lock(t.Context(), "keys/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := other.Lock(ctx, "keys/a"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the lock was given twice: %v", err)
+	}
+	if _, err := other.Put(t.Context(), "keys/a", nil, store.NoRevision); err != nil {
+		t.Errorf("a write under a lock that has nothing to do with it: %v", err)
+	}
+	free, err := other.Lock(t.Context(), "keys/b")
+	if err != nil {
+		t.Fatalf("another name's lock: %v", err)
+	}
+	free()
+	unlock()
+	if free, err = other.Lock(t.Context(), "keys/a"); err != nil {
+		t.Fatalf("the lock was not given back: %v", err)
+	}
+	free()
+	if _, err := s.Lock(t.Context(), "../a"); !errors.Is(err, store.ErrInvalidName) {
+		t.Errorf("a name that is none: %v", err)
+	}
+	if names, err := s.List(t.Context(), ""); err != nil || len(names) != 1 {
+		t.Errorf("List = %q, %v: locks are not values", names, err)
+	}
+}
