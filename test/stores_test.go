@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -97,8 +99,15 @@ func TestMainJob(t *testing.T) {
 // nothingInTheClear searches what the site has left on disk for the PIN and what was sealed.
 func nothingInTheClear(t *testing.T, site *vaulttest.Site) {
 	t.Helper()
-	never := []string{site.Token.PIN, vaulttest.Base64(site.Token.PIN), secret, vaulttest.Base64(secret)}
-	for _, value := range materialFields {
+	nowhereOnDisk(t, site, site.Token.PIN)
+}
+
+// nowhereOnDisk searches it for these values and what was sealed.
+func nowhereOnDisk(t *testing.T, site *vaulttest.Site, values ...string) {
+	t.Helper()
+	values = slices.AppendSeq(append(values, secret), maps.Values(materialFields))
+	var never []string
+	for _, value := range values {
 		never = append(never, value, vaulttest.Base64(value))
 	}
 	searched := 0

@@ -20,7 +20,7 @@ import (
 // Site is a Vault with the plugin registered and enabled at nitrokey/, and a token that it may use.
 type Site struct {
 	*Server
-	Token *pkcs11test.Token
+	Token *pkcs11test.Token // nil where the site has none
 	// StateDir and SecretsDir are the plugin's -state-dir and -secrets-dir; several sites may share the former.
 	StateDir, SecretsDir string
 	// Args and Env (NAME=VALUE) are what the plugin was registered with.
@@ -31,8 +31,9 @@ type Site struct {
 type SiteOptions struct {
 	Options
 	Build Build
-	// Token defaults to a new SoftHSM token.
-	Token *pkcs11test.Token
+	// Token defaults to a new SoftHSM token. NoToken registers the plugin without any PKCS#11 module.
+	Token   *pkcs11test.Token
+	NoToken bool
 	// StateDir defaults to a new folder.
 	StateDir string
 	// Args are added to the plugin's arguments.
@@ -43,7 +44,7 @@ type SiteOptions struct {
 func StartSite(t testing.TB, options SiteOptions) *Site {
 	t.Helper()
 	s := &Site{Token: options.Token, StateDir: options.StateDir, SecretsDir: filepath.Join(t.TempDir(), "secrets")}
-	if s.Token == nil {
+	if s.Token == nil && !options.NoToken {
 		s.Token = pkcs11test.SoftHSM(t)
 	}
 	if s.StateDir == "" {
@@ -52,12 +53,9 @@ func StartSite(t testing.TB, options SiteOptions) *Site {
 	for _, dir := range []string{s.SecretsDir, s.StateDir} {
 		must(t, os.MkdirAll(dir, 0o700))
 	}
-	s.Args = append([]string{
-		"-pkcs11-module=" + s.Token.Module, "-secrets-dir=" + s.SecretsDir, "-state-dir=" + s.StateDir,
-	}, options.Args...)
-	for _, name := range s.Token.Env {
-		s.Args = append(s.Args, "-module-env="+name)
-		s.Env = append(s.Env, name+"="+os.Getenv(name))
+	s.Args = append([]string{"-secrets-dir=" + s.SecretsDir, "-state-dir=" + s.StateDir}, options.Args...)
+	if s.Token != nil {
+		s.allow(s.Token)
 	}
 	s.Server = Start(t, options.Options)
 	s.give(t, s.StateDir)
@@ -65,6 +63,15 @@ func StartSite(t testing.TB, options SiteOptions) *Site {
 	s.Register(t, options.Build.Binary(t), s.Args, s.Env)
 	s.Enable(t, "nitrokey", "")
 	return s
+}
+
+// allow lets the plugin load the module of a token, and gives that its environment.
+func (s *Site) allow(token *pkcs11test.Token) {
+	s.Args = append(s.Args, "-pkcs11-module="+token.Module)
+	for _, name := range token.Env {
+		s.Args = append(s.Args, "-module-env="+name)
+		s.Env = append(s.Env, name+"="+os.Getenv(name))
+	}
 }
 
 // AddDevice configures the token as a device of the mount nitrokey/.
