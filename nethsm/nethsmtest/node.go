@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -54,6 +55,7 @@ type Node struct {
 	stop     chan struct{} // closed when the node is told to stop
 
 	operations, decrypts, handshakes, generated atomic.Int64
+	updating                                    atomic.Bool // an image was uploaded and not yet installed or dropped
 	started                                     time.Time
 }
 
@@ -69,7 +71,7 @@ const requestsKept = 10_000
 
 func newNodeRecord() *nodeRecord {
 	return &nodeRecord{
-		ID:      int64(sha256.Sum256(random(16))[0])<<48 | int64(time.Now().UnixNano()&0xffffffffffff),
+		ID:      int64(binary.BigEndian.Uint64(random(8)) >> 1), //nolint:gosec // 63 bits fit
 		Network: network{IPAddress: "192.168.1.1", Netmask: "255.255.255.0", Gateway: "0.0.0.0"},
 		Logging: logging{IPAddress: "0.0.0.0", Port: 514, LogLevel: "info"},
 	}

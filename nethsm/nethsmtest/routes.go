@@ -141,6 +141,8 @@ func init() {
 	}
 	configurationRoutes()
 	systemRoutes()
+	updateRoutes()
+	clusterRoutes()
 }
 
 func add(path string, r resource) {

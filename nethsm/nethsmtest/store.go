@@ -23,6 +23,7 @@ type record struct {
 	Keys       map[string]*keyRecord `json:"keys"`
 	Backup     *backupRecord         `json:"backup,omitempty"`
 	ClusterCA  []byte                `json:"clusterCA,omitempty"`
+	Members    []*memberRecord       `json:"members,omitempty"`
 	Authority  *pairRecord           `json:"authority,omitempty"`
 	Nodes      []*nodeRecord         `json:"nodes"`
 	// Revision grows with every change and is the source of ETags.

@@ -31,6 +31,13 @@ func systemRoutes() {
 			states: []State{Operational, Failed}, open: []State{Failed}, allow: postOnly, forbidden: admin,
 			provides: typeJSON, post: factoryReset,
 		}},
+		{"system/backup", resource{
+			states: operational, allow: postOnly, forbidden: notRootRole(roleBackup), provides: typeBytes, post: makeBackup,
+		}},
+		{"system/restore", resource{
+			states: []State{Unprovisioned, Operational}, open: []State{Unprovisioned}, allow: postOnly, forbidden: admin,
+			provides: typeJSON, limit: -1, post: restore,
+		}},
 		{"metrics", resource{
 			states: operational, allow: getOnly, forbidden: notRole(roleMetrics), provides: typeJSON, get: getMetrics,
 		}},
@@ -53,7 +60,7 @@ func systemInfo(*exchange) answer {
 		DeviceID        string   `json:"deviceId"`
 		AkPub           struct{} `json:"akPub"`
 		PCR             struct{} `json:"pcr"`
-	}{"5.0", "4e192fb", "N/A", "N/A", "0000000000", struct{}{}, struct{}{}})
+	}{"5.0", "4e192fb", "N/A", "N/A", deviceID, struct{}{}, struct{}{}})
 }
 
 func reboot(x *exchange) answer {

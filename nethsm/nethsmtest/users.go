@@ -413,3 +413,10 @@ func deleteNamespace(x *exchange) answer {
 	}
 	return empty(http.StatusNoContent)
 }
+
+// UserNames are all users, of every namespace ("namespace~id").
+func (h *HSM) UserNames() []string {
+	var all []string
+	h.store.read(func(r *record) { all = slices.Sorted(maps.Keys(r.Users)) })
+	return all
+}
