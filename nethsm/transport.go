@@ -119,7 +119,7 @@ type failure struct {
 	cause    error  // for errors.Is and errors.As; never a deadline that was not the caller's
 	lost     bool   // of a request that creates and was, or may have been, sent
 	stale    bool   // a kept connection had ended before the request came
-	brief    bool   // says little about the node: it answered, with nonsense, or had hardly time to
+	brief    bool   // says little about the node: it did something, or had hardly time to
 }
 
 func (f *failure) Error() string {
@@ -279,9 +279,9 @@ func (n *node) failed(ctx context.Context, in *call, so *progress, began time.Ti
 			f.text = "no connection"
 		}
 	case so.began.Load():
-		f.text = "the answer broke off"
+		f.text, f.brief = "the answer broke off", true
 	default:
-		f.text = "the connection ended before an answer came"
+		f.text, f.brief = "the connection ended before an answer came", true
 		f.stale = so.reused && !in.creates
 	}
 	return f
