@@ -57,7 +57,6 @@ type shared struct {
 
 	mu         sync.Mutex // guards what follows
 	passphrase []byte     // of the automatic unlocking; nil for none
-	locked     bool       // on purpose, by Lock: nothing is unlocked by itself until Unlock
 }
 
 func newShared(config DeviceConfig) (*shared, error) {
@@ -72,6 +71,7 @@ func newShared(config DeviceConfig) (*shared, error) {
 	if len(config.UnlockPassphrase) > 0 {
 		s.passphrase = bytes.Clone(config.UnlockPassphrase)
 	}
+	s.unlockByItself(true)
 	return s, nil
 }
 
@@ -196,6 +196,13 @@ func describeNode(ctx context.Context, node *Client) (hsm.Info, error) {
 
 // Nodes implements [hsm.Clustered].
 func (d *Device) Nodes(ctx context.Context) []hsm.Node {
+	if err := d.begin(ctx); err != nil {
+		var nodes []hsm.Node
+		for _, url := range d.shared.client.URLs() {
+			nodes = append(nodes, hsm.Node{URL: url, State: hsm.StateAbsent, Err: err})
+		}
+		return nodes
+	}
 	if d.shared.administrator != nil {
 		return d.shared.administrator.Nodes(ctx)
 	}
@@ -235,20 +242,36 @@ func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 		return fmt.Errorf("unlocking %s: %w: no passphrase was given, and none is configured", d.name, hsm.ErrLocked)
 	}
 	err := d.each(ctx, d.shared.client, "unlocking", func(node *Client) error {
-		switch state, err := node.State(ctx); {
-		case err != nil:
-			return err
-		case state == StateOperational:
-			return nil
-		case state != StateLocked:
-			return fmt.Errorf("%w: it is not locked, it is %s", hsm.ErrUnavailable, strings.ToLower(string(state)))
+		state, err := node.State(ctx)
+		if err == nil && state == StateLocked {
+			err = node.Unlock(ctx, passphrase)
+		} else if err == nil && state != StateOperational {
+			err = fmt.Errorf("%w: it is not locked, it is %s", hsm.ErrUnavailable, strings.ToLower(string(state)))
 		}
-		return node.Unlock(ctx, passphrase)
+		if err == nil {
+			node.only.returns(ctx)
+		}
+		return err
 	})
 	if err == nil {
-		d.shared.lockedOnPurpose(false)
+		d.shared.unlockByItself(true)
 	}
 	return err
+}
+
+// returns waits a moment until requests go to a node again that was just found to serve.
+func (n *node) returns(ctx context.Context) {
+	resting, is := n.resting()
+	if !is {
+		return
+	}
+	n.probeSoon()
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	select {
+	case <-resting.over:
+	case <-ctx.Done():
+	}
 }
 
 // Lock implements [hsm.Unlocker]. Nodes then stay locked until Unlock: this process unlocks them no more by itself. Another
@@ -262,11 +285,11 @@ func (d *Device) Lock(ctx context.Context) error {
 		return fmt.Errorf("locking %s: %w", d.name, err)
 	}
 	var locked atomic.Bool
-	d.shared.lockedOnPurpose(true)
+	d.shared.unlockByItself(false)
 	err = d.each(ctx, administrator, "locking", func(node *Client) error {
-		err := node.Lock(ctx)
-		if errors.Is(err, hsm.ErrLocked) { // it is what was wanted
-			err = nil
+		state, err := node.State(ctx)
+		if err == nil && state != StateLocked {
+			err = node.Lock(ctx)
 		}
 		if err == nil {
 			locked.Store(true)
@@ -274,7 +297,7 @@ func (d *Device) Lock(ctx context.Context) error {
 		return err
 	})
 	if !locked.Load() {
-		d.shared.lockedOnPurpose(false)
+		d.shared.unlockByItself(true)
 	}
 	return err
 }
@@ -312,10 +335,36 @@ func (d *Device) each(ctx context.Context, view *Client, doing string, do func(*
 	return errors.Join(answered...)
 }
 
+// inOrder runs do on the first node that serves, in the order of the configuration; those of which it is known that they do
+// not come last. The next one is asked only where it is sure that nothing happened.
+func (d *Device) inOrder(ctx context.Context, view *Client, do func(*Client) error) error {
+	var serving, others []*node
+	for _, n := range view.nodes() {
+		if _, rests := n.resting(); rests || view.login.refusedAt(n) {
+			others = append(others, n)
+		} else {
+			serving = append(serving, n)
+		}
+	}
+	failed := &unserved{op: "asking one node after the other"}
+	for _, n := range append(serving, others...) {
+		err := do(&Client{pool: view.pool, login: view.login, only: n})
+		elsewhere := errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrLocked)
+		if !elsewhere || errors.Is(err, hsm.ErrMayHaveHappened) || ctx.Err() != nil {
+			return err
+		}
+		failed.causes = append(failed.causes, err)
+	}
+	if len(failed.causes) == 1 {
+		return failed.causes[0]
+	}
+	return failed
+}
+
 // unreached tells whether a node gave no answer at all.
 func unreached(err error) bool {
-	_, answered := errors.AsType[*Error](err)
-	return errors.Is(err, hsm.ErrUnavailable) && !answered
+	_, is := errors.AsType[*failure](err)
+	return is
 }
 
 // unlockPassphrase is a copy of the configured one, for the caller to wipe; nil for none.
@@ -325,8 +374,17 @@ func (s *shared) unlockPassphrase() []byte {
 	return bytes.Clone(s.passphrase)
 }
 
-func (s *shared) lockedOnPurpose(yes bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.locked = yes
+// unlockByItself lets nodes that are found locked be unlocked, where there is a passphrase for that, or not.
+func (s *shared) unlockByItself(yes bool) {
+	passphrase := s.unlockPassphrase()
+	defer clear(passphrase)
+	if !yes || passphrase == nil {
+		s.client.pool.setUnlocker(nil)
+		return
+	}
+	s.client.pool.setUnlocker(func(ctx context.Context, at *Client) error {
+		passphrase := s.unlockPassphrase()
+		defer clear(passphrase)
+		return at.Unlock(ctx, passphrase)
+	})
 }

@@ -63,7 +63,8 @@ func (d *Device) generate(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error
 	wanted := NewKey{
 		ID: id, Type: TypeRSA, Length: bits, Mechanisms: []Mechanism{ourMechanism}, Tags: d.tags, Label: shortLabel(spec.Label),
 	}
-	if err := d.make(ctx, administrator, wanted); err != nil {
+	err = d.inOrder(ctx, administrator, func(node *Client) error { return d.make(ctx, node, wanted) })
+	if err != nil {
 		return nil, err
 	}
 	return d.made(ctx, id, bits)
@@ -148,18 +149,20 @@ func (d *Device) delete(ctx context.Context, ref hsm.KeyRef) error {
 	if err != nil {
 		return err
 	}
-	there, err := administrator.Key(ctx, ref.ID)
-	if err != nil {
-		return err
-	}
-	key, err := d.newKey(there)
-	if err != nil || key.ref.Fingerprint != ref.Fingerprint {
-		return fmt.Errorf("%w: the id belongs to another one", hsm.ErrKeyChanged)
-	}
-	if err := administrator.DeleteKey(ctx, ref.ID); !errors.Is(err, hsm.ErrNotFound) {
-		return err
-	}
-	return nil // it was there a moment ago: this call, sent twice, or somebody else deleted it
+	return d.inOrder(ctx, administrator, func(node *Client) error {
+		there, err := node.Key(ctx, ref.ID)
+		if err != nil {
+			return err
+		}
+		key, err := d.newKey(there)
+		if err != nil || key.ref.Fingerprint != ref.Fingerprint {
+			return fmt.Errorf("%w: the id belongs to another one", hsm.ErrKeyChanged)
+		}
+		if err := node.DeleteKey(ctx, ref.ID); !errors.Is(err, hsm.ErrNotFound) {
+			return err
+		}
+		return nil // it was there a moment ago: this call, sent twice, or somebody else deleted it
+	})
 }
 
 // shortLabel makes a label fit into the 32 bytes that a NetHSM takes: beginning and end of a longer one, with "~" between.

@@ -26,19 +26,19 @@ var errForeign = errors.New("the carrier holds a certificate that was not writte
 // Objects implements [hsm.ObjectStore]. A carrier without a value is what an interrupted write left: it is no object, and
 // the next write of that name fills it.
 func (d *Device) Objects(ctx context.Context, application string) ([]hsm.ObjectRef, error) {
-	refs, err := d.list(ctx, application)
+	var refs []hsm.ObjectRef
+	err := d.keeping(ctx, func(node *Client) (err error) {
+		refs, err = d.list(ctx, node, application)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("listing the objects of %q on %s: %w", application, d.name, err)
 	}
 	return refs, nil
 }
 
-func (d *Device) list(ctx context.Context, application string) ([]hsm.ObjectRef, error) {
-	view, err := d.keeping(ctx)
-	if err != nil {
-		return nil, err
-	}
-	carriers, err := d.carriers(ctx, view)
+func (d *Device) list(ctx context.Context, node *Client, application string) ([]hsm.ObjectRef, error) {
+	carriers, err := d.carriers(ctx, node)
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +49,7 @@ func (d *Device) list(ctx context.Context, application string) ([]hsm.ObjectRef,
 			refs[i] = &ref
 			return nil
 		}
-		ref, value, err := d.read(ctx, view, ids[i])
+		ref, value, err := d.read(ctx, node, ids[i])
 		clear(value)
 		switch {
 		case errors.Is(err, hsm.ErrNotFound), errors.Is(err, errForeign):
@@ -75,10 +75,10 @@ func (d *Device) list(ctx context.Context, application string) ([]hsm.ObjectRef,
 
 // carriers lists the keys that carry objects, those of all applications. Older servers list no keys by the beginning of
 // their ids.
-func (d *Device) carriers(ctx context.Context, view *Client) ([]string, error) {
-	ids, err := view.Keys(ctx, KeyFilter{Prefix: carrierPrefix})
+func (d *Device) carriers(ctx context.Context, node *Client) ([]string, error) {
+	ids, err := node.Keys(ctx, KeyFilter{Prefix: carrierPrefix})
 	if errors.Is(err, ErrRequest) || errors.Is(err, hsm.ErrUnsupported) || errors.Is(err, hsm.ErrNotFound) {
-		ids, err = view.Keys(ctx, KeyFilter{})
+		ids, err = node.Keys(ctx, KeyFilter{})
 	}
 	if err != nil {
 		return nil, err
@@ -90,21 +90,20 @@ func (d *Device) carriers(ctx context.Context, view *Client) ([]string, error) {
 
 // ReadObject implements [hsm.ObjectStore].
 func (d *Device) ReadObject(ctx context.Context, ref hsm.ObjectRef) ([]byte, error) {
-	during := "reading " + d.describeObject(ref)
-	view, err := d.keeping(ctx)
+	var value []byte
+	err := d.keeping(ctx, func(node *Client) (err error) {
+		_, value, err = d.read(ctx, node, carrierID(ref))
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", during, err)
-	}
-	_, value, err := d.read(ctx, view, carrierID(ref))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", during, err)
+		return nil, fmt.Errorf("reading %s: %w", d.describeObject(ref), err)
 	}
 	return value, nil
 }
 
 // read reads the object in a carrier. Without a carrier, or a value in it, it is hsm.ErrNotFound.
-func (d *Device) read(ctx context.Context, view *Client, id string) (hsm.ObjectRef, []byte, error) {
-	certificate, err := view.KeyCertificate(ctx, id)
+func (d *Device) read(ctx context.Context, node *Client, id string) (hsm.ObjectRef, []byte, error) {
+	certificate, err := node.KeyCertificate(ctx, id)
 	if err != nil {
 		if errors.Is(err, hsm.ErrNotFound) {
 			d.forget(id)
@@ -123,96 +122,119 @@ func (d *Device) read(ctx context.Context, view *Client, id string) (hsm.ObjectR
 // where there is none: of two writers one wins, also where they share a carrier because the first of them was interrupted.
 // Success means that the value was read back, by another node where there is one.
 func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byte) error {
-	if err := d.write(ctx, ref, value); err != nil {
+	err := d.keeping(ctx, func(node *Client) error { return d.write(ctx, node, ref, value) })
+	if err != nil {
 		return fmt.Errorf("writing %s: %w", d.describeObject(ref), err)
 	}
 	return nil
 }
 
-func (d *Device) write(ctx context.Context, ref hsm.ObjectRef, value []byte) error {
-	view, err := d.keeping(ctx)
-	if err != nil {
-		return err
-	}
+func (d *Device) write(ctx context.Context, node *Client, ref hsm.ObjectRef, value []byte) error {
 	certificate := append(header(ref), value...)
 	if len(certificate) > MaxKeyCertificate {
 		return fmt.Errorf("%w: a value of %d bytes; at most %d are possible under this name", hsm.ErrUnsupported, len(value),
 			MaxKeyCertificate-len(header(ref)))
 	}
 	id := carrierID(ref)
-	_, err = view.GenerateKey(ctx, NewKey{
-		ID: id, Type: TypeGeneric, Length: 128, Mechanisms: []Mechanism{AESEncryptionCBC}, Tags: []string{carrierTag},
-	})
-	if err != nil && !errors.Is(err, hsm.ErrExists) && !errors.Is(err, hsm.ErrMayHaveHappened) {
-		return d.full(ctx, view, err)
+	err := d.put(ctx, node, id, certificate)
+	if takesNothing(err) {
+		// A database that is away for a moment, or one that has no room: that can be read, and refuses again.
+		if _, unreadable := node.Keys(ctx, KeyFilter{}); unreadable != nil {
+			return err
+		}
+		if err = d.put(ctx, node, id, certificate); takesNothing(err) {
+			return fmt.Errorf("%w: its database can be read and takes nothing more; look at the NetHSM's log and the database's quota: %v", //nolint:errorlint // surely it did not happen
+				hsm.ErrFull, err)
+		}
 	}
-	// Where the carrier's answer was lost, the write tells whether it is there.
-	written := view.PutKeyCertificate(ctx, id, certificate)
-	if written != nil && !errors.Is(written, hsm.ErrMayHaveHappened) {
-		return d.full(ctx, view, written)
-	}
-	switch there, err := view.KeyCertificate(ctx, id); {
-	case err == nil && !bytes.Equal(there, certificate) && written != nil:
-		return hsm.ErrExists // another writer was faster than the one whose answer was lost
-	case err == nil && !bytes.Equal(there, certificate):
-		return fmt.Errorf("%w: the NetHSM holds something else than was written", hsm.ErrUnavailable)
-	case errors.Is(err, hsm.ErrNotFound) && written != nil:
-		return written
-	case err != nil:
-		return fmt.Errorf("reading it back: %w: %w", hsm.ErrMayHaveHappened, err)
-	}
-	if err := d.spread(ctx, view, id, certificate); err != nil {
+	if err != nil {
 		return err
 	}
 	d.remember(id, ref)
-	return nil
+	return d.spread(ctx, node, id, certificate)
+}
+
+// takesNothing tells whether a node said that its database did not take a write.
+func takesNothing(err error) bool {
+	answer, is := errors.AsType[*Error](err)
+	return is && answer.Status == http.StatusInternalServerError
+}
+
+// put makes the carrier, fills it and reads it back. An error means that the value is not there, unless it is
+// hsm.ErrMayHaveHappened without an answer of the node.
+func (d *Device) put(ctx context.Context, node *Client, id string, certificate []byte) error {
+	_, made := node.GenerateKey(ctx, NewKey{
+		ID: id, Type: TypeGeneric, Length: 128, Mechanisms: []Mechanism{AESEncryptionCBC}, Tags: []string{carrierTag},
+	})
+	there := made == nil || errors.Is(made, hsm.ErrExists)
+	if !there && !errors.Is(made, hsm.ErrMayHaveHappened) {
+		return made
+	}
+	filled := node.PutKeyCertificate(ctx, id, certificate)
+	switch {
+	case filled == nil, errors.Is(filled, hsm.ErrMayHaveHappened):
+	case errors.Is(filled, hsm.ErrNotFound) && !there:
+		return made
+	default:
+		return filled
+	}
+	got, err := node.KeyCertificate(ctx, id)
+	switch {
+	case err == nil && bytes.Equal(got, certificate):
+		return nil
+	case err == nil && filled != nil:
+		return hsm.ErrExists // another writer was faster than the one whose answer was lost
+	case errors.Is(err, hsm.ErrNotFound) && filled != nil:
+		return filled
+	case err == nil, errors.Is(err, hsm.ErrNotFound):
+		return fmt.Errorf("reading it back: %w: the NetHSM said yes and has something else", hsm.ErrUnavailable)
+	default:
+		return fmt.Errorf("reading it back: %w: %w", hsm.ErrMayHaveHappened, err)
+	}
 }
 
 // spread waits until another node than the one that wrote shows a certificate, where another one answers. Nodes have
 // caches: one that looked at the carrier before may need its time.
-func (d *Device) spread(ctx context.Context, view *Client, id string, certificate []byte) error {
-	urls := view.URLs()
-	if len(urls) == 1 {
-		return nil
+func (d *Device) spread(ctx context.Context, wrote *Client, id string, certificate []byte) error {
+	var others []*node
+	for _, n := range wrote.pool.nodes {
+		if _, rests := n.resting(); !rests && n != wrote.only && !wrote.login.refusedAt(n) {
+			others = append(others, n)
+		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	shown := make(chan error, len(urls))
+	shown := make(chan error, len(others))
 	var all sync.WaitGroup
 	defer all.Wait()
-	for _, url := range urls {
-		node, err := view.At(url)
-		if err != nil {
-			return err
-		}
-		all.Go(func() { shown <- d.shows(ctx, node, id, certificate) })
+	limited, cancel := context.WithTimeout(ctx, d.lag)
+	defer cancel() // runs before the waiting
+	for _, n := range others {
+		all.Go(func() {
+			shown <- shows(limited, &Client{pool: wrote.pool, login: wrote.login, only: n}, id, certificate)
+		})
 	}
-	defer cancel() // before the waiting
-	seen := 0
 	var behind error
-	for range urls {
+	for range others {
 		switch err := <-shown; {
 		case err == nil:
-			if seen++; seen == 2 { // so one of them is not the one that wrote
-				return nil
-			}
+			return nil
 		case errors.Is(err, errBehind):
 			behind = err
 		}
 	}
-	if behind != nil {
-		return fmt.Errorf("reading it from all nodes: %w: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened, behind)
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("reading it from another node: %w: %w", hsm.ErrMayHaveHappened, err)
 	}
-	return ctx.Err()
+	if behind != nil {
+		return fmt.Errorf("reading it from another node: %w: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened, behind)
+	}
+	return nil
 }
 
 // errBehind is a node that does not show what another one wrote.
 var errBehind = errors.New("a node of the cluster does not show what another one wrote")
 
 // shows waits until a node shows a certificate. A node that does not answer is some other error than errBehind.
-func (d *Device) shows(ctx context.Context, node *Client, id string, certificate []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, d.lag)
-	defer cancel()
+func shows(ctx context.Context, node *Client, id string, certificate []byte) error {
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		there, err := node.KeyCertificate(ctx, id)
 		switch {
@@ -229,56 +251,43 @@ func (d *Device) shows(ctx context.Context, node *Client, id string, certificate
 	}
 }
 
-// full tells a database that takes no more from one that is away: what cannot be written while everything can be read has
-// no room.
-func (d *Device) full(ctx context.Context, view *Client, refused error) error {
-	answer, ok := errors.AsType[*Error](refused)
-	if !ok || answer.Status != http.StatusInternalServerError && answer.Status != http.StatusRequestEntityTooLarge {
-		return refused
-	}
-	if answer.Status == http.StatusInternalServerError {
-		if _, err := view.Keys(ctx, KeyFilter{}); err != nil {
-			return refused
-		}
-	}
-	return fmt.Errorf("%w: the NetHSM's database reads and does not write; look at its quota and its log: %w", hsm.ErrFull, refused)
-}
-
 // DeleteObject implements [hsm.ObjectStore]: carrier and value go together.
 func (d *Device) DeleteObject(ctx context.Context, ref hsm.ObjectRef) error {
-	if err := d.remove(ctx, carrierID(ref)); err != nil {
+	err := d.keeping(ctx, func(node *Client) error { return d.remove(ctx, node, carrierID(ref)) })
+	if err != nil {
 		return fmt.Errorf("deleting %s: %w", d.describeObject(ref), err)
 	}
 	return nil
 }
 
-func (d *Device) remove(ctx context.Context, id string) error {
-	view, err := d.keeping(ctx)
-	if err != nil {
-		return err
-	}
-	_, value, err := d.read(ctx, view, id)
+func (d *Device) remove(ctx context.Context, node *Client, id string) error {
+	_, value, err := d.read(ctx, node, id)
 	clear(value)
 	if err != nil {
 		return err
 	}
 	d.forget(id)
-	if err := view.DeleteKey(ctx, id); !errors.Is(err, hsm.ErrNotFound) {
+	if err := node.DeleteKey(ctx, id); !errors.Is(err, hsm.ErrNotFound) {
 		return err
 	}
 	return nil // it was there a moment ago: this call, sent twice, or somebody else deleted it
 }
 
-// keeping is the client that keeps objects.
-func (d *Device) keeping(ctx context.Context) (*Client, error) {
+// keeping runs something on the node that keeps objects: always the same one while it serves, so that whoever wrote reads
+// what was written, whatever another node still has in its cache.
+func (d *Device) keeping(ctx context.Context, do func(*Client) error) error {
 	if err := d.begin(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if !d.objects {
-		return nil, fmt.Errorf("%w: this device keeps no objects; it does, with an administrator's rights, where its configuration says so",
+		return fmt.Errorf("%w: this device keeps no objects; it does, with an administrator's rights, where its configuration says so",
 			hsm.ErrUnsupported)
 	}
-	return d.administrator()
+	administrator, err := d.administrator()
+	if err != nil {
+		return err
+	}
+	return d.inOrder(ctx, administrator, do)
 }
 
 // remember notes the object that a carrier holds: it holds that as long as it is there, so that a list need not look again.
