@@ -547,8 +547,7 @@ func (s *Setup) backupPassphrase(v setupViews) *step {
 			backup := v.client.As(Credentials{Username: s.Backup.Username, Password: s.Backup.Passphrase})
 			switch set, err := backup.backupOpens(ctx, s.BackupPassphrase); {
 			case err != nil:
-				var wrong *hsm.PINError
-				if errors.As(err, &wrong) && set {
+				if _, wrong := errors.AsType[*hsm.PINError](err); wrong && set {
 					return fmt.Errorf("%w: the NetHSM has another backup passphrase; give that one, or change it with PUT /config/backup-passphrase", ErrDiffers)
 				}
 				return err
@@ -576,20 +575,11 @@ func lookAtUser(ctx context.Context, v setupViews, id string, role Role, account
 	case len(account.Passphrase) == 0:
 		return StepDone, "its password was not given, so it was not checked", nil
 	}
-	_, err = v.client.As(Credentials{Username: id, Password: account.Passphrase}).User(ctx, id)
-	var wrong *hsm.PINError
-	switch {
-	case errors.As(err, &wrong):
+	err = v.client.As(Credentials{Username: id, Password: account.Passphrase}).LogIn(ctx)
+	if _, wrong := errors.AsType[*hsm.PINError](err); wrong {
 		return StepDiffers, "the user exists with another password than the one given; give the one that it has", nil
-	case errors.Is(err, hsm.ErrForbidden):
-		// Only a right password gets to hear that: users of a namespace that does not exist yet may do nothing at all, and of
-		// the others only operators may read themselves.
-		return StepDone, "", nil
-	case err != nil:
-		return "", "", err
-	default:
-		return StepDone, "", nil
 	}
+	return StepDone, "", err
 }
 
 // makeUser makes a user, as an administrator.
