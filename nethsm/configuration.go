@@ -3,7 +3,6 @@ package nethsm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"net/netip"
 	"time"
@@ -47,8 +46,8 @@ func (c *Client) SetUnattendedBoot(ctx context.Context, on bool) error {
 
 // SetUnlockPassphrase changes the unlock passphrase of a node. A wrong current one is an [*hsm.PINError].
 func (c *Client) SetUnlockPassphrase(ctx context.Context, current, changed []byte) error {
-	if len(c.nodes()) != 1 {
-		return fmt.Errorf("changing the unlock passphrase: %w", ErrManyNodes)
+	if err := c.alone("changing the unlock passphrase"); err != nil {
+		return err
 	}
 	return c.changePassphrase(ctx, "unlock passphrase", "/config/unlock-passphrase", current, changed)
 }

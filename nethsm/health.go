@@ -140,10 +140,18 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 
 // doAlone sends a call that concerns one node.
 func (c *Client) doAlone(ctx context.Context, in call) (answer, error) {
-	if len(c.nodes()) != 1 {
-		return answer{}, fmt.Errorf("%s: %w", in.op, ErrManyNodes)
+	if err := c.alone(in.op); err != nil {
+		return answer{}, err
 	}
 	return c.do(ctx, in)
+}
+
+// alone refuses what concerns one node where there are several.
+func (c *Client) alone(op string) error {
+	if len(c.nodes()) != 1 {
+		return fmt.Errorf("%s: %w", op, ErrManyNodes)
+	}
+	return nil
 }
 
 // wanting decodes an answer into a value and then asks check whether what is needed is there. Members that nobody asked

@@ -59,6 +59,12 @@ type Restoration struct {
 // boot.
 func (c *Client) Restore(ctx context.Context, r Restoration) error {
 	const op = "restoring a backup"
+	if err := c.alone(op); err != nil {
+		return err
+	}
+	if r.Backup == nil {
+		return fmt.Errorf("%s: %w: there is none", op, ErrRequest)
+	}
 	if err := checkCurrent(op, "the backup passphrase", r.Passphrase); err != nil {
 		return err
 	}
@@ -166,7 +172,11 @@ func (c *Client) doAppliance(ctx context.Context, in call) error {
 	if !errors.As(err, &no) || !slices.Contains(notInContainer, no.Status) {
 		return err
 	}
-	if info, asked := c.SystemInfo(ctx); asked == nil && info.Container() {
+	alone, failed := c.At(c.URLs()[0]) // the very node, though its answer may have put it to rest
+	if failed != nil {
+		return err
+	}
+	if info, failed := alone.SystemInfo(ctx); failed == nil && info.Container() {
 		return fmt.Errorf("%s at %s (HTTP %d): %w", no.Op, no.Node, no.Status, ErrContainer)
 	}
 	return err

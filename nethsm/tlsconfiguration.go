@@ -32,8 +32,8 @@ func (c *Client) SetTLSCertificate(ctx context.Context, certificate []byte) erro
 // TLSCSR returns a certificate signing request for the TLS key of a node, as PEM.
 func (c *Client) TLSCSR(ctx context.Context, subject DistinguishedName) ([]byte, error) {
 	const op = "making a certificate signing request for TLS"
-	if len(c.nodes()) != 1 {
-		return nil, fmt.Errorf("%s: %w", op, ErrManyNodes)
+	if err := c.alone(op); err != nil {
+		return nil, err
 	}
 	return c.csr(ctx, subject, call{op: op, path: "/config/tls/csr.pem"})
 }
@@ -72,8 +72,8 @@ func (c *Client) SetClusterCA(ctx context.Context, certificate []byte) error {
 }
 
 func (c *Client) pemAlone(ctx context.Context, kind string, in call) ([]byte, error) {
-	if len(c.nodes()) != 1 {
-		return nil, fmt.Errorf("%s: %w", in.op, ErrManyNodes)
+	if err := c.alone(in.op); err != nil {
+		return nil, err
 	}
 	return c.pem(ctx, kind, in)
 }
