@@ -7,12 +7,14 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
 	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 // owner names the command to the providers, which are fair between owners.
@@ -22,7 +24,9 @@ const owner = "nitroseal"
 type deviceSet struct {
 	app      *app
 	registry *device.Registry
-	handles  map[string]*device.Handle
+
+	mu      sync.Mutex
+	handles map[string]*device.Handle
 }
 
 var _ keyring.Devices = (*deviceSet)(nil)
@@ -36,13 +40,15 @@ func (a *app) devices() (*deviceSet, error) {
 	if err != nil {
 		return nil, err
 	}
-	manager := pkcs11.New(pkcs11.Options{
+	tokens := pkcs11.New(pkcs11.Options{
 		Modules: c.PKCS11.Modules, StateDir: c.StateDir, Env: c.PKCS11.Env,
 		HostPath: c.PKCS11.ModuleHost, HostSHA256: c.PKCS11.ModuleHostSHA256, Logger: a.logger(),
 	})
-	a.onClose(manager.Close)
+	a.onClose(tokens.Close)
+	netHSMs := nethsm.NewManager(a.logger())
+	a.onClose(netHSMs.Close)
 	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(device.Options{
-		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(manager)},
+		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
 		Secrets: device.SecretFiles{Dir: c.SecretsDir},
 		Logger:  a.logger(),
 	})}
@@ -51,6 +57,8 @@ func (a *app) devices() (*deviceSet, error) {
 
 // handle returns the handle of a device; the HSM is not touched yet.
 func (s *deviceSet) handle(name string) (*device.Handle, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if opened := s.handles[name]; opened != nil {
 		return opened, nil
 	}

@@ -34,13 +34,17 @@ func (f *format) Set(value string) error {
 }
 
 // print writes a result to stdout: as JSON, indented and ending with a line break, or as rows that people read. A result
-// that cannot be written is a failure: a full disk behind a redirection must not look like success.
+// that cannot be written is a failure: a full disk behind a redirection must not look like success. Without rows only JSON
+// is written.
 func (a *app) print(result any, rows func(*table)) error {
 	if a.format == formatJSON {
 		encoder := json.NewEncoder(a.stdout)
 		encoder.SetEscapeHTML(false)
 		encoder.SetIndent("", "  ")
 		return written(encoder.Encode(result))
+	}
+	if rows == nil {
+		return nil
 	}
 	aligned := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
 	t := &table{w: aligned}

@@ -52,6 +52,11 @@ func newRootCommand(a *app) *cobra.Command {
 
 // nouns make the commands below the root, in the order of the help.
 var nouns = []func(*app) *cobra.Command{
+	newWrapCommand,
+	newUnwrapCommand,
+	newRewrapCommand,
+	newKeyCommand,
+	newDeviceCommand,
 	newConfigCommand,
 	newVersionCommand,
 }

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/store/file"
+)
+
+// keyringDir is the folder of the state directory that holds the records of wrapping keys. They hold no secret: the
+// authentication keys lie in envelopes, which an HSM opens when they are needed.
+const keyringDir = "keyring"
+
+// keyring opens the wrapping keys of this machine. Several commands may run at a time: what they change takes turns, by
+// compare-and-swap and by a lock for each key.
+func (a *app) keyring() (*keyring.Keyring, error) {
+	c, err := a.config()
+	if err != nil {
+		return nil, err
+	}
+	set, err := a.devices()
+	if err != nil {
+		return nil, err
+	}
+	// Made here, it might lie where a volume should be mounted, and its keys would seem lost.
+	if _, err := os.Stat(c.StateDir); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: the state directory %s does not exist; make it with: install -d -m 700 %s", config.ErrInvalid, c.StateDir, c.StateDir)
+	}
+	records, err := file.Open(filepath.Join(c.StateDir, keyringDir))
+	if err != nil {
+		return nil, fmt.Errorf("opening the wrapping keys: %w", err)
+	}
+	a.onClose(records.Close)
+	return keyring.New(keyring.Config{
+		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
+		Lock: func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
+	}), nil
+}
+
+// by says who runs the command, for the records: the user, and who became that user by sudo.
+func by() string {
+	name := fmt.Sprintf("user %d", os.Getuid())
+	if current, err := user.Current(); err == nil {
+		name = current.Username
+	}
+	if before := os.Getenv("SUDO_USER"); before != "" && before != name {
+		name = before + " as " + name
+	}
+	if host, err := os.Hostname(); err == nil {
+		name += " on " + host
+	}
+	return name
+}
+
+// completeKeys completes the first argument with the names of wrapping keys.
+func (a *app) completeKeys(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	keys, err := a.keyring()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	known, _ := keys.List(cmd.Context())
+	return known, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeDevices completes arguments with the names of devices.
+func (a *app) completeDevices(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	c, err := a.config()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var known []cobra.Completion
+	for _, d := range c.Devices {
+		known = append(known, cobra.CompletionWithDesc(d.Name, d.Type))
+	}
+	return known, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeDevice completes the first argument only.
+func (a *app) completeDevice(cmd *cobra.Command, args []string, begun string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return a.completeDevices(cmd, args, begun)
+}
