@@ -75,7 +75,7 @@ func (b *backupRecord) opens(passphrase string) bool {
 	return err == nil && hmac.Equal(key, b.Key)
 }
 
-// field is a length and as many bytes.
+// lengthField is a length and as many bytes.
 func lengthField(data []byte) []byte {
 	return append([]byte{byte(len(data) >> 16), byte(len(data) >> 8), byte(len(data))}, data...)
 }
@@ -162,7 +162,7 @@ func (r *record) values(n *nodeRecord) (map[string][]byte, error) {
 	return values, failed
 }
 
-// restoreRequest is POST /system/restore.
+// restore is POST /system/restore.
 func restore(x *exchange) answer {
 	parts, err := x.form()
 	if err != nil {
@@ -189,7 +189,7 @@ func restore(x *exchange) answer {
 	if err != nil {
 		return refuse(http.StatusBadRequest, err.Error())
 	}
-	if err := x.hsm.restore(x.node, restored, lock); err != nil {
+	if err := x.hsm.restore(restored, lock); err != nil {
 		return databaseTrouble("write to")
 	}
 	return empty(http.StatusNoContent)
@@ -197,7 +197,7 @@ func restore(x *exchange) answer {
 
 // restore replaces the database. A node that was Unprovisioned is Locked afterwards; one that was Operational stays so,
 // unless the domain key changed: then unattended boot is off and the node Locked, with the unlock passphrase of the file.
-func (h *HSM) restore(by *Node, restored *record, lock *lockRecord) error {
+func (h *HSM) restore(restored *record, lock *lockRecord) error {
 	fresh, changed := false, false
 	err := h.store.update(func(r *record) error {
 		fresh = r.DomainKey == nil

@@ -131,7 +131,7 @@ func importParts(kind string, parts privateParts) (*keyRecord, error) {
 		return &keyRecord{Type: kind, Private: data}, nil
 	case kind == typeEd25519:
 		if len(data) != ed25519.SeedSize {
-			return nil, errors.New("Ed25519 private key of wrong length") //nolint:staticcheck // sent to clients like the rest
+			return nil, errors.New("Ed25519 private key of wrong length")
 		}
 		return keyOf(ed25519.NewKeyFromSeed(data))
 	case curves[kind] != nil:

@@ -96,12 +96,14 @@ func (n *Node) fault(r *http.Request) *injected {
 
 // delay is what a fault does before the request is looked at. It says false where no answer is to be sent.
 func (n *Node) delay(r *http.Request, f *injected) bool {
-	if !pause(r.Context(), f.Latency) {
+	if !n.pause(r.Context(), f.Latency) {
 		return false
 	}
 	if f.Hang {
 		// Reading notices a client that leaves; its body is small.
 		_, _ = io.Copy(io.Discard, io.LimitReader(r.Body, ordinaryLimit))
+		n.held.Add(1)
+		defer n.held.Add(-1)
 		select {
 		case <-f.removed:
 		case <-r.Context().Done():
@@ -203,6 +205,9 @@ func (n *Node) SetLatency(d time.Duration) {
 func (n *Node) SetHang(hang bool) {
 	n.replace(func(f *injected) bool { return f.Hang }, Fault{Hang: true}, hang)
 }
+
+// Held is how many requests hang at this moment because of a fault.
+func (n *Node) Held() int { return int(n.held.Load()) }
 
 // replace takes the faults away that old chooses, and adds one.
 func (n *Node) replace(old func(*injected) bool, f Fault, add bool) {

@@ -144,6 +144,10 @@ func (x *exchange) perform(res *resource) answer {
 	if halted := x.preconditions(found, tag); halted != nil {
 		return *halted
 	}
+	if x.chokes(res) {
+		x.hangUp()
+		panic(http.ErrAbortHandler)
+	}
 	switch x.r.Method {
 	case http.MethodPut:
 		if !accepted(x.r, res.accepts) {
@@ -255,8 +259,9 @@ func (x *exchange) body() []byte {
 
 // hangUp waits until the client leaves or the node stops.
 func (x *exchange) hangUp() {
+	_, _ = io.Copy(io.Discard, x.r.Body)
 	select {
-	case <-x.r.Context().Done():
+	case <-x.r.Context().Done(): // seen only once the body was read
 	case <-x.node.stopping():
 	}
 }

@@ -53,8 +53,11 @@ type Node struct {
 	server   *http.Server
 	served   chan struct{} // closed when the server has ended
 	stop     chan struct{} // closed when the node is told to stop
+	active   int           // requests in flight
+	idle     *sync.Cond    // of mu: active became zero
+	choked   bool          // a huge chunked upload came: writes hang until a restart
 
-	operations, decrypts, handshakes, generated atomic.Int64
+	operations, decrypts, handshakes, generated, held atomic.Int64
 	updating                                    atomic.Bool // an image was uploaded and not yet installed or dropped
 	started                                     time.Time
 }
@@ -71,7 +74,7 @@ const requestsKept = 10_000
 
 func newNodeRecord() *nodeRecord {
 	return &nodeRecord{
-		ID:      int64(binary.BigEndian.Uint64(random(8)) >> 1), //nolint:gosec // 63 bits fit
+		ID:      int64(binary.BigEndian.Uint64(random(8)) >> 1), // positive
 		Network: network{IPAddress: "192.168.1.1", Netmask: "255.255.255.0", Gateway: "0.0.0.0"},
 		Logging: logging{IPAddress: "0.0.0.0", Port: 514, LogLevel: "info"},
 	}
@@ -79,6 +82,7 @@ func newNodeRecord() *nodeRecord {
 
 func newNode(h *HSM, index int) (*Node, error) {
 	n := &Node{hsm: h, index: index, failures: map[failure]time.Time{}, stop: make(chan struct{}), started: h.now()}
+	n.idle = sync.NewCond(&n.mu)
 	if h.options.Parallel > 0 {
 		n.slots = make(chan struct{}, h.options.Parallel)
 	}
@@ -105,7 +109,7 @@ func (n *Node) boot() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.locked = provisioned && !unattended
-	n.forced, n.etcdLost = "", time.Time{}
+	n.forced, n.etcdLost, n.choked = "", time.Time{}, false
 	clear(n.failures)
 	n.started = n.hsm.now()
 }
@@ -145,6 +149,8 @@ func (n *Node) blind() bool {
 
 // ServeHTTP answers one request.
 func (n *Node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	n.enter()
+	defer n.leave()
 	seen := Request{Method: r.Method, Path: r.URL.RequestURI(), User: userName(r)}
 	defer func() { n.log(seen) }()
 	f := n.fault(r)
@@ -164,6 +170,20 @@ func (n *Node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	seen.Status = a.status
 	a.write(w, r.Method == http.MethodHead)
+}
+
+// enter and leave count the requests in flight.
+func (n *Node) enter() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.active++
+}
+
+func (n *Node) leave() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.active--
+	n.idle.Broadcast()
 }
 
 func userName(r *http.Request) string {
@@ -189,15 +209,17 @@ func (n *Node) operate(ctx context.Context, work func()) bool {
 			defer func() { <-n.slots }()
 		case <-ctx.Done():
 			return false
+		case <-n.stopping():
+			return false
 		}
 	}
 	begin := time.Now()
 	work()
-	return pause(ctx, n.hsm.options.ServiceTime-time.Since(begin))
+	return n.pause(ctx, n.hsm.options.ServiceTime-time.Since(begin))
 }
 
-// pause waits for d, or until ctx ends and then says false.
-func pause(ctx context.Context, d time.Duration) bool {
+// pause waits for d, or until ctx ends or the node stops, and then says false.
+func (n *Node) pause(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return true
 	}
@@ -207,6 +229,8 @@ func pause(ctx context.Context, d time.Duration) bool {
 	case <-timer.C:
 		return true
 	case <-ctx.Done():
+		return false
+	case <-n.stopping():
 		return false
 	}
 }
@@ -267,9 +291,30 @@ func (n *Node) Start() error {
 	}
 	go func(server *http.Server, served chan struct{}) {
 		defer close(served)
-		_ = server.Serve(tls.NewListener(listener, config)) // always ErrServerClosed
+		_ = server.Serve(silent{tls.NewListener(listener, config)}) // always ErrServerClosed
 	}(n.server, n.served)
 	return nil
+}
+
+// silent is a listener whose connections never say 100 Continue: the original does not either, and a client that sends
+// Expect waits for its own time-out.
+type silent struct{ net.Listener }
+
+func (l silent) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return silentConn{conn}, nil
+}
+
+type silentConn struct{ net.Conn }
+
+func (c silentConn) Write(p []byte) (int, error) {
+	if string(p) == "HTTP/1.1 100 Continue\r\n\r\n" {
+		return len(p), nil
+	}
+	return c.Conn.Write(p)
 }
 
 // Stop closes the listener and every connection, as pulling the plug does, and waits for the requests in flight.
@@ -285,9 +330,11 @@ func (n *Node) Stop() {
 	n.mu.Unlock()
 	_ = server.Close()
 	<-served
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	_ = server.Shutdown(ctx)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for n.active > 0 {
+		n.idle.Wait()
+	}
 }
 
 // Restart reboots the node: connections close, and it comes back Locked, or Operational with unattended boot.

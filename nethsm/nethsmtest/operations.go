@@ -6,10 +6,10 @@ import (
 	"crypto/cipher"
 	"crypto/ecdsa"
 	"crypto/ed25519"
-	_ "crypto/md5" //nolint:gosec // a mechanism of the original
+	_ "crypto/md5"
 	"crypto/rand"
 	"crypto/rsa"
-	_ "crypto/sha1" //nolint:gosec // a mechanism of the original
+	_ "crypto/sha1"
 	_ "crypto/sha256"
 	_ "crypto/sha512"
 	"encoding/base64"
@@ -114,7 +114,7 @@ func optionalText(name string, into **string) field {
 	}})
 }
 
-const decryptionFailure complaint = "Decryption failure"
+const errDecryption complaint = "Decryption failure"
 
 func (k *keyRecord) decrypt(mode string, data []byte, iv *string) ([]byte, error) {
 	if k.Type == typeGeneric {
@@ -144,18 +144,18 @@ func decryptRSA(key *rsa.PrivateKey, mode string, data []byte) ([]byte, error) {
 		case c.Sign() == 0:
 			return nil, errCrash
 		case c.Cmp(key.N) >= 0:
-			return nil, decryptionFailure
+			return nil, errDecryption
 		}
 		return rawDecrypt(key, c), nil
 	case mode == "PKCS1":
-		plain, err = rsa.DecryptPKCS1v15(nil, key, data)
+		plain, err = rsa.DecryptPKCS1v15(nil, key, data) //nolint:staticcheck // a mechanism of the original
 	case strings.HasPrefix(mode, "OAEP_"):
 		plain, err = rsa.DecryptOAEP(hashes[strings.TrimPrefix(mode, "OAEP_")].New(), nil, key, data, nil)
 	default:
-		return nil, decryptionFailure
+		return nil, errDecryption
 	}
 	if err != nil {
-		return nil, decryptionFailure
+		return nil, errDecryption
 	}
 	return plain, nil
 }

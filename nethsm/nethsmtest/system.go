@@ -79,7 +79,10 @@ func shutdown(x *exchange) answer {
 	}
 	x.header.Set("Connection", "close")
 	x.hsm.owned.Go(func() {
-		<-x.r.Context().Done() // the answer was sent
+		select {
+		case <-x.r.Context().Done(): // the answer was sent
+		case <-x.node.stopping():
+		}
 		x.node.boot()
 		x.node.Stop()
 	})
