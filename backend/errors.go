@@ -92,7 +92,7 @@ var statuses = []struct {
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
 	{http.StatusBadRequest, []error{
-		errNoStore, device.ErrConfig, transit.ErrMalformed,
+		errNoStore, device.ErrConfig, device.ErrRequest, transit.ErrMalformed,
 		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrNotAuthentic, envelope.ErrDecrypt, envelope.ErrNotRecipient,
 		envelope.ErrTooLarge, envelope.ErrInvalid,
 		hsm.ErrCiphertext, hsm.ErrExists,

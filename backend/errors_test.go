@@ -22,7 +22,7 @@ import (
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	for want, errs := range map[int][]error{
 		http.StatusBadRequest: {
-			device.ErrConfig, transit.ErrMalformed,
+			device.ErrConfig, device.ErrRequest, transit.ErrMalformed,
 			envelope.ErrMalformed, envelope.ErrContext, &envelope.ContextError{Field: "use"}, envelope.ErrNotRecipient, envelope.ErrDecrypt,
 			envelope.ErrNotAuthentic, envelope.ErrTooLarge, envelope.ErrInvalid,
 			hsm.ErrCiphertext, store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,

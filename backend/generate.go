@@ -152,5 +152,6 @@ func (b *backend) rollbackGeneration(ctx context.Context, name string) error {
 
 // hopeless tells whether making an HSM key failed for a reason that trying again does not mend.
 func hopeless(err error) bool {
-	return errors.Is(err, hsm.ErrFull) || errors.Is(err, hsm.ErrUnsupported) || errors.Is(err, keyring.ErrUnusableKey)
+	return errors.Is(err, hsm.ErrFull) || errors.Is(err, hsm.ErrUnsupported) || errors.Is(err, keyring.ErrUnusableKey) ||
+		errors.Is(err, device.ErrRequest)
 }

@@ -179,6 +179,7 @@ func TestNetHSMOnABadDay(t *testing.T) {
 			t.Errorf("status = %v", status)
 		}
 		site.Refused(t, "nitrokey/devices/hsm/unlock", nil, http.StatusBadRequest, "passphrase is missing")
+		site.Refused(t, "nitrokey/devices/hsm/unlock", vaulttest.Fields{"passphrase": "short"}, http.StatusBadRequest, "10 to 200")
 		site.Refused(t, "nitrokey/devices/hsm/unlock", vaulttest.Fields{"passphrase": "not the passphrase"}, http.StatusBadRequest, "wrong")
 		vaulttest.Eventually(t, limit, "the right passphrase to be taken", func() error { // the wrong one costs a second
 			_, err := site.Try(t, "nitrokey/devices/hsm/unlock", vaulttest.Fields{"passphrase": netPassphrase})

@@ -1,6 +1,7 @@
 package device
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -69,33 +70,26 @@ func (c Config) validateURLs() error {
 func parseNode(text string) (string, error) {
 	node, err := url.Parse(text)
 	switch {
-	case err != nil || node.Host == "" || node.Hostname() == "":
+	case err != nil || node.Hostname() == "" || strings.Contains(node.Hostname(), "%"):
 		return "", fmt.Errorf(`is not a URL; write https://host or https://host:port`)
 	case node.User != nil:
 		return "", fmt.Errorf(`holds a user or a password; give them in "username" and "password"`)
 	case node.RawQuery != "" || node.Fragment != "" || !slices.Contains([]string{"", "/api/v1"}, strings.TrimSuffix(node.Path, "/")):
 		return "", fmt.Errorf(`has a path or a query; write https://host or https://host:port`)
 	}
-	port := node.Port()
+	host, port := strings.ToLower(node.Hostname()), node.Port()
 	switch node.Scheme {
 	case "https":
-		port = orElse(port, "443")
+		port = cmp.Or(port, "443")
 	case "http":
-		if !isLoopback(node.Hostname()) {
+		if !isLoopback(host) {
 			return "", fmt.Errorf(`begins with http:// and leads beyond this machine: passwords would travel in the clear; write https://`)
 		}
-		port = orElse(port, "80")
+		port = cmp.Or(port, "80")
 	default:
 		return "", fmt.Errorf(`has the scheme %q; write https://host or https://host:port`, node.Scheme)
 	}
-	return node.Scheme + "://" + net.JoinHostPort(strings.ToLower(node.Hostname()), port), nil
-}
-
-func orElse(text, other string) string {
-	if text == "" {
-		return other
-	}
-	return text
+	return node.Scheme + "://" + net.JoinHostPort(host, port), nil
 }
 
 func isLoopback(host string) bool {

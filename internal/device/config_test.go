@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 func TestValidateNamesTheMistake(t *testing.T) {
@@ -132,15 +134,22 @@ func TestValidateNamesTheMistakeWithANetHSM(t *testing.T) {
 		"nor is a password":                     {func(c *Config) { *c = valid(); c.Password = "p" }, `"password" belongs to devices of type "nethsm"`},
 		"a slot, even 0, is none of a NetHSM's": {func(c *Config) { c.Slot = new(uint) }, `"slot" belongs to devices of type "pkcs11"`},
 	}
+	manager := nethsm.NewManager(nil)
+	t.Cleanup(func() { must(t, manager.Close()) })
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			config := validNetHSM()
 			test.change(&config)
 			err := config.Validate()
 			if test.want == "" {
-				if err != nil {
-					t.Fatal(err)
+				must(t, err)
+				secrets := Secrets{Password: []byte("password"), UnlockPassphrase: []byte("passphrase")}
+				if config.AdminUsername != "" {
+					secrets.AdminPassword = []byte("password")
 				}
+				device, err := NetHSM(manager)(t.Context(), "mount", config, secrets)
+				must(t, err) // what is right here the provider takes
+				must(t, device.Close())
 				return
 			}
 			if !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.want) {
@@ -296,4 +305,30 @@ func TestPlaceNamesAClusterAndANamespace(t *testing.T) {
 	if place := base.Place(); !strings.HasPrefix(place, "nethsm-") || len(place) != len("nethsm-")+16 {
 		t.Errorf("Place = %q", place)
 	}
+}
+
+// Whatever is taken for the URL of a node leads to a host by TLS, or stays on this machine; and no complaint quotes it.
+func FuzzURLOfANode(f *testing.F) {
+	for _, seed := range []string{
+		"https://a.example", "https://a.example:8443/api/v1", "http://127.0.0.1:8080", "http://[::1]", "https://u:planted@a", "https://a?x", "a:1",
+		"https://a.example:", "HTTPS://A", "https://[::1%25lo]:1", "http://localhost.", "http://127.0.0.1.example", "https:///api/v1", "//a", "",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		node, err := parseNode(text)
+		if err != nil {
+			if strings.Contains(text, "planted") && strings.Contains(err.Error(), "planted") {
+				t.Errorf("the complaint about %q quotes it: %v", text, err)
+			}
+			return
+		}
+		if !strings.HasPrefix(node, "https://") && !strings.HasPrefix(node, "http://127.") && !strings.HasPrefix(node, "http://[") &&
+			!strings.HasPrefix(node, "http://localhost:") {
+			t.Errorf("%q is taken for %q", text, node)
+		}
+		if again, err := parseNode(node); err != nil || again != node {
+			t.Errorf("%q is taken for %q, and that for %q, %v", text, node, again, err)
+		}
+	})
 }

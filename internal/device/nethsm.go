@@ -37,5 +37,9 @@ func NetHSM(manager *nethsm.Manager) Opener {
 	}
 }
 
+// ErrRequest is what a NetHSM, or its client before anything is sent, refuses as wrong in itself: a passphrase that is too
+// short, for example. Who made the request can mend it.
+var ErrRequest = nethsm.ErrRequest
+
 // userAgent is what a NetHSM's log shows of this project.
 const userAgent = "nitroseal"

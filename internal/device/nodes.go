@@ -15,7 +15,7 @@ func withNodes(status Status) Status {
 	}
 	if status.Err != nil {
 		if sentence := whyNone(status.Nodes); sentence != "" {
-			status.Err = fmt.Errorf("%s: %w", sentence, status.Err)
+			status.Err = &nodesError{sentence, status.Err}
 		}
 		return status
 	}
@@ -26,6 +26,15 @@ func withNodes(status Status) Status {
 	}
 	return status
 }
+
+// nodesError says in one sentence what the error of a call repeats for every node.
+type nodesError struct {
+	sentence string
+	err      error
+}
+
+func (e *nodesError) Error() string { return e.sentence }
+func (e *nodesError) Unwrap() error { return e.err }
 
 // states are the states of a node, the most useful one first.
 var states = []hsm.State{hsm.StateOperational, hsm.StateLocked, hsm.StateUnprovisioned, hsm.StateFailed, hsm.StateAbsent}
@@ -45,9 +54,13 @@ func stateOf(nodes []hsm.Node) hsm.State {
 // whyNone says why no node can serve, and what to do; it is empty where a node could.
 func whyNone(nodes []hsm.Node) string {
 	counts := map[hsm.State]int{}
+	var unreached []string
 	for _, node := range nodes {
-		if node.State == hsm.StateOperational {
+		switch {
+		case node.State == hsm.StateOperational:
 			return ""
+		case node.State == hsm.StateAbsent && node.Err != nil:
+			unreached = append(unreached, node.Err.Error())
 		}
 		counts[node.State]++
 	}
@@ -57,7 +70,11 @@ func whyNone(nodes []hsm.Node) string {
 			parts = append(parts, count(n, len(nodes))+" "+advice[state])
 		}
 	}
-	return strings.Join(parts, "; ")
+	sentence := strings.Join(parts, "; ")
+	if unreached != nil {
+		sentence += ": " + strings.Join(unreached, "; ") // those come last
+	}
+	return sentence
 }
 
 // advice says what a state of nodes means, and what to do.
@@ -65,7 +82,7 @@ var advice = map[hsm.State]string{
 	hsm.StateLocked: "locked: unlock the NetHSM with its unlock passphrase, or configure unlock_passphrase, and it is unlocked " +
 		"whenever it is found locked",
 	hsm.StateUnprovisioned: "not provisioned: set the NetHSM up first",
-	hsm.StateFailed:        "in the state Failed: its database may be away, and then it recovers by itself; else see its log",
+	hsm.StateFailed:        "in the state Failed: the database (etcd) may be away, and then it recovers by itself; else see the log",
 	hsm.StateAbsent:        "out of reach",
 }
 

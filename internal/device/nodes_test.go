@@ -82,11 +82,11 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 		},
 		"all are locked": {
 			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, locked, locked)},
-			state:   locked, err: hsm.ErrLocked, says: []string{"all 3 nodes are locked", "unlock_passphrase"},
+			state:   locked, err: hsm.ErrLocked, says: []string{"all 3 nodes are locked", "unlock_passphrase"}, saysNot: "node 0",
 		},
 		"some are locked and the rest is away": {
 			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, absent, absent)},
-			state:   locked, err: hsm.ErrLocked, says: []string{"1 node is locked", "2 nodes are out of reach"},
+			state:   locked, err: hsm.ErrLocked, says: []string{"1 node is locked", "2 nodes are out of reach: node 1 is absent", "; node 2 is absent"},
 		},
 		"the only one is away": {
 			cluster: &fakeCluster{infoErr: hsm.ErrUnavailable, nodes: inState(absent)},
@@ -104,9 +104,15 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 			cluster: &fakeCluster{infoErr: &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "the password is wrong"}, nodes: inState(up)},
 			state:   up, says: []string{"the password is wrong"}, saysNot: "node",
 		},
+		"its user has another role": {
+			cluster: &fakeCluster{
+				fakeDevice: fakeDevice{keys: []hsm.Key{forbidden}}, nodes: inState(up), randomErr: fmt.Errorf("random (403): %w", hsm.ErrForbidden),
+			},
+			state: up, err: hsm.ErrForbidden, says: []string{"may list keys and not use them", "role Operator"},
+		},
 		"its user may use no key": {
 			cluster: &fakeCluster{fakeDevice: fakeDevice{keys: []hsm.Key{forbidden, forbidden}}, nodes: inState(up)},
-			state:   up, err: hsm.ErrForbidden, says: []string{"sees 2 keys and may use none", "role Operator", "tags", "403"},
+			state:   up, err: hsm.ErrForbidden, says: []string{"none of the keys is for this user", "tag", "403"},
 		},
 		"its user may not use the keys of others": {
 			cluster: &fakeCluster{fakeDevice: fakeDevice{keys: []hsm.Key{forbidden, opens}}, nodes: inState(up)},
@@ -151,16 +157,26 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 	}
 }
 
-// A user whose keys are all somebody else's costs a bounded number of requests.
-func TestStatusTriesFewForbiddenKeys(t *testing.T) {
-	tried := 0
-	var keys []hsm.Key
-	for range 1000 {
-		keys = append(keys, countingKey{tried: &tried})
-	}
-	status := openNetHSM(t, validNetHSM(), &fakeCluster{fakeDevice: fakeDevice{keys: keys}, nodes: inState(hsm.StateOperational)}).Status(t.Context())
-	if !errors.Is(status.Err, hsm.ErrForbidden) || tried > 2*maxForbidden {
-		t.Errorf("%d keys were tried: %v", tried, status.Err)
+// The role is wrong for all keys alike; tags are a matter of each key.
+func TestStatusTriesNoOtherKeyWhereTheRoleIsWrong(t *testing.T) {
+	for name, test := range map[string]struct {
+		role error
+		want int
+	}{
+		"the role is wrong": {fmt.Errorf("random (403): %w", hsm.ErrForbidden), 1},
+		"the tags are":      {nil, 100},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tried := 0
+			cluster := &fakeCluster{randomErr: test.role, nodes: inState(hsm.StateOperational)}
+			for range 100 {
+				cluster.keys = append(cluster.keys, countingKey{tried: &tried})
+			}
+			status := openNetHSM(t, validNetHSM(), cluster).Status(t.Context())
+			if !errors.Is(status.Err, hsm.ErrForbidden) || tried != test.want {
+				t.Errorf("%d keys were tried, want %d: %v", tried, test.want, status.Err)
+			}
+		})
 	}
 }
 

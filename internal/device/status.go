@@ -116,45 +116,47 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if status.Keys, status.Err = device.FindKeys(ctx, hsm.KeyQuery{}); status.Err != nil {
 		return status
 	}
-	if status = prove(ctx, status); status.Err == nil && !status.proved && h.config.Type == TypeNetHSM {
+	if len(status.Keys) == 0 && h.config.Type == TypeNetHSM {
 		status.Err = checkRole(ctx, device)
+	}
+	if status.Err == nil {
+		status = prove(ctx, device, status)
 	}
 	return status
 }
 
 const insecureNote = "tls_insecure: any certificate is accepted, so nobody knows whether this is the NetHSM, and who else reads along"
 
-// maxForbidden is how many keys of others are tried before a user is taken for one that may use none. A NetHSM has room
-// for thousands.
-const maxForbidden = 8
-
 // prove performs the private-key operation with the first key that can. An HSM may hold keys that are not ours, for
-// signing for example, or ones that this user may not use: those say nothing about ours.
-func prove(ctx context.Context, status Status) Status {
-	var forbidden []error
+// signing for example, or ones for other users: those say nothing about ours.
+func prove(ctx context.Context, device hsm.Device, status Status) Status {
+	var forbidden error
 	for _, key := range status.Keys {
 		begin := time.Now()
 		_, err := hsm.Prove(ctx, key)
 		switch {
 		case errors.Is(err, hsm.ErrUnsupported):
-			continue
-		case errors.Is(err, hsm.ErrForbidden) && len(forbidden) < maxForbidden:
-			forbidden = append(forbidden, err)
-			continue
-		case err == nil:
+		case errors.Is(err, hsm.ErrForbidden) && forbidden != nil:
+		case errors.Is(err, hsm.ErrForbidden):
+			forbidden = err
+			if status.Err = checkRole(ctx, device); status.Err != nil { // then no other key will do
+				return status
+			}
+		case err != nil:
+			status.Err = err
+			return status
+		default:
 			status.RoundTrip, status.proved = time.Since(begin), true
+			return status
 		}
-		status.Err = err
-		return status
 	}
 	if forbidden != nil {
-		status.Err = fmt.Errorf("the user sees %d keys and may use none of those tried: it needs the role Operator, and one of the tags of "+
-			"a key that has tags: %w", len(status.Keys), forbidden[0])
+		status.Err = fmt.Errorf("none of the keys is for this user: give it a tag of the key that it is to use: %w", forbidden)
 	}
 	return status
 }
 
-// checkRole finds out on an HSM without a key for us whether its user could use one: random bytes are for the same role.
+// checkRole finds out without a key whether the user could use one: random bytes are for the same role of a NetHSM.
 func checkRole(ctx context.Context, device hsm.Device) error {
 	randomer, ok := device.(hsm.Randomer)
 	if !ok {
