@@ -37,40 +37,63 @@ func (d *Device) Objects(ctx context.Context, application string) ([]hsm.ObjectR
 	return refs, nil
 }
 
+// looks is how often a list is begun anew because objects are deleted under its eyes.
+const looks = 10
+
 func (d *Device) list(ctx context.Context, node *Client, application string) ([]hsm.ObjectRef, error) {
-	carriers, err := d.carriers(ctx, node)
-	if err != nil {
-		return nil, err
+	for range looks {
+		refs, empty, err := d.look(ctx, node, application)
+		if err != nil || len(empty) == 0 {
+			return refs, err
+		}
+		// Empty carriers are what interrupted writes left, as long as they are there. One that is not was deleted after it
+		// had been listed, perhaps for a newer one that had not: such a list would have neither.
+		there, err := d.carriers(ctx, node)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(empty, func(id string) bool { return !slices.Contains(there, id) }) {
+			return refs, nil
+		}
 	}
-	ids := slices.DeleteFunc(carriers, func(id string) bool { return !mayCarry(id, application) })
-	refs := make([]*hsm.ObjectRef, len(ids))
+	return nil, fmt.Errorf("%w: the objects change faster than they can be listed; try again", hsm.ErrUnavailable)
+}
+
+// look lists once: the objects of an application, and the carriers in which nothing was found.
+func (d *Device) look(ctx context.Context, node *Client, application string) (refs []hsm.ObjectRef, empty []string, _ error) {
+	ids, err := d.carriers(ctx, node)
+	if err != nil {
+		return nil, nil, err
+	}
+	ids = slices.DeleteFunc(ids, func(id string) bool { return !mayCarry(id, application) })
+	found := make([]hsm.ObjectRef, len(ids))
+	outcomes := make([]error, len(ids))
 	err = several(ctx, len(ids), func(ctx context.Context, i int) error {
-		if ref, known := d.seen(ids[i]); known {
-			refs[i] = &ref
+		var known bool
+		if found[i], known = d.seen(ids[i]); known {
 			return nil
 		}
-		ref, value, err := d.read(ctx, node, ids[i])
+		var value []byte
+		found[i], value, outcomes[i] = d.read(ctx, node, ids[i])
 		clear(value)
-		switch {
-		case errors.Is(err, hsm.ErrNotFound), errors.Is(err, errForeign):
+		if errors.Is(outcomes[i], hsm.ErrNotFound) || errors.Is(outcomes[i], errForeign) {
 			return nil
-		case err != nil:
-			return err
 		}
-		refs[i] = &ref
-		return nil
+		return outcomes[i]
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var found []hsm.ObjectRef
-	for _, ref := range refs {
-		if ref != nil && ref.Application == application {
-			found = append(found, *ref)
+	for i, id := range ids {
+		switch {
+		case errors.Is(outcomes[i], hsm.ErrNotFound):
+			empty = append(empty, id)
+		case outcomes[i] == nil && found[i].Application == application:
+			refs = append(refs, found[i])
 		}
 	}
-	slices.SortFunc(found, func(a, b hsm.ObjectRef) int { return cmp.Compare(a.Label, b.Label) })
-	return found, nil
+	slices.SortFunc(refs, func(a, b hsm.ObjectRef) int { return cmp.Compare(a.Label, b.Label) })
+	return refs, empty, nil
 }
 
 // carriers lists the keys that carry objects, those of all applications. Older servers list no keys by the beginning of
