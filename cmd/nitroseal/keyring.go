@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -42,8 +43,19 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	a.onClose(records.Close)
 	return keyring.New(keyring.Config{
 		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
+		Words: &words,
 		Lock: func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
 	}), nil
+}
+
+// words are how the keyring's sentences name what an operator types.
+var words = keyring.Words{
+	Home: "this state directory",
+	Read: func(key string) string { return "run \"nitroseal key backup " + key + "\"" },
+	Set: func(key, setting string) string {
+		return "run \"nitroseal key configure " + key + " --" + strings.ReplaceAll(setting, "_", "-") + "\""
+	},
+	Ask: func(what string) string { return "--" + strings.ReplaceAll(what, "_", "-") },
 }
 
 // by says who runs the command, for the records: the user, and who became that user by sudo.

@@ -239,7 +239,7 @@ func (k *Keyring) newRecipient(ctx context.Context, request AdoptRequest) (recip
 
 // judge returns the recipient that an HSM key makes, if it is good enough and proves it.
 func (k *Keyring) judge(ctx context.Context, device hsm.Device, key hsm.Key, request AdoptRequest) (recipient, error) {
-	rcpt, err := judge(ctx, key, request.AcceptWeak)
+	rcpt, err := k.judgeKey(ctx, key, request.AcceptWeak)
 	if err != nil {
 		return rcpt, fmt.Errorf("device %q: key %q with id %q: %w", request.Device, key.Ref().Label, key.Ref().ID, err)
 	}
@@ -251,7 +251,7 @@ func (k *Keyring) judge(ctx context.Context, device hsm.Device, key hsm.Key, req
 	return rcpt, nil
 }
 
-func judge(ctx context.Context, key hsm.Key, acceptWeak bool) (recipient, error) {
+func (k *Keyring) judgeKey(ctx context.Context, key hsm.Key, acceptWeak bool) (recipient, error) {
 	public := key.Public()
 	kind, err := kindOf(public)
 	if err != nil {
@@ -263,8 +263,8 @@ func judge(ctx context.Context, key hsm.Key, acceptWeak bool) (recipient, error)
 	}
 	weak := weaknesses(key.Traits())
 	if len(weak) > 0 && !acceptWeak {
-		return recipient{}, fmt.Errorf("%w: it is %s; choose a key made for decryption only, or accept this with "+
-			"accept_weak_key=true", ErrWeakKey, strings.Join(weak, " and "))
+		return recipient{}, fmt.Errorf("%w: it is %s; choose a key made for decryption only, or accept this with %s", ErrWeakKey,
+			strings.Join(weak, " and "), k.words.Ask("accept_weak_key"))
 	}
 	algorithm, err := prove(ctx, key)
 	if err != nil {

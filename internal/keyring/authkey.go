@@ -56,17 +56,15 @@ func (k *Keyring) knownAuth(v *version) (key envelope.AuthKey, ok bool) {
 	return k.opened.get(v.AuthEnvelope)
 }
 
-// seal marks a record from the store as one without authentication keys, where [Config.SealAuthKeys] is set, and refuses
-// one that has them.
-func (k *Keyring) seal(rec *record) error {
-	if !k.sealed {
+// checkSealed refuses a record from the store that holds an authentication key where none must.
+func (r *record) checkSealed() error {
+	if !r.sealed {
 		return nil
 	}
-	rec.sealed = true
-	for i := range rec.Versions {
-		if len(rec.Versions[i].AuthKey) > 0 {
+	for i := range r.Versions {
+		if len(r.Versions[i].AuthKey) > 0 {
 			return fmt.Errorf("record of key %q: %w: it holds the authentication key of version %d in the clear, which this store must "+
-				"not; restore the key from its key record", rec.Name, ErrRecordMalformed, rec.Versions[i].Number)
+				"not; restore the key from its key record", r.Name, ErrRecordMalformed, r.Versions[i].Number)
 		}
 	}
 	return nil

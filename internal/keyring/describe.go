@@ -8,15 +8,14 @@ import (
 
 // newRecord returns the record of a key that has no version yet.
 func (k *Keyring) newRecord(name, by string) *record {
-	return &record{
+	return k.own(&record{
 		Format:               recordFormat,
 		Name:                 name,
 		Created:              k.today(),
 		CreatedBy:            by,
 		MinDecryptionVersion: 1,
 		Versions:             []version{},
-		sealed:               k.sealed,
-	}
+	})
 }
 
 // addVersion appends a version. What was acknowledged about the key record and about the backup of the HSM key does not
@@ -140,18 +139,18 @@ func (r *record) warnings() []string {
 	switch {
 	case r.Acknowledgements.RecordRead != nil:
 	case v.Kept.RecordRead != nil:
-		warn("the key record changed since it was read: the one that was read brings version %d back with fewer of its HSMs; read "+
-			"keys/%s/backup again and keep it", v.Number, r.Name)
+		warn("the key record changed since it was read: the one that was read brings version %d back with fewer of its HSMs; %s "+
+			"again and keep it", v.Number, r.say().Read(r.Name))
 	default:
 		warn("the key record was never read since version %d was made: without it nothing that this version sealed can be opened "+
-			"once this mount is lost; read keys/%s/backup and keep it", v.Number, r.Name)
+			"once %s is lost; %s and keep it", v.Number, r.say().Home, r.say().Read(r.Name))
 	}
 	if serves := r.encryptVersion(); serves > 0 && serves < v.Number {
 		warn("version %d is not used by encrypt/ yet, which goes on with version %d: %s", v.Number, serves, r.lacks(v))
 	}
 	if countHSMs(v.Recipients) < 2 && r.Acknowledgements.BackupConfirmed == nil {
-		warn("version %d opens on one HSM only: add a recipient on another one, or back the HSM key up and set "+
-			"backup_confirmed=true", v.Number)
+		warn("version %d opens on one HSM only: add a recipient on another one, or back the HSM key up and %s",
+			v.Number, r.say().Set(r.Name, "backup_confirmed"))
 	}
 	for i := range v.Recipients {
 		rcpt := &v.Recipients[i]

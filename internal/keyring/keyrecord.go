@@ -168,15 +168,14 @@ func parseKeyRecord(request RestoreRequest) (keyRecord, error) {
 // fromKeyRecord returns the record that a key record restores. Acknowledgements are not carried over, but for the one
 // that is evident: whoever restores a key record has read it. Nobody knows what the versions served: encrypt/ is assumed.
 func (k *Keyring) fromKeyRecord(restored keyRecord, request RestoreRequest) *record {
-	rec := &record{
+	rec := k.own(&record{
 		Format:               recordFormat,
 		Name:                 restored.Name,
 		Created:              restored.Created,
 		CreatedBy:            request.By,
 		MinDecryptionVersion: restored.MinDecryptionVersion,
 		Acknowledgements:     acknowledgements{RecordRead: &Acknowledgement{By: request.By, At: k.today()}},
-		sealed:               k.sealed,
-	}
+	})
 	for _, v := range restored.Versions {
 		kept := version{
 			Number:        v.Number,

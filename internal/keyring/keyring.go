@@ -47,6 +47,8 @@ type Config struct {
 	// Lock lets the slow changes of one key take turns among processes that share the store: two that made the same HSM key
 	// at once would make two. It waits until ctx ends. Nil where there is one process.
 	Lock func(ctx context.Context, name string) (unlock func(), err error)
+	// Words are those of the sentences in errors and warnings; nil for those of a mount of Vault.
+	Words *Words
 	// SealAuthKeys keeps authentication keys out of the records, for a store that a thief may read: they lie in their
 	// envelopes only, and the first use of a version in a Keyring opens its own, at the cost of one private-key operation.
 	// A record with one in the clear is refused: whoever put it there could make envelopes that open.
@@ -69,6 +71,7 @@ type Keyring struct {
 	lock    func(ctx context.Context, name string) (unlock func(), err error) // Config.Lock; may be nil
 	sealed  bool                                                              // Config.SealAuthKeys
 	opened  openedAuthKeys
+	words   Words
 }
 
 // New returns a keyring. It does no I/O.
@@ -87,6 +90,10 @@ func New(config Config) *Keyring {
 	}
 	if k.now == nil {
 		k.now = time.Now
+	}
+	k.words = vaultWords
+	if config.Words != nil {
+		k.words = *config.Words
 	}
 	k.cache.on = config.CacheRecords
 	return k

@@ -41,8 +41,8 @@ func (r *record) ready(v *version, purpose Purpose) error {
 		return fmt.Errorf("%w: purpose %q is not known", ErrInvalid, purpose)
 	}
 	if _, recipients := r.recordRead(v); recipients == 0 {
-		return fmt.Errorf("key %q: %w (%s): its key record was never read since version %d was made; read the key's backup and keep "+
-			"it, because with this mount everything sealed would be lost without it", r.Name, ErrNotReady, purpose, v.Number)
+		return fmt.Errorf("key %q: %w (%s): its key record was never read since version %d was made; %s and keep it, because with %s "+
+			"everything sealed would be lost without it", r.Name, ErrNotReady, purpose, v.Number, r.say().Read(r.Name), r.say().Home)
 	}
 	if !r.redundant(v) {
 		return fmt.Errorf("key %q: %w (%s): version %d opens on one HSM only; %s", r.Name, ErrNotReady, purpose, v.Number, r.lacks(v))
@@ -112,21 +112,25 @@ func (r *record) redundant(v *version) bool {
 
 // lacks says what to do for a version to become ready; empty where it is.
 func (r *record) lacks(v *version) string {
-	const read = "read keys/%s/backup and keep it"
+	read := r.say().Read(r.Name) + " and keep it"
 	_, recipients := r.recordRead(v)
 	switch spread := countHSMs(v.Recipients) > 1; {
 	case recipients > 0 && r.redundant(v):
 		return ""
 	case r.redundant(v), spread: // the record is all that is missing
-		return fmt.Sprintf(read, r.Name)
+		return read
 	case recipients > 0:
-		return redundancy
+		return r.redundancy()
 	default:
-		return fmt.Sprintf(read, r.Name) + ", and " + redundancy
+		return read + ", and " + r.redundancy()
 	}
 }
 
-const redundancy = "add a recipient on another HSM, or back the HSM key up and set backup_confirmed=true, or set accept_single_hsm=true"
+// redundancy says what makes up for a version that opens on one HSM only.
+func (r *record) redundancy() string {
+	return fmt.Sprintf("add a recipient on another HSM, or back the HSM key up and %s, or %s", r.say().Set(r.Name, "backup_confirmed"),
+		r.say().Set(r.Name, "accept_single_hsm"))
+}
 
 // CountHSMs returns on how many HSMs some recipients are. An HSM is known by its serial number, so two names of one are
 // one HSM. One that did not tell it is known by the name of its device, and is the HSM that told it by that name, where

@@ -33,7 +33,8 @@ type record struct {
 	Pending              *intent          `json:"pending,omitempty"`
 	Deleting             *deletion        `json:"deleting,omitempty"`
 
-	sealed bool // Config.SealAuthKeys: what the store keeps has no AuthKey
+	sealed bool   // Config.SealAuthKeys: what the store keeps has no AuthKey
+	words  *Words // Config.Words
 }
 
 // acknowledgements are what people confirmed about the key as it is: RecordRead about all of it, BackupConfirmed about

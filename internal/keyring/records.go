@@ -49,7 +49,7 @@ func (k *Keyring) load(ctx context.Context, name string) (*record, store.Revisio
 	rec, err := decodeRecord(name, entry.Value)
 	clear(entry.Value)
 	if err == nil {
-		err = k.seal(rec)
+		err = k.own(rec).checkSealed()
 	}
 	if err != nil {
 		return nil, "", err

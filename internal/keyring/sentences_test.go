@@ -74,7 +74,7 @@ func TestEveryErrorSaysWhatToDo(t *testing.T) {
 			_, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, raw, []byte("ctx"))
 			return err
 		}},
-		{"a record that nobody read", ErrNotReady, "read the key's backup and keep it", func(f *fixture) error {
+		{"a record that nobody read", ErrNotReady, "read keys/prod/backup and keep it", func(f *fixture) error {
 			return f.Ready(t.Context(), "prod", PurposeEncrypt)
 		}},
 		{"a single HSM", ErrNotReady, "set backup_confirmed=true", func(f *fixture) error {

@@ -141,8 +141,8 @@ func (r *record) deletable(hsmKeys bool) error {
 		return generating(r)
 	}
 	if !r.DeletionAllowed {
-		return fmt.Errorf("key %q: %w: nothing sealed with it could be opened afterwards; if that is what you want, set "+
-			"deletion_allowed=true first", r.Name, ErrDeletionNotAllowed)
+		return fmt.Errorf("key %q: %w: nothing sealed with it could be opened afterwards; if that is what you want, %s first",
+			r.Name, ErrDeletionNotAllowed, r.say().Set(r.Name, "deletion_allowed"))
 	}
 	if !hsmKeys {
 		return nil
