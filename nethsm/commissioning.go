@@ -256,5 +256,5 @@ func (c *Client) ClockSkew(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	middle := before.Add(time.Since(before) / 2)
-	return at.Sub(middle).Round(time.Second), nil
+	return at.Add(time.Second / 2).Sub(middle).Round(time.Second), nil // it drops the part of a second, half of one on average
 }
