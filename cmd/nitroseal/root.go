@@ -57,7 +57,9 @@ var nouns = []func(*app) *cobra.Command{
 	newRewrapCommand,
 	newKeyCommand,
 	newDeviceCommand,
+	newNetHSMCommand,
 	newConfigCommand,
+	newDoctorCommand,
 	newVersionCommand,
 }
 

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/doctor"
+)
+
+// doctorTimeout is how long the whole examination may take; each part has a limit of its own.
+const doctorTimeout = 5 * time.Minute
+
+func newDoctorCommand(a *app) *cobra.Command {
+	var quiet bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Look for what is wrong, and say how to mend it",
+		Long: `Look at the machine, each device, each wrapping key, each store and the Vault of the configuration, and say what is wrong and
+how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
+value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again.
+
+The exit code is 1 where a problem was found, 0 where there were warnings at most.`,
+		Example: `  nitroseal doctor
+  nitroseal doctor --quiet            only what needs somebody
+  nitroseal doctor --output json`,
+		Args: noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.doctor(cmd.Context(), quiet) },
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "show only warnings and problems")
+	return cmd
+}
+
+// findingView is a finding as JSON.
+type findingView struct {
+	Subject string `json:"subject"`
+	Check   string `json:"check"`
+	Verdict string `json:"verdict"` // ok, skipped, warning or problem
+	Seen    string `json:"seen"`
+	Remedy  string `json:"remedy,omitempty"`
+}
+
+// examinationView is the whole examination as JSON.
+type examinationView struct {
+	Problems int           `json:"problems"`
+	Warnings int           `json:"warnings"`
+	Findings []findingView `json:"findings"`
+}
+
+func (a *app) doctor(ctx context.Context, quiet bool) error {
+	patient, err := a.patient()
+	if err != nil {
+		return err
+	}
+	defer clear(patient.VaultToken)
+	ctx, cancel := a.within(ctx, doctorTimeout)
+	defer cancel()
+	var result examinationView
+	err = doctor.Examine(ctx, patient, func(f doctor.Finding) {
+		a.progress("%s: %s", f.Subject, f.Check)
+		switch f.Verdict {
+		case doctor.Problem:
+			result.Problems++
+		case doctor.Warning:
+			result.Warnings++
+		case doctor.OK, doctor.Skipped:
+			if quiet {
+				return
+			}
+		}
+		result.Findings = append(result.Findings, findingView{f.Subject, f.Check, string(f.Verdict), f.Seen, f.Remedy})
+	})
+	if err != nil {
+		return err
+	}
+	result.Findings = list(result.Findings)
+	if err := a.print(result, func(t *table) { showFindings(t, result) }); err != nil {
+		return err
+	}
+	if result.Problems > 0 {
+		return fmt.Errorf("%s found in %s", count(result.Problems, "problem"), patient.Config.Path)
+	}
+	return nil
+}
+
+// marks are how verdicts look in a table: good ones do not draw the eye.
+var marks = map[string]string{string(doctor.OK): "ok", string(doctor.Skipped): "-", string(doctor.Warning): "WARNING", string(doctor.Problem): "PROBLEM"}
+
+func showFindings(t *table, result examinationView) {
+	subject := ""
+	for _, f := range result.Findings {
+		if f.Subject != subject {
+			subject = f.Subject
+			t.row(subject)
+		}
+		t.row("  "+marks[f.Verdict], f.Check, f.Seen)
+		if f.Remedy != "" {
+			t.row("", "", "→ "+f.Remedy)
+		}
+	}
+	t.row(count(result.Problems, "problem") + ", " + count(result.Warnings, "warning"))
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// patient is the configuration with the means to try it.
+func (a *app) patient() (doctor.Patient, error) {
+	c, err := a.config()
+	if err != nil {
+		return doctor.Patient{}, err
+	}
+	set, err := a.devices()
+	if err != nil {
+		return doctor.Patient{}, err
+	}
+	keys, err := a.keyring()
+	if err != nil {
+		return doctor.Patient{}, err
+	}
+	token, err := vaultToken(c)
+	if err != nil {
+		return doctor.Patient{}, err
+	}
+	return doctor.Patient{Config: c, Device: set.handle, Store: a.store, Keys: keys, VaultToken: token}, nil
+}
+
+// vaultToken reads the token for Vault; nil where none is configured.
+func vaultToken(c *config.Config) ([]byte, error) {
+	switch {
+	case c.Vault == nil:
+		return nil, nil
+	case c.Vault.TokenFile != "":
+		return device.SecretFiles{Dir: c.SecretsDir}.Read(c.Vault.TokenFile)
+	case c.Vault.TokenEnv != "":
+		return []byte(os.Getenv(c.Vault.TokenEnv)), nil
+	}
+	return nil, nil
+}
