@@ -58,8 +58,8 @@ type Node struct {
 	choked   bool          // a huge chunked upload came: writes hang until a restart
 
 	operations, decrypts, handshakes, generated, held atomic.Int64
-	updating                                    atomic.Bool // an image was uploaded and not yet installed or dropped
-	started                                     time.Time
+	updating                                          atomic.Bool // an image was uploaded and not yet installed or dropped
+	started                                           time.Time
 }
 
 // Request is one line of a node's log. It never holds a password.
