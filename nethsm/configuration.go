@@ -3,6 +3,7 @@ package nethsm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"time"
@@ -46,10 +47,11 @@ func (c *Client) SetUnattendedBoot(ctx context.Context, on bool) error {
 
 // SetUnlockPassphrase changes the unlock passphrase of a node. A wrong current one is an [*hsm.PINError].
 func (c *Client) SetUnlockPassphrase(ctx context.Context, current, changed []byte) error {
-	if err := c.alone("changing the unlock passphrase"); err != nil {
+	one, err := c.alone("changing the unlock passphrase")
+	if err != nil {
 		return err
 	}
-	return c.changePassphrase(ctx, "unlock passphrase", "/config/unlock-passphrase", current, changed)
+	return one.changePassphrase(ctx, "unlock passphrase", "/config/unlock-passphrase", current, changed)
 }
 
 // SetBackupPassphrase changes the passphrase that backups are encrypted with, for all nodes. The first time, current is
@@ -134,8 +136,12 @@ func (c *Client) Logging(ctx context.Context) (Logging, error) {
 
 // SetLogging sets where a node sends its log.
 func (c *Client) SetLogging(ctx context.Context, logging Logging) error {
+	const op = "setting the logging configuration"
+	if err := checkIPv4(op, logging.Address); err != nil {
+		return err
+	}
 	_, err := c.doAlone(ctx, call{
-		op: "setting the logging configuration", method: http.MethodPut, path: "/config/logging", creates: true, body: logging,
+		op: op, method: http.MethodPut, path: "/config/logging", creates: true, body: logging,
 	})
 	return err
 }
@@ -172,7 +178,21 @@ func (c *Client) Network(ctx context.Context) (Network, error) {
 // SetNetwork sets how an appliance is reached. Its answer may be lost with the old address: [hsm.ErrMayHaveHappened]. A
 // container gives [ErrContainer].
 func (c *Client) SetNetwork(ctx context.Context, network Network) error {
-	return c.doAppliance(ctx, call{
-		op: "setting the network configuration", method: http.MethodPut, path: "/config/network", body: network, creates: true,
-	})
+	const op = "setting the network configuration"
+	if err := checkIPv4(op, network.Address, network.Netmask, network.Gateway); err != nil {
+		return err
+	}
+	if network.IPv6 != nil && !network.IPv6.Prefix.Addr().Is6() {
+		return fmt.Errorf("%s: %w: the IPv6 address is none", op, ErrRequest)
+	}
+	return c.doAppliance(ctx, call{op: op, method: http.MethodPut, path: "/config/network", body: network, creates: true})
+}
+
+func checkIPv4(op string, addresses ...netip.Addr) error {
+	for _, address := range addresses {
+		if !address.Is4() {
+			return fmt.Errorf("%s: %w: %v is not an IPv4 address", op, ErrRequest, address)
+		}
+	}
+	return nil
 }

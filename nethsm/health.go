@@ -140,18 +140,19 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 
 // doAlone sends a call that concerns one node.
 func (c *Client) doAlone(ctx context.Context, in call) (answer, error) {
-	if err := c.alone(in.op); err != nil {
+	one, err := c.alone(in.op)
+	if err != nil {
 		return answer{}, err
 	}
-	return c.do(ctx, in)
+	return one.do(ctx, in)
 }
 
-// alone refuses what concerns one node where there are several.
-func (c *Client) alone(op string) error {
+// alone is the view of the one node of a client, which is asked whatever is known about it. Several are [ErrManyNodes].
+func (c *Client) alone(op string) (*Client, error) {
 	if len(c.nodes()) != 1 {
-		return fmt.Errorf("%s: %w", op, ErrManyNodes)
+		return nil, fmt.Errorf("%s: %w", op, ErrManyNodes)
 	}
-	return nil
+	return &Client{pool: c.pool, login: c.login, only: c.nodes()[0]}, nil
 }
 
 // wanting decodes an answer into a value and then asks check whether what is needed is there. Members that nobody asked

@@ -59,7 +59,8 @@ type Restoration struct {
 // boot.
 func (c *Client) Restore(ctx context.Context, r Restoration) error {
 	const op = "restoring a backup"
-	if err := c.alone(op); err != nil {
+	one, err := c.alone(op)
+	if err != nil {
 		return err
 	}
 	if r.Backup == nil {
@@ -72,7 +73,7 @@ func (c *Client) Restore(ctx context.Context, r Restoration) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", op, err)
 	}
-	_, err = c.doAlone(ctx, call{
+	_, err = one.do(ctx, call{
 		op: op, method: http.MethodPost, path: "/system/restore", raw: body, contentType: contentType, timeout: restoring, creates: true,
 	})
 	return err
@@ -167,16 +168,16 @@ func (c *Client) system(ctx context.Context, op, command string) error {
 // doAppliance sends a call that only an appliance can serve. What exactly a container answers is not written down anywhere:
 // one of these, and then its device id tells.
 func (c *Client) doAppliance(ctx context.Context, in call) error {
-	_, err := c.doAlone(ctx, in)
+	one, err := c.alone(in.op)
+	if err != nil {
+		return err
+	}
+	_, err = one.do(ctx, in)
 	var no *Error
 	if !errors.As(err, &no) || !slices.Contains(notInContainer, no.Status) {
 		return err
 	}
-	alone, failed := c.At(c.URLs()[0]) // the very node, though its answer may have put it to rest
-	if failed != nil {
-		return err
-	}
-	if info, failed := alone.SystemInfo(ctx); failed == nil && info.Container() {
+	if info, failed := one.SystemInfo(ctx); failed == nil && info.Container() {
 		return fmt.Errorf("%s at %s (HTTP %d): %w", no.Op, no.Node, no.Status, ErrContainer)
 	}
 	return err

@@ -32,10 +32,11 @@ func (c *Client) SetTLSCertificate(ctx context.Context, certificate []byte) erro
 // TLSCSR returns a certificate signing request for the TLS key of a node, as PEM.
 func (c *Client) TLSCSR(ctx context.Context, subject DistinguishedName) ([]byte, error) {
 	const op = "making a certificate signing request for TLS"
-	if err := c.alone(op); err != nil {
+	one, err := c.alone(op)
+	if err != nil {
 		return nil, err
 	}
-	return c.csr(ctx, subject, call{op: op, path: "/config/tls/csr.pem"})
+	return one.csr(ctx, subject, call{op: op, path: "/config/tls/csr.pem"})
 }
 
 // GenerateTLSKey makes a new TLS key for a node, and a certificate of its own to go with it. Its clients do not trust that
@@ -72,8 +73,9 @@ func (c *Client) SetClusterCA(ctx context.Context, certificate []byte) error {
 }
 
 func (c *Client) pemAlone(ctx context.Context, kind string, in call) ([]byte, error) {
-	if err := c.alone(in.op); err != nil {
+	one, err := c.alone(in.op)
+	if err != nil {
 		return nil, err
 	}
-	return c.pem(ctx, kind, in)
+	return one.pem(ctx, kind, in)
 }
