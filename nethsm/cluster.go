@@ -115,7 +115,7 @@ func (c *Client) Join(ctx context.Context, kit JoinKit, backupPassphrase []byte)
 	if err := checkCurrent(op, "the backup passphrase", backupPassphrase); err != nil {
 		return err
 	}
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: op, method: http.MethodPost, path: "/cluster/join", creates: true, timeout: joining,
 		body: struct {
 			Members          []Peer `json:"members"`
@@ -123,7 +123,6 @@ func (c *Client) Join(ctx context.Context, kit JoinKit, backupPassphrase []byte)
 			BackupPassphrase secret `json:"backupPassphrase"`
 		}{kit.Members, secret(kit.Kit), secret(backupPassphrase)},
 	})
-	return err
 }
 
 // unlockUser is the user name that stands for the unlock passphrase where a Failed node can ask nobody else.
@@ -133,8 +132,7 @@ const unlockUser = "unlock"
 // the majority of a cluster is lost for good; other members must not come back afterwards. The node reboots.
 func (c *Client) ForceNewCluster(ctx context.Context, unlockPassphrase []byte) error {
 	alone := c.As(Credentials{Username: unlockUser, Password: unlockPassphrase})
-	_, err := alone.doAlone(ctx, call{
+	return alone.doAlone(ctx, call{
 		op: "making the node a cluster of its own", method: http.MethodPost, path: "/cluster/force-new", creates: true, timeout: slowly,
 	})
-	return err
 }

@@ -17,7 +17,7 @@ func (c *Client) UnattendedBoot(ctx context.Context) (bool, error) {
 	var got struct {
 		Status string `json:"status"`
 	}
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: "asking for unattended boot", method: http.MethodGet, path: "/config/unattended-boot",
 		into: wanting(&got, func() error {
 			if got.Status != "on" && got.Status != "off" {
@@ -36,13 +36,12 @@ func (c *Client) SetUnattendedBoot(ctx context.Context, on bool) error {
 	if on {
 		status = "on"
 	}
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: "turning unattended boot " + status, method: http.MethodPut, path: "/config/unattended-boot", creates: true,
 		body: struct {
 			Status string `json:"status"`
 		}{status},
 	})
-	return err
 }
 
 // SetUnlockPassphrase changes the unlock passphrase of a node. A wrong current one is an [*hsm.PINError].
@@ -83,7 +82,7 @@ func (c *Client) Time(ctx context.Context) (time.Time, error) {
 	var got struct {
 		Time time.Time `json:"time"`
 	}
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: "reading the clock", method: http.MethodGet, path: "/config/time",
 		into: wanting(&got, func() error {
 			if got.Time.IsZero() {
@@ -97,13 +96,12 @@ func (c *Client) Time(ctx context.Context) (time.Time, error) {
 
 // SetTime sets a node's clock, to the second.
 func (c *Client) SetTime(ctx context.Context, now time.Time) error {
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: "setting the clock", method: http.MethodPut, path: "/config/time", creates: true,
 		body: struct {
 			Time string `json:"time"`
 		}{timestamp(now)},
 	})
-	return err
 }
 
 // LogLevel is how much a node logs.
@@ -127,7 +125,7 @@ type Logging struct {
 // Logging reads where a node sends its log.
 func (c *Client) Logging(ctx context.Context) (Logging, error) {
 	var got Logging
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: "reading the logging configuration", method: http.MethodGet, path: "/config/logging",
 		into: wanting(&got, func() error { return present("logLevel", got.Level) }),
 	})
@@ -140,10 +138,9 @@ func (c *Client) SetLogging(ctx context.Context, logging Logging) error {
 	if err := checkIPv4(op, logging.Address); err != nil {
 		return err
 	}
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: op, method: http.MethodPut, path: "/config/logging", creates: true, body: logging,
 	})
-	return err
 }
 
 // Network is how an appliance is reached.

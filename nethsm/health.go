@@ -44,7 +44,7 @@ func (c *Client) State(ctx context.Context) (State, error) {
 	var got struct {
 		State State `json:"state"`
 	}
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: "asking for the state", method: http.MethodGet, path: "/health/state", public: true,
 		into: wanting(&got, func() error { return present("state", got.State) }),
 	})
@@ -54,15 +54,13 @@ func (c *Client) State(ctx context.Context) (State, error) {
 // Alive is nil where a node has started and waits to be unlocked or provisioned. Operational it is not alive but ready:
 // that is [ErrState], as every other state is.
 func (c *Client) Alive(ctx context.Context) error {
-	_, err := c.doAlone(ctx, call{op: "asking whether it waits to be unlocked", method: http.MethodGet, path: "/health/alive", public: true})
-	return err
+	return c.doAlone(ctx, call{op: "asking whether it waits to be unlocked", method: http.MethodGet, path: "/health/alive", public: true})
 }
 
 // Ready is nil where a node is Operational, and [ErrState] otherwise. For about a minute after losing its database a node
 // still says that it is ready.
 func (c *Client) Ready(ctx context.Context) error {
-	_, err := c.doAlone(ctx, call{op: "asking whether it is ready", method: http.MethodGet, path: "/health/ready", public: true})
-	return err
+	return c.doAlone(ctx, call{op: "asking whether it is ready", method: http.MethodGet, path: "/health/ready", public: true})
 }
 
 // Diagnosis is what a node tells about its database.
@@ -112,7 +110,7 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 			Version  loose `json:"version"`
 		} `json:"clusterSnapshot"`
 	}
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: "asking for a diagnosis", method: http.MethodGet, path: "/health/diagnose",
 		into: wanting(&got, func() error {
 			if got.State == nil {
@@ -139,12 +137,13 @@ func (c *Client) Diagnose(ctx context.Context) (Diagnosis, error) {
 }
 
 // doAlone sends a call that concerns one node.
-func (c *Client) doAlone(ctx context.Context, in call) (answer, error) {
+func (c *Client) doAlone(ctx context.Context, in call) error {
 	one, err := c.alone(in.op)
 	if err != nil {
-		return answer{}, err
+		return err
 	}
-	return one.do(ctx, in)
+	_, err = one.do(ctx, in)
+	return err
 }
 
 // alone is the view of the one node of a client, which is asked whatever is known about it. Several are [ErrManyNodes].

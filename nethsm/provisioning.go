@@ -31,7 +31,7 @@ func (c *Client) Provision(ctx context.Context, p Provisioning) error {
 	if p.Time.IsZero() {
 		p.Time = time.Now()
 	}
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: op, method: http.MethodPost, path: "/provision", public: true, creates: true, timeout: slowly,
 		body: struct {
 			UnlockPassphrase secret `json:"unlockPassphrase"`
@@ -39,13 +39,11 @@ func (c *Client) Provision(ctx context.Context, p Provisioning) error {
 			SystemTime       string `json:"systemTime"`
 		}{secret(p.UnlockPassphrase), secret(p.AdminPassphrase), timestamp(p.Time)},
 	})
-	return err
 }
 
 // Lock locks a node, as an Administrator of the root namespace.
 func (c *Client) Lock(ctx context.Context) error {
-	_, err := c.doAlone(ctx, call{op: "locking", method: http.MethodPost, path: "/lock", creates: true})
-	return err
+	return c.doAlone(ctx, call{op: "locking", method: http.MethodPost, path: "/lock", creates: true})
 }
 
 // Unlock makes a Locked node Operational. It needs no credentials. A wrong passphrase is an [*hsm.PINError]; a node that is
@@ -55,7 +53,7 @@ func (c *Client) Unlock(ctx context.Context, passphrase []byte) error {
 	if err := checkPassphrase(op, "the unlock passphrase", passphrase); err != nil {
 		return err
 	}
-	_, err := c.doAlone(ctx, call{
+	err := c.doAlone(ctx, call{
 		op: op, method: http.MethodPost, path: "/unlock", public: true, creates: true, timeout: slowly,
 		body: passphraseBody{secret(passphrase)},
 	})

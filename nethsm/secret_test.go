@@ -44,7 +44,7 @@ func TestSecretsAreNeverPrinted(t *testing.T) {
 			for _, verb := range []string{
 				"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "% x", "%#x", "%d", "%o", "%b", "%c", "%U", "%t", "%e", "%10.3s", // but for %p, which asks no method
 			} {
-				printed(t, verb, fmt.Sprintf(verb, value)) //nolint:govet // verbs that fit and verbs that do not
+				printed(t, verb, fmt.Sprintf(verb, value))
 			}
 			printed(t, "Sprint", fmt.Sprint(value))
 			for how, handler := range map[string]func(*bytes.Buffer) slog.Handler{

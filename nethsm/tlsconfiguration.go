@@ -23,10 +23,9 @@ func (c *Client) SetTLSCertificate(ctx context.Context, certificate []byte) erro
 	if err := checkPEM(pemCertificate, certificate); err != nil {
 		return fmt.Errorf("%s: %w: %w", op, ErrRequest, err)
 	}
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: op, method: http.MethodPut, path: "/config/tls/cert.pem", creates: true, raw: certificate, contentType: pemContentType,
 	})
-	return err
 }
 
 // TLSCSR returns a certificate signing request for the TLS key of a node, as PEM.
@@ -42,14 +41,13 @@ func (c *Client) TLSCSR(ctx context.Context, subject DistinguishedName) ([]byte,
 // GenerateTLSKey makes a new TLS key for a node, and a certificate of its own to go with it. Its clients do not trust that
 // until they are told to. The length, in bits, is for RSA.
 func (c *Client) GenerateTLSKey(ctx context.Context, kind KeyType, length int) error {
-	_, err := c.doAlone(ctx, call{
+	return c.doAlone(ctx, call{
 		op: "generating a TLS key", method: http.MethodPost, path: "/config/tls/generate", timeout: generating, creates: true,
 		body: struct {
 			Type   KeyType `json:"type"`
 			Length int     `json:"length,omitempty"`
 		}{kind, length},
 	})
-	return err
 }
 
 // ClusterCA reads the CA by which the nodes of the cluster know each other, as PEM (since 5.0). None is [hsm.ErrNotFound].
