@@ -92,7 +92,7 @@ func TestAWrongBackupPassphraseIsToldApartFromADamagedFile(t *testing.T) {
 func TestEveryCutBackupIsRefused(t *testing.T) {
 	for _, name := range []string{"v0.backup", "v1.backup"} {
 		whole := golden(t, name)
-		for size := 0; size < len(whole); size++ {
+		for size := range len(whole) {
 			if size > 700 && size < len(whole)-200 && size%997 != 0 {
 				continue
 			}

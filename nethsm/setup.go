@@ -153,7 +153,7 @@ func (s *Setup) check() error {
 
 // checkSecrets says which secret a run needs that a plan can do without.
 func (s *Setup) checkSecrets() error {
-	missing := ""
+	var missing string
 	switch {
 	case s.NamespaceAdministrator.Username != "" && s.NamespaceAdministrator.passwordless():
 		missing = "the password of the namespace's administrator"

@@ -10,16 +10,30 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 )
 
+// init makes the test's own binary the command where it is called by that name.
+func init() {
+	if filepath.Base(os.Args[0]) == "nitroseal" {
+		os.Exit(run(os.Args[1:]))
+	}
+}
+
 // TestNetHSMStories runs the command as an operator would, against doubles of a NetHSM: testdata/script/nethsm_*.txtar. The commands
 // of those scripts besides testscript's own are in netHSMCommands.
 func TestNetHSMStories(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	commands := t.TempDir()
+	if err := os.Symlink(self, filepath.Join(commands, "nitroseal")); err != nil {
+		t.Fatal(err)
+	}
 	files, err := filepath.Glob(filepath.Join("testdata", "script", "nethsm_*.txtar"))
 	if err != nil || files == nil {
 		t.Fatalf("no stories: %v", err)
@@ -28,6 +42,7 @@ func TestNetHSMStories(t *testing.T) {
 		Files: files,
 		Setup: func(env *testscript.Env) error {
 			env.Values[doublesKey{}] = &doubles{byName: map[string]*nethsmtest.HSM{}}
+			env.Setenv("PATH", commands+string(os.PathListSeparator)+env.Getenv("PATH"))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -71,7 +86,7 @@ func netHSMCommands(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: nethsm VERB NAME …")
 	}
-	all := ts.Value(doublesKey{}).(*doubles) //nolint:forcetypeassert // Setup put it there
+	all := ts.Value(doublesKey{}).(*doubles)
 	verb, name, rest := args[0], args[1], args[2:]
 	if verb == "start" {
 		startDouble(ts, all, name, rest)
@@ -184,7 +199,7 @@ func faultCommand(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(err)
 		fault.Times = times
 	}
-	ts.Value(doublesKey{}).(*doubles).get(ts, args[0]).Node(0).Inject(fault) //nolint:forcetypeassert // Setup put it there
+	ts.Value(doublesKey{}).(*doubles).get(ts, args[0]).Node(0).Inject(fault)
 }
 
 // modeCommand checks the permissions of a file: mode 600 FILE.
@@ -212,5 +227,3 @@ func noPartCommand(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 }
-
-var _ = time.Second
