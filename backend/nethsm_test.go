@@ -35,7 +35,6 @@ type testNetHSM struct {
 	mu     sync.Mutex
 	opened []device.Secrets
 	nodes  []hsm.Node
-	locked bool
 	// weak is true where the user has not the role Operator.
 	weak bool
 }
@@ -262,7 +261,7 @@ func TestNetHSMsNodesAreShown(t *testing.T) {
 	}
 	m.write("devices/net", netHSMFieldsWith(nil)).ok(t)
 	status := m.read("devices/net/status").want(t, http.StatusOK)
-	if status.text("usable") != "true" || !strings.Contains(status.text("notes"), "the node https://b.example cannot serve: connection refused") {
+	if status.text("usable") != "true" || !strings.Contains(status.text("notes"), "trouble with the node https://b.example: connection refused") {
 		t.Errorf("status = %v", status.data)
 	}
 	nodes, _ := status.data["nodes"].([]any)

@@ -49,10 +49,12 @@ func netFields(netHSM *nethsmtest.HSM, changes vaulttest.Fields) vaulttest.Field
 	return fields
 }
 
-// newNetSite is newSite with a NetHSM, for a plugin that knows of no PKCS#11 module and was built without cgo.
-func newNetSite(t *testing.T, netHSM *nethsmtest.HSM, changes vaulttest.Fields) (site *vaulttest.Site, wrapped string) {
+// newNetSite is newSite with a NetHSM, for a plugin that knows of no PKCS#11 module.
+func newNetSite(
+	t *testing.T, build vaulttest.Build, netHSM *nethsmtest.HSM, changes vaulttest.Fields,
+) (site *vaulttest.Site, wrapped string) {
 	t.Helper()
-	site = vaulttest.StartSite(t, vaulttest.SiteOptions{Build: vaulttest.Build{NoCGO: true}, NoToken: true})
+	site = vaulttest.StartSite(t, vaulttest.SiteOptions{Build: build, NoToken: true})
 	site.Write(t, "nitrokey/devices/hsm", netFields(netHSM, changes))
 	site.AddKey(t, "prod", "hsm", "rsa-2048")
 	wrapped = site.Wrap(t, "prod", secret)
@@ -64,7 +66,7 @@ func newNetSite(t *testing.T, netHSM *nethsmtest.HSM, changes vaulttest.Fields) 
 // cgo, no PKCS#11 module and starts no process.
 func TestNetHSMDoesTheMainJob(t *testing.T) {
 	cluster, netHSM := etcdtest.Start(t, 1), startNetHSM(t, 3)
-	site, wrapped := newNetSite(t, netHSM, vaulttest.Fields{"object_store": true, "unlock_passphrase": netPassphrase})
+	site, wrapped := newNetSite(t, vaulttest.Build{NoCGO: true}, netHSM, vaulttest.Fields{"object_store": true, "unlock_passphrase": netPassphrase})
 	addEtcd(t, site, "etcd", cluster)
 	site.Write(t, "nitrokey/stores/netHSM", vaulttest.Fields{"type": "object", "device": "hsm", "check": true})
 	stores := map[string]string{"etcd": "in-etcd", "netHSM": "on-nethsm"}
@@ -126,7 +128,7 @@ func TestNetHSMDoesTheMainJob(t *testing.T) {
 
 func TestNetHSMOnABadDay(t *testing.T) {
 	netHSM := startNetHSM(t, 3)
-	site, wrapped := newNetSite(t, netHSM, nil)
+	site, wrapped := newNetSite(t, vaulttest.Build{}, netHSM, nil)
 	refused := func(words ...string) {
 		t.Helper()
 		site.Refused(t, "nitrokey/unwrap/prod", vaulttest.Fields{"ciphertext": wrapped}, http.StatusServiceUnavailable, words...)
@@ -147,6 +149,13 @@ func TestNetHSMOnABadDay(t *testing.T) {
 		netHSM.Node(1).SetHang(true)
 		defer netHSM.Node(1).SetHang(false)
 		site.MustUnwrap(t, "prod", wrapped, secret)
+	})
+	t.Run("one has lost its database, and calls the right password wrong", func(t *testing.T) {
+		netHSM.Node(2).LoseEtcd()
+		defer netHSM.Node(2).ReturnEtcd()
+		for range 6 {
+			site.MustUnwrap(t, "prod", wrapped, secret)
+		}
 	})
 	t.Run("all are down, and return", func(t *testing.T) {
 		for _, node := range netHSM.Nodes() {
@@ -211,6 +220,25 @@ func TestNetHSMOnABadDay(t *testing.T) {
 			must(t, node.Restart())
 		}
 		eventuallyUnwraps(t, site, wrapped)
+	})
+	t.Run("the answer to the making of a key is lost", func(t *testing.T) {
+		for _, node := range netHSM.Nodes() {
+			node.Inject(nethsmtest.Fault{Method: http.MethodPost, Path: "/keys/generate", Cut: true, After: -1, Times: 1})
+		}
+		before := len(netHSM.KeyIDs())
+		vaulttest.Eventually(t, limit, "the key to be made by repeated requests", func() error {
+			answer, err := site.Try(t, "nitrokey/keys/lost", vaulttest.Fields{"device": "hsm", "generate": true, "algorithm": "rsa-2048"})
+			if err == nil && answer["state"] != "ready" {
+				err = fmt.Errorf("state %v, pending %v", answer["state"], answer["pending"])
+			}
+			return err
+		})
+		if made := len(netHSM.KeyIDs()) - before; made != 1 {
+			t.Errorf("%d keys were made", made)
+		}
+		for _, node := range netHSM.Nodes() {
+			node.ClearFaults()
+		}
 	})
 	t.Run("the key is deleted", func(t *testing.T) {
 		_, _, err := netHSM.AddKey(nethsmtest.Key{ID: "doomed"})
@@ -284,7 +312,7 @@ func freshStatus(t *testing.T, site *vaulttest.Site) vaulttest.Fields {
 func TestNetHSMsSecretsGoNowhereElse(t *testing.T) {
 	netHSM, evil := startNetHSM(t, 1), startNetHSM(t, 1)
 	file := filepath.Join(t.TempDir(), "none")
-	site, wrapped := newNetSite(t, netHSM, vaulttest.Fields{"unlock_passphrase": netPassphrase})
+	site, wrapped := newNetSite(t, vaulttest.Build{}, netHSM, vaulttest.Fields{"unlock_passphrase": netPassphrase})
 	unseen := func() {
 		t.Helper()
 		if requests := evil.Node(0).Requests(); len(requests) != 0 || evil.Node(0).Handshakes() != 0 {
@@ -338,7 +366,7 @@ func TestNetHSMsSecretsGoNowhereElse(t *testing.T) {
 
 func TestTwoMountsShareANetHSM(t *testing.T) {
 	netHSM := startNetHSM(t, 2)
-	site, wrapped := newNetSite(t, netHSM, nil)
+	site, wrapped := newNetSite(t, vaulttest.Build{}, netHSM, nil)
 	site.Enable(t, "second", "")
 	site.Write(t, "second/devices/hsm", netFields(netHSM, nil))
 	label := site.Read(t, "nitrokey/keys/prod")["versions"].([]any)[0].(map[string]any)["recipients"].([]any)[0].(map[string]any)["key_label"]
@@ -374,7 +402,7 @@ func TestTwoMountsShareANetHSM(t *testing.T) {
 // A password that is rotated in its file needs no write to Vault.
 func TestNetHSMsPasswordMayComeFromAFile(t *testing.T) {
 	netHSM := startNetHSM(t, 1)
-	site := vaulttest.StartSite(t, vaulttest.SiteOptions{Build: vaulttest.Build{NoCGO: true}, NoToken: true})
+	site := vaulttest.StartSite(t, vaulttest.SiteOptions{NoToken: true})
 	file := filepath.Join(site.SecretsDir, "password")
 	must(t, os.WriteFile(file, []byte(netPassword+"\n"), 0o600))
 	site.Write(t, "nitrokey/devices/hsm", netFields(netHSM, vaulttest.Fields{

@@ -8,7 +8,7 @@ import (
 )
 
 // withNodes completes the status of a device of several nodes by what its nodes say: a state where nothing else told one,
-// a sentence about why none can serve, a note for each that cannot while others do.
+// a sentence about why none can serve, a note for each that is in trouble while others serve.
 func withNodes(status Status) Status {
 	if status.Info.State == "" {
 		status.Info.State = stateOf(status.Nodes)
@@ -21,7 +21,7 @@ func withNodes(status Status) Status {
 	}
 	for _, node := range status.Nodes {
 		if node.Err != nil {
-			status.Info.Notes = append(status.Info.Notes, fmt.Sprintf("the node %s cannot serve: %v", node.URL, node.Err))
+			status.Info.Notes = append(status.Info.Notes, fmt.Sprintf("trouble with the node %s: %v", node.URL, node.Err))
 		}
 	}
 	return status

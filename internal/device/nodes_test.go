@@ -78,7 +78,7 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 		},
 		"one serves and one does not": {
 			cluster: &fakeCluster{fakeDevice: fakeDevice{keys: []hsm.Key{opens}}, nodes: inState(locked, up)},
-			canOpen: true, state: up, says: []string{"the node https://n0 cannot serve: node 0 is locked"},
+			canOpen: true, state: up, says: []string{"trouble with the node https://n0: node 0 is locked"},
 		},
 		"all are locked": {
 			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, locked, locked)},
