@@ -32,6 +32,7 @@ type Device struct {
 	name    string // for messages
 	objects bool
 	tags    []string
+	notes   []string
 	lag     time.Duration // how long a node may be behind another one
 
 	mu     sync.Mutex // guards what follows
@@ -91,8 +92,13 @@ func newDevice(m *Manager, id digest, s *shared, config DeviceConfig) *Device {
 		hosts = append(hosts, host)
 	}
 	name := "the NetHSM at " + strings.Join(hosts, ", ")
+	var notes []string
+	if config.TLS.Insecure {
+		notes = []string{"The certificate of this NetHSM is not checked: whoever gets between it and this machine reads passwords and " +
+			"plaintexts. Give its CA or its fingerprint instead of tls_insecure."}
+	}
 	return &Device{
-		manager: m, id: id, shared: s, name: name, objects: config.Objects, tags: slices.Clone(config.Tags), lag: cacheLag,
+		manager: m, id: id, shared: s, name: name, objects: config.Objects, tags: slices.Clone(config.Tags), lag: cacheLag, notes: notes,
 		logger: config.Logger.With("mount", config.Owner, "nethsm", strings.Join(hosts, ",")),
 		named:  map[string]hsm.ObjectRef{},
 	}
@@ -173,6 +179,7 @@ func (d *Device) Info(ctx context.Context) (hsm.Info, error) {
 	if best.State == hsm.StateAbsent {
 		return best, fmt.Errorf("%s: %w", during, errors.Join(failed...))
 	}
+	best.Notes = slices.Clone(d.notes)
 	return best, nil
 }
 
@@ -336,8 +343,31 @@ func (d *Device) each(ctx context.Context, view *Client, doing string, do func(*
 }
 
 // inOrder runs do on the first node that serves, in the order of the configuration; those of which it is known that they do
-// not come last. The next one is asked only where it is sure that nothing happened.
+// not come last. The next one is asked only where it is sure that nothing happened. Where none serves and one is just being
+// unlocked by itself, all are asked once more.
 func (d *Device) inOrder(ctx context.Context, view *Client, do func(*Client) error) error {
+	for awaited := false; ; awaited = true {
+		failed := &unserved{op: "asking one node after the other"}
+		for _, n := range ordered(view) {
+			err := do(&Client{pool: view.pool, login: view.login, only: n})
+			elsewhere := errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrLocked)
+			if !elsewhere || errors.Is(err, hsm.ErrMayHaveHappened) || ctx.Err() != nil {
+				return err
+			}
+			failed.causes = append(failed.causes, err)
+		}
+		if !awaited && view.pool.unlocked(ctx) {
+			continue
+		}
+		if len(failed.causes) == 1 {
+			return failed.causes[0]
+		}
+		return failed
+	}
+}
+
+// ordered are the nodes of a view, those that rest or refuse the password last.
+func ordered(view *Client) []*node {
 	var serving, others []*node
 	for _, n := range view.nodes() {
 		if _, rests := n.resting(); rests || view.login.refusedAt(n) {
@@ -346,19 +376,17 @@ func (d *Device) inOrder(ctx context.Context, view *Client, do func(*Client) err
 			serving = append(serving, n)
 		}
 	}
-	failed := &unserved{op: "asking one node after the other"}
-	for _, n := range append(serving, others...) {
-		err := do(&Client{pool: view.pool, login: view.login, only: n})
-		elsewhere := errors.Is(err, hsm.ErrUnavailable) || errors.Is(err, hsm.ErrLocked)
-		if !elsewhere || errors.Is(err, hsm.ErrMayHaveHappened) || ctx.Err() != nil {
-			return err
+	return append(serving, others...)
+}
+
+// unlocked waits for a node that is being unlocked by itself; false where none is.
+func (p *pool) unlocked(ctx context.Context) bool {
+	for _, n := range p.nodes {
+		if resting, is := n.resting(); is && resting.unlocking != nil {
+			return p.sleep(ctx, -1, resting.unlocking)
 		}
-		failed.causes = append(failed.causes, err)
 	}
-	if len(failed.causes) == 1 {
-		return failed.causes[0]
-	}
-	return failed
+	return false
 }
 
 // unreached tells whether a node gave no answer at all.

@@ -336,6 +336,12 @@ func TestLockedNodeIsUnlockedByItself(t *testing.T) {
 		t.Errorf("it was unlocked %d times", n)
 	}
 
+	// What goes to one node alone waits for it, too.
+	if err := h.Node(0).Restart(); err != nil {
+		t.Fatal(err)
+	}
+	generate(t, device, "other")
+
 	// Who locks it on purpose finds it locked until he unlocks it.
 	if err := device.Lock(shortly(t)); err != nil {
 		t.Fatal(err)
@@ -343,7 +349,7 @@ func TestLockedNodeIsUnlockedByItself(t *testing.T) {
 	if _, err := key.DecryptOAEP(shortly(t), crypto.SHA256, encrypted(t, key)); !errors.Is(err, hsm.ErrLocked) {
 		t.Errorf("DecryptOAEP after Lock = %v, want ErrLocked", err)
 	}
-	if n := asked(h, http.MethodPost, "/unlock"); n != 1 || h.Node(0).State() != nethsmtest.Locked {
+	if n := asked(h, http.MethodPost, "/unlock"); n != 2 || h.Node(0).State() != nethsmtest.Locked {
 		t.Errorf("what was locked on purpose is %s after %d unlockings", h.Node(0).State(), n)
 	}
 	if err := device.Unlock(shortly(t), nil); err != nil {
@@ -406,6 +412,32 @@ func TestLostAnswerOfAGenerationIsLookedFor(t *testing.T) {
 	if key, err := device.GenerateKey(ctx, hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "seal"}); !errors.Is(err, hsm.ErrExists) {
 		t.Errorf("GenerateKey with a taken id = %v, %v; want ErrExists", key, err)
 	}
+}
+
+func TestLostAnswerOfADeletionIsNoError(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
+	device, ctx := openDevice(t, deviceOn(h)), shortly(t)
+	key := generate(t, device, "seal")
+	ref := hsm.ObjectRef{Application: "nitroseal", Label: "a#1"}
+	if err := device.WriteObject(ctx, ref, []byte("value")); err != nil {
+		t.Fatal(err)
+	}
+	lost := nethsmtest.Fault{Method: http.MethodDelete, Path: "/keys/", Cut: true, After: -1, Times: 1}
+	h.Node(0).Inject(lost)
+	if err := device.DeleteKey(ctx, key.Ref()); err != nil {
+		t.Errorf("DeleteKey = %v", err)
+	}
+	h.Node(0).Inject(lost)
+	if err := device.DeleteObject(ctx, ref); err != nil {
+		t.Errorf("DeleteObject = %v", err)
+	}
+	// A request that does not arrive leaves what is there, and nobody can know.
+	key = generate(t, device, "seal")
+	h.Node(0).Inject(nethsmtest.Fault{Method: http.MethodDelete, Path: "/keys/", Drop: true, Times: 1})
+	if err := device.DeleteKey(ctx, key.Ref()); !errors.Is(err, hsm.ErrMayHaveHappened) || !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("DeleteKey without an answer = %v, want ErrUnavailable and ErrMayHaveHappened", err)
+	}
+	decrypts(t, key)
 }
 
 // synchronized is a log that several goroutines write.

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -28,7 +29,7 @@ var rsaBits = map[hsm.Algorithm]int{hsm.RSA2048: 2048, hsm.RSA3072: 3072, hsm.RS
 func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error) {
 	key, err := d.generate(ctx, spec)
 	if err != nil {
-		return nil, fmt.Errorf("generating the %s key %q on %s: %w", spec.Algorithm, spec.Label, d.name, err)
+		return nil, fmt.Errorf("generating the %s key %q: %w", spec.Algorithm, spec.Label, err)
 	}
 	return key, nil
 }
@@ -133,7 +134,7 @@ func (d *Device) mayUse(ctx context.Context, tags []string) error {
 // DeleteKey implements [hsm.Device]. It needs the Administrator.
 func (d *Device) DeleteKey(ctx context.Context, ref hsm.KeyRef) error {
 	if err := d.delete(ctx, ref); err != nil {
-		return fmt.Errorf("deleting the key %q (id %s) from %s: %w", ref.Label, ref.ID, d.name, err)
+		return fmt.Errorf("deleting the key %q (id %s): %w", ref.Label, ref.ID, err)
 	}
 	return nil
 }
@@ -158,11 +159,24 @@ func (d *Device) delete(ctx context.Context, ref hsm.KeyRef) error {
 		if err != nil || key.ref.Fingerprint != ref.Fingerprint {
 			return fmt.Errorf("%w: the id belongs to another one", hsm.ErrKeyChanged)
 		}
-		if err := node.DeleteKey(ctx, ref.ID); !errors.Is(err, hsm.ErrNotFound) {
-			return err
-		}
-		return nil // it was there a moment ago: this call, sent twice, or somebody else deleted it
+		return destroy(ctx, node, ref.ID)
 	})
+}
+
+// destroy deletes a key that was there a moment ago, whatever happens to the answer.
+func destroy(ctx context.Context, node *Client, id string) error {
+	// Not Client.DeleteKey, which does not say whether it may have happened.
+	in := call{op: fmt.Sprintf("deleting key %q", id), method: http.MethodDelete, path: path("keys", id), creates: true}
+	_, err := node.do(ctx, in)
+	if errors.Is(err, hsm.ErrMayHaveHappened) && ctx.Err() == nil {
+		if _, gone := node.Key(ctx, id); errors.Is(gone, hsm.ErrNotFound) {
+			return nil
+		}
+	}
+	if errors.Is(err, hsm.ErrNotFound) {
+		return nil // somebody else was faster
+	}
+	return err
 }
 
 // shortLabel makes a label fit into the 32 bytes that a NetHSM takes: beginning and end of a longer one, with "~" between.

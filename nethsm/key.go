@@ -160,7 +160,7 @@ func (k *rsaKey) doubt(ctx context.Context, refused error) error {
 
 // describe names the key for people.
 func (k *rsaKey) describe() string {
-	return fmt.Sprintf("key %q (id %s) on %s", k.ref.Label, k.ref.ID, k.device.name)
+	return fmt.Sprintf("key %q (id %s)", k.ref.Label, k.ref.ID)
 }
 
 func listMechanisms(mechanisms []Mechanism) string {

@@ -19,7 +19,7 @@ const lookups = 8
 // SHA-256: what is wrong with them is said when they are adopted. Where a label or id names nothing but another kind of
 // key, the error says what it found.
 func (d *Device) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, error) {
-	during := fmt.Sprintf("looking for keys with %s on %s", query, d.name)
+	during := fmt.Sprintf("looking for keys with %s", query)
 	if err := d.begin(ctx); err != nil {
 		return nil, fmt.Errorf("%s: %w", during, err)
 	}

@@ -32,7 +32,7 @@ func (d *Device) Objects(ctx context.Context, application string) ([]hsm.ObjectR
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("listing the objects of %q on %s: %w", application, d.name, err)
+		return nil, fmt.Errorf("listing the objects of %q: %w", application, err)
 	}
 	return refs, nil
 }
@@ -119,7 +119,7 @@ func (d *Device) ReadObject(ctx context.Context, ref hsm.ObjectRef) ([]byte, err
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", d.describeObject(ref), err)
+		return nil, fmt.Errorf("reading %s: %w", describeObject(ref), err)
 	}
 	return value, nil
 }
@@ -147,7 +147,7 @@ func (d *Device) read(ctx context.Context, node *Client, id string) (hsm.ObjectR
 func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byte) error {
 	err := d.keeping(ctx, func(node *Client) error { return d.write(ctx, node, ref, value) })
 	if err != nil {
-		return fmt.Errorf("writing %s: %w", d.describeObject(ref), err)
+		return fmt.Errorf("writing %s: %w", describeObject(ref), err)
 	}
 	return nil
 }
@@ -278,7 +278,7 @@ func shows(ctx context.Context, node *Client, id string, certificate []byte) err
 func (d *Device) DeleteObject(ctx context.Context, ref hsm.ObjectRef) error {
 	err := d.keeping(ctx, func(node *Client) error { return d.remove(ctx, node, carrierID(ref)) })
 	if err != nil {
-		return fmt.Errorf("deleting %s: %w", d.describeObject(ref), err)
+		return fmt.Errorf("deleting %s: %w", describeObject(ref), err)
 	}
 	return nil
 }
@@ -290,10 +290,7 @@ func (d *Device) remove(ctx context.Context, node *Client, id string) error {
 		return err
 	}
 	d.forget(id)
-	if err := node.DeleteKey(ctx, id); !errors.Is(err, hsm.ErrNotFound) {
-		return err
-	}
-	return nil // it was there a moment ago: this call, sent twice, or somebody else deleted it
+	return destroy(ctx, node, id)
 }
 
 // keeping runs something on the node that keeps objects: always the same one while it serves, so that whoever wrote reads
@@ -348,6 +345,6 @@ func (d *Device) forgetOthers(listed []string) {
 	}
 }
 
-func (d *Device) describeObject(ref hsm.ObjectRef) string {
-	return fmt.Sprintf("the object %q of %q on %s", ref.Label, ref.Application, d.name)
+func describeObject(ref hsm.ObjectRef) string {
+	return fmt.Sprintf("the object %q of %q", ref.Label, ref.Application)
 }
