@@ -347,9 +347,8 @@ func (b *backupReader) decrypt(name string, sealed []byte) ([]byte, error) {
 func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, err error) {
 	var beginning beginning
 	_, err = c.Backup(ctx, &beginning)
-	var no *Error
 	switch {
-	case errors.As(err, &no) && no.Status == http.StatusPreconditionFailed && !no.outOfService():
+	case unencrypted(err):
 		return false, nil
 	case err != nil && !errors.Is(err, errEnough):
 		return false, err
@@ -359,6 +358,12 @@ func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, 
 		return true, err
 	}
 	return true, b.open(passphrase, backupKey)
+}
+
+// unencrypted is true for the refusal of a NetHSM without a backup passphrase.
+func unencrypted(err error) bool {
+	no, is := errors.AsType[*Error](err)
+	return is && no.Status == http.StatusPreconditionFailed && !no.outOfService()
 }
 
 // beginning keeps the first bytes written to it and then wants no more.
@@ -446,6 +451,9 @@ func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []
 func (c *Client) SaveBackup(ctx context.Context, path string, passphrase []byte) (BackupInfo, error) {
 	return saveBackup(path, passphrase, osFiles{}, func(w io.Writer) error {
 		_, err := c.Backup(ctx, w)
+		if unencrypted(err) {
+			return fmt.Errorf("the NetHSM has no backup passphrase yet, and encrypts its backups with it; set one first: %w", err)
+		}
 		return err
 	})
 }

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -50,6 +52,8 @@ func TestNetHSMStories(t *testing.T) {
 			"fault":  faultCommand,
 			"mode":   modeCommand,
 			"nopart": noPartCommand,
+			"expand": expandCommand,
+			"code":   codeCommand,
 		},
 		RequireExplicitExec: true,
 	})
@@ -225,5 +229,32 @@ func noPartCommand(ts *testscript.TestScript, neg bool, args []string) {
 		if strings.Contains(file.Name(), ".partial-") {
 			ts.Fatalf("%s was left behind", file.Name())
 		}
+	}
+}
+
+// expandCommand writes a file with the script's variables put in: expand FROM TO.
+func expandCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: expand FROM TO")
+	}
+	content := os.Expand(ts.ReadFile(args[0]), ts.Getenv)
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(content), 0o600))
+}
+
+// codeCommand runs a command and checks its exit code: code N COMMAND ….
+func codeCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: code N COMMAND …")
+	}
+	got := "0"
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		exit, is := errors.AsType[*exec.ExitError](err)
+		if !is {
+			ts.Fatalf("%v", err)
+		}
+		got = strconv.Itoa(exit.ExitCode())
+	}
+	if got != args[0] {
+		ts.Fatalf("exit code %s", got)
 	}
 }
