@@ -131,25 +131,13 @@ func (j *job) run(ctx context.Context) (answer, error) {
 // next is the node to try next. A view of one node asks that one, whatever is known about it, and so does what needs no
 // credentials: it is asked of nodes that cannot serve otherwise.
 func (j *job) next() choice {
-	nodes := j.client.nodes()
-	next := j.client.pool.choose(nodes, j.tried, j.login)
-	if next.node != nil || j.client.only == nil && !j.in.public {
-		return next
-	}
-	for _, n := range nodes {
-		if !j.tried.has(n) && !j.login.refusedAt(n) {
-			next.left++
-			if next.node == nil {
-				next.node, next.trial = n, true
-			}
-		}
-	}
-	return next
+	return j.client.pool.choose(j.client.nodes(), j.tried, j.login, j.client.only != nil || j.in.public)
 }
 
 // attempt asks one node. The second result is true where another node, or this one in a moment, may serve.
 func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 	n, p := next.node, j.client.pool
+	defer n.end(next.trial)
 	pass, err := j.login.enter(ctx, n)
 	switch {
 	case errors.Is(err, errResting), errors.Is(err, errRefused):
@@ -157,9 +145,7 @@ func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 	case err != nil:
 		return answer{}, true, j.failed(n, err)
 	}
-	n.begin(next.trial)
 	out, err := j.send(ctx, next)
-	n.end(next.trial)
 	pass.done(err)
 
 	if err == nil {
@@ -193,7 +179,7 @@ func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 		return answer{}, true, j.failed(n, refused)
 	case status >= 500, status >= 300 && status < 400:
 		p.rests(n, refused, true)
-		if !j.in.creates || status == http.StatusNotImplemented {
+		if !j.in.creates || undone(status) {
 			return answer{}, true, j.failed(n, refused)
 		}
 		return out, false, fmt.Errorf("%w; %w", refused, hsm.ErrMayHaveHappened)
@@ -201,6 +187,16 @@ func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 		j.answered(n)
 	}
 	return out, false, refused
+}
+
+// undone is true for those answers of something in trouble, or of something else, which say that the request was not looked at.
+func undone(status int) bool {
+	switch status {
+	case http.StatusNotImplemented, http.StatusMovedPermanently, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		return true
+	default:
+		return false
+	}
 }
 
 // answered notes that a node gave an answer of its own. What needs no credentials is answered in every state, so it is no
@@ -276,6 +272,7 @@ func (j *job) wait(ctx context.Context, next choice) bool {
 	}
 	if j.login != nil && !j.awaited {
 		j.awaited = true
+		j.login.hasten(j.client.nodes())
 		for n, cause := range j.causes { // it was refused, and another request has found out meanwhile that it is right
 			if saidOf(cause) == refused && !j.login.refusedAt(n) {
 				j.tried &^= 1 << n.index
@@ -346,10 +343,10 @@ func (j *job) unserved(ctx context.Context) error {
 
 // cause is why a node did not serve this call.
 func (j *job) cause(n *node) error {
-	if refusal := j.login.refusal(n, j.in.op); refusal != nil {
+	resting, is := n.resting()
+	if doubtful, refusal := j.login.refusal(n, j.in.op); refusal != nil && !(is && doubtful) {
 		return refusal
 	}
-	resting, is := n.resting()
 	cause, tried := j.causes[n]
 	switch {
 	case tried:

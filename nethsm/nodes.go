@@ -57,7 +57,7 @@ func (c *Client) describe(ctx context.Context, n *node) hsm.Node {
 	case rests:
 		out.Err = reworded(resting.cause, "asking how it fares")
 	default:
-		out.Err = c.login.refusal(n, "asking how it fares")
+		_, out.Err = c.login.refusal(n, "asking how it fares")
 	}
 	if out.Err == nil && c.administers(ctx, n) {
 		alone := &Client{pool: c.pool, login: c.login, only: n}

@@ -381,32 +381,52 @@ func (l *login) await(ctx context.Context, nodes []*node) *node {
 	return soonest.node
 }
 
-// refusal is the error of a call that a node did not get because it refuses the password; nil where it does not.
-func (l *login) refusal(n *node, op string) error {
+// hasten has nodes probed that rest and refuse the password, at most once a second, because no request finds out whether they
+// have returned.
+func (l *login) hasten(nodes []*node) {
+	for _, n := range nodes {
+		if !l.refusedAt(n) {
+			continue
+		}
+		n.mu.Lock()
+		due := n.rest != nil && time.Since(n.rest.tried) >= restTries
+		if due {
+			n.rest.tried = time.Now()
+		}
+		n.mu.Unlock()
+		if due {
+			n.probeSoon()
+		}
+	}
+}
+
+// refusal is the error of a call that a node did not get because it refuses the password; nil where it does not. It is
+// doubtful where something else came between the refusals.
+func (l *login) refusal(n *node, op string) (doubtful bool, err error) {
 	if l == nil {
-		return nil
+		return false, nil
 	}
 	s := l.standing[n.index]
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.refusal
 	if r == nil {
-		return nil
+		return false, nil
 	}
 	now := time.Now()
 	refused := now.Sub(r.first).Round(time.Second)
 	switch {
 	case r.wrong:
-		return &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: fmt.Sprintf("%s at %s: the password of user %q is wrong: for %v, since %s, "+
+		return false, &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: fmt.Sprintf("%s at %s: the password of user %q is wrong: for %v, since %s, "+
 			"the NetHSM has answered nothing but HTTP 401, in state Operational; correct the password, here or on the NetHSM, which has "+
 			"no lock-out: it is tried once a minute", op, n.host, l.username, refused, r.since.UTC().Format(time.RFC3339))}
 	case r.since.IsZero():
-		return &failure{op: op, node: n.host, text: fmt.Sprintf("the password of user %q has been refused for %v (HTTP 401), and the node "+
+		return true, &failure{op: op, node: n.host, text: fmt.Sprintf("the password of user %q has been refused for %v (HTTP 401), and the node "+
 			"has had other trouble meanwhile; both come of a lost database (etcd), so look at that first; the password is tried again and "+
 			"again", l.username, refused)}
 	default:
 		left := max(verdictTime-now.Sub(r.since), time.Second).Round(time.Second)
-		return &failure{op: op, node: n.host, text: fmt.Sprintf("the password of user %q has been refused for %v (HTTP 401); a NetHSM that "+
+		return false, &failure{op: op, node: n.host, text: fmt.Sprintf("the password of user %q has been refused for %v (HTTP 401); a NetHSM that "+
 			"has lost its database (etcd) does that too, for about a minute, so it is tried again, and called wrong in %v if nothing else "+
 			"comes", l.username, refused, left)}
 	}

@@ -176,17 +176,29 @@ type choice struct {
 	wait  <-chan struct{} // node is nil: closed when another request's trial has its outcome
 }
 
-// choose picks a node that was not tried: of those that serve, and that do not refuse the login, the one with the fewest
-// requests in flight; equals take turns. Where there is none, a resting one whose last try is long enough ago.
-func (p *pool) choose(nodes []*node, tried set, login *login) choice {
+// choose picks a node that was not tried, and counts the request in there: of those that serve, and that do not refuse the
+// login, the one with the fewest requests in flight; equals take turns. Where there is none, a resting one whose last try is
+// long enough ago, or any that rests where resting says so.
+func (p *pool) choose(nodes []*node, tried set, login *login, resting bool) choice {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.turn++
-	start := p.turn
-	p.mu.Unlock()
+	next := p.serving(nodes, tried, login)
+	if next.node == nil {
+		next = p.returning(nodes, tried, login, resting)
+	}
+	if next.node != nil {
+		next.node.begin(next.trial)
+	}
+	return next
+}
+
+// serving is the choice among the nodes that serve.
+func (p *pool) serving(nodes []*node, tried set, login *login) choice {
 	var best choice
-	fewest, resting := 0, false
+	fewest := 0
 	for i := range nodes {
-		n := nodes[(start+i)%len(nodes)]
+		n := nodes[(p.turn+i)%len(nodes)]
 		if tried.has(n) || login.refusedAt(n) {
 			continue
 		}
@@ -194,7 +206,6 @@ func (p *pool) choose(nodes []*node, tried set, login *login) choice {
 		rests, load := n.rest != nil, n.inFlight
 		n.mu.Unlock()
 		if rests {
-			resting = true
 			continue
 		}
 		best.left++
@@ -202,28 +213,30 @@ func (p *pool) choose(nodes []*node, tried set, login *login) choice {
 			best.node, fewest = n, load
 		}
 	}
-	if best.node != nil || !resting {
-		return best
-	}
+	return best
+}
+
+// returning is the choice among the nodes that rest.
+func (p *pool) returning(nodes []*node, tried set, login *login, resting bool) choice {
+	var best choice
 	for i := range nodes {
-		n := nodes[(start+i)%len(nodes)]
+		n := nodes[(p.turn+i)%len(nodes)]
 		if tried.has(n) || login.refusedAt(n) {
 			continue
 		}
 		n.mu.Lock()
-		switch {
-		case n.rest == nil:
-			best.node, best.trial = n, false // it has just come back
-			best.left++
-		case n.rest.trial != nil:
-			best.wait = n.rest.trial
-		case n.rest.brief || time.Since(n.rest.tried) >= restTries:
-			best.left++
-			if best.node == nil {
-				best.node, best.trial = n, true
-			}
+		due := resting || n.rest == nil || n.rest.brief || time.Since(n.rest.tried) >= restTries
+		if n.rest != nil && n.rest.trial != nil && !resting {
+			best.wait, due = n.rest.trial, false
 		}
 		n.mu.Unlock()
+		if !due {
+			continue
+		}
+		best.left++
+		if best.node == nil {
+			best.node, best.trial = n, true
+		}
 	}
 	return best
 }
