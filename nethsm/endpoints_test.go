@@ -754,7 +754,7 @@ func TestWrongRequestsAreNotSent(t *testing.T) {
 		"a user with no namespace":   func(ctx context.Context, c *Client) error { return c.DeleteUser(ctx, "~c") },
 		"a bad namespace of a user":  func(ctx context.Context, c *Client) error { return c.addUser(ctx, "_~", passphrase) },
 		"a short passphrase":         func(ctx context.Context, c *Client) error { return c.addUser(ctx, "a", []byte("123456789")) },
-		"a long passphrase":          func(ctx context.Context, c *Client) error { return c.addUser(ctx, "a", bytes.Repeat([]byte("x"), 201)) },
+		"a long passphrase":          func(ctx context.Context, c *Client) error { return c.addUser(ctx, "a", bytes.Repeat([]byte("z"), 201)) },
 		"a passphrase not of UTF-8":  func(ctx context.Context, c *Client) error { return c.addUser(ctx, "a", []byte("0123456789\xff")) },
 		"a short unlock passphrase":  func(ctx context.Context, c *Client) error { return c.Unlock(ctx, []byte("short")) },
 		"a short passphrase to set":  func(ctx context.Context, c *Client) error { return c.SetPassphrase(ctx, "a", nil) },
@@ -816,8 +816,8 @@ func TestWrongRequestsAreNotSent(t *testing.T) {
 			if !errors.Is(err, ErrRequest) {
 				t.Errorf("error = %v, want ErrRequest", err)
 			}
-			for _, secret := range []string{string(passphrase), "0123456789", "short", "xxxxxxxxxxx"} {
-				if err != nil && strings.Contains(err.Error(), secret) && !strings.Contains(sentence, "id") {
+			for _, secret := range []string{string(passphrase), "0123456789", "short", "zzz"} {
+				if err != nil && strings.Contains(err.Error(), secret) {
 					t.Errorf("error = %v, which tells a secret", err)
 				}
 			}

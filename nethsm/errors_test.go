@@ -19,51 +19,53 @@ var kinds = []error{
 
 func TestErrorIsWhatItMeans(t *testing.T) {
 	for sentence, c := range map[string]struct {
-		answer Error
-		want   []error
+		status  int
+		message string
+		state   State
+		want    []error
 	}{
-		"not found":                {Error{Status: 404}, []error{hsm.ErrNotFound}},
-		"no certificate":           {Error{Status: 404, Message: "There is no certificate for this KeyID."}, []error{hsm.ErrNotFound}},
-		"role too weak":            {Error{Status: 403}, []error{hsm.ErrForbidden}},
-		"tag not met":              {Error{Status: 403, Message: "tags restriction not met"}, []error{hsm.ErrForbidden}},
-		"another namespace":        {Error{Status: 403, Message: "N-User trying to create user for another namespace"}, []error{hsm.ErrForbidden}},
-		"password refused":         {Error{Status: 401}, []error{hsm.ErrUnavailable}},
-		"too many tries":           {Error{Status: 429, Message: "Too many requests"}, []error{hsm.ErrUnavailable}},
-		"user exists":              {Error{Status: 409, Message: "user already exists"}, []error{hsm.ErrExists}},
-		"key exists":               {Error{Status: 400, Message: "Key with id rsa1 already exists"}, []error{hsm.ErrExists}},
-		"namespace exists":         {Error{Status: 400, Message: "Namespace ns1 already exists"}, []error{hsm.ErrExists}},
-		"a bare end of a message":  {Error{Status: 400, Message: " already exists"}, []error{ErrRequest}},
-		"bad padding":              {Error{Status: 400, Message: "Decryption failure"}, []error{hsm.ErrCiphertext}},
-		"no block of AES":          {Error{Status: 400, Message: "Decryption failed: CBC: argument length 3"}, []error{hsm.ErrCiphertext}},
-		"decrypting not allowed":   {Error{Status: 400, Message: "Key mechanisms do not allow requested decryption."}, []error{hsm.ErrUnsupported}},
-		"signing not allowed":      {Error{Status: 400, Message: "Key mechanisms do not allow requested signing."}, []error{hsm.ErrUnsupported}},
-		"a key that cannot sign":   {Error{Status: 400, Message: "Generic keys can't sign."}, []error{hsm.ErrUnsupported}},
-		"no public key":            {Error{Status: 400, Message: "Generic keys have no public key"}, []error{hsm.ErrUnsupported}},
-		"wrong mechanism":          {Error{Status: 400, Message: "Mechanism does not match key type"}, []error{ErrRequest}},
-		"bad JSON":                 {Error{Status: 400, Message: "Invalid JSON: Line 1, bytes 5-9:\nExpected ':'."}, []error{ErrRequest}},
-		"bad base64":               {Error{Status: 400, Message: "Couldn't decode data from base64: Wrong padding."}, []error{ErrRequest}},
-		"400 without a message":    {Error{Status: 400}, []error{ErrRequest}},
-		"too large":                {Error{Status: 413}, []error{ErrRequest}},
-		"other content":            {Error{Status: 415}, []error{ErrRequest}},
-		"not acceptable":           {Error{Status: 406}, []error{ErrRequest}},
-		"unknown method":           {Error{Status: 405}, []error{hsm.ErrUnsupported}},
-		"not implemented":          {Error{Status: 501}, []error{hsm.ErrUnsupported}},
-		"database gone":            {Error{Status: 500, Message: "Could not read from database. Check logs."}, []error{hsm.ErrUnavailable}},
-		"exception":                {Error{Status: 503}, []error{hsm.ErrUnavailable}},
-		"bad gateway":              {Error{Status: 502}, []error{hsm.ErrUnavailable}},
-		"redirect":                 {Error{Status: 302}, []error{hsm.ErrUnavailable}},
-		"a teapot":                 {Error{Status: 418}, nil},
-		"Locked":                   {Error{Status: 412, Message: messageState, State: StateLocked}, []error{ErrState, hsm.ErrLocked}},
-		"Failed":                   {Error{Status: 412, Message: messageState, State: StateFailed}, []error{ErrState, hsm.ErrUnavailable}},
-		"Unprovisioned":            {Error{Status: 412, Message: messageState, State: StateUnprovisioned}, []error{ErrState, hsm.ErrUnavailable}},
-		"Operational meanwhile":    {Error{Status: 412, Message: messageState, State: StateOperational}, []error{ErrState, hsm.ErrUnavailable}},
-		"a state nobody could ask": {Error{Status: 412, Message: messageState}, []error{ErrState, hsm.ErrUnavailable}},
-		"no backup passphrase":     {Error{Status: 412, Message: "Please configure backup key before doing a backup.", State: StateOperational}, []error{ErrState}},
-		"If-Match does not":        {Error{Status: 412, State: StateOperational}, []error{ErrState}},
+		"not found":                {404, "", "", []error{hsm.ErrNotFound}},
+		"no certificate":           {404, "There is no certificate for this KeyID.", "", []error{hsm.ErrNotFound}},
+		"role too weak":            {403, "", "", []error{hsm.ErrForbidden}},
+		"tag not met":              {403, "tags restriction not met", "", []error{hsm.ErrForbidden}},
+		"another namespace":        {403, "N-User trying to create user for another namespace", "", []error{hsm.ErrForbidden}},
+		"password refused":         {401, "", "", []error{hsm.ErrUnavailable}},
+		"too many tries":           {429, "Too many requests", "", []error{hsm.ErrUnavailable}},
+		"user exists":              {409, "user already exists", "", []error{hsm.ErrExists}},
+		"key exists":               {400, "Key with id rsa1 already exists", "", []error{hsm.ErrExists}},
+		"namespace exists":         {400, "Namespace ns1 already exists", "", []error{hsm.ErrExists}},
+		"a bare end of a message":  {400, " already exists", "", []error{ErrRequest}},
+		"bad padding":              {400, "Decryption failure", "", []error{hsm.ErrCiphertext}},
+		"no block of AES":          {400, "Decryption failed: CBC: argument length 3", "", []error{hsm.ErrCiphertext}},
+		"decrypting not allowed":   {400, "Key mechanisms do not allow requested decryption.", "", []error{hsm.ErrUnsupported}},
+		"signing not allowed":      {400, "Key mechanisms do not allow requested signing.", "", []error{hsm.ErrUnsupported}},
+		"a key that cannot sign":   {400, "Generic keys can't sign.", "", []error{hsm.ErrUnsupported}},
+		"no public key":            {400, "Generic keys have no public key", "", []error{hsm.ErrUnsupported}},
+		"wrong mechanism":          {400, "Mechanism does not match key type", "", []error{ErrRequest}},
+		"bad JSON":                 {400, "Invalid JSON: Line 1, bytes 5-9:\nExpected ':'.", "", []error{ErrRequest}},
+		"bad base64":               {400, "Couldn't decode data from base64: Wrong padding.", "", []error{ErrRequest}},
+		"400 without a message":    {400, "", "", []error{ErrRequest}},
+		"too large":                {413, "", "", []error{ErrRequest}},
+		"other content":            {415, "", "", []error{ErrRequest}},
+		"not acceptable":           {406, "", "", []error{ErrRequest}},
+		"unknown method":           {405, "", "", []error{hsm.ErrUnsupported}},
+		"not implemented":          {501, "", "", []error{hsm.ErrUnsupported}},
+		"database gone":            {500, "Could not read from database. Check logs.", "", []error{hsm.ErrUnavailable}},
+		"exception":                {503, "", "", []error{hsm.ErrUnavailable}},
+		"bad gateway":              {502, "", "", []error{hsm.ErrUnavailable}},
+		"redirect":                 {302, "", "", []error{hsm.ErrUnavailable}},
+		"a teapot":                 {418, "", "", nil},
+		"Locked":                   {412, messageState, StateLocked, []error{ErrState, hsm.ErrLocked}},
+		"Failed":                   {412, messageState, StateFailed, []error{ErrState, hsm.ErrUnavailable}},
+		"Unprovisioned":            {412, messageState, StateUnprovisioned, []error{ErrState, hsm.ErrUnavailable}},
+		"Operational meanwhile":    {412, messageState, StateOperational, []error{ErrState, hsm.ErrUnavailable}},
+		"a state nobody could ask": {412, messageState, "", []error{ErrState, hsm.ErrUnavailable}},
+		"no backup passphrase":     {412, "Please configure backup key before doing a backup.", StateOperational, []error{ErrState}},
+		"If-Match does not":        {412, "", StateOperational, []error{ErrState}},
 	} {
 		t.Run(sentence, func(t *testing.T) {
-			c.answer.Op, c.answer.Node = "doing it", "hsm:443"
-			wrapped := fmt.Errorf("around: %w", &c.answer)
+			answer := Error{"doing it", "hsm:443", c.status, c.message, c.state}
+			wrapped := fmt.Errorf("around: %w", &answer)
 			for _, kind := range kinds {
 				want := false
 				for _, w := range c.want {
@@ -74,12 +76,16 @@ func TestErrorIsWhatItMeans(t *testing.T) {
 				}
 			}
 			var as *Error
-			if !errors.As(wrapped, &as) || *as != c.answer {
+			if !errors.As(wrapped, &as) || *as != answer {
 				t.Errorf("errors.As gave %+v", as)
 			}
-			text := c.answer.Error()
-			for _, part := range []string{"doing it at hsm:443: ", fmt.Sprintf("HTTP %d", c.answer.Status), fmt.Sprintf("%.20s", fmt.Sprintf("%q", c.answer.Message))} {
-				if c.answer.Message != "" && !strings.Contains(text, part) {
+			text := answer.Error()
+			parts := []string{"doing it at hsm:443: ", fmt.Sprintf("HTTP %d", c.status)}
+			if c.message != "" {
+				parts = append(parts, fmt.Sprintf("%q", c.message))
+			}
+			for _, part := range parts {
+				if !strings.Contains(text, part) {
 					t.Errorf("%q does not contain %q", text, part)
 				}
 			}

@@ -54,7 +54,9 @@ func (c *Client) State(ctx context.Context) (State, error) {
 // Alive is nil where a node has started and waits to be unlocked or provisioned. Operational it is not alive but ready:
 // that is [ErrState], as every other state is.
 func (c *Client) Alive(ctx context.Context) error {
-	return c.doAlone(ctx, call{op: "asking whether it waits to be unlocked", method: http.MethodGet, path: "/health/alive", public: true})
+	return c.doAlone(ctx, call{
+		op: "asking whether it waits to be unlocked", method: http.MethodGet, path: "/health/alive", public: true,
+	})
 }
 
 // Ready is nil where a node is Operational, and [ErrState] otherwise. For about a minute after losing its database a node

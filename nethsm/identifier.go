@@ -63,6 +63,9 @@ func path(segments ...string) string {
 	return out.String()
 }
 
+// maxList is the largest list in bytes: that of 100,000 ids as long as they can get.
+const maxList = 16 << 20
+
 // ids is a JSON list of {"id": …}.
 type ids []struct {
 	ID string `json:"id"`

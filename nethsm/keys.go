@@ -121,7 +121,7 @@ type KeyFilter struct {
 // Keys lists the ids of keys, to an Administrator or an Operator.
 func (c *Client) Keys(ctx context.Context, filter KeyFilter) ([]string, error) {
 	const op = "listing keys"
-	in := call{op: op, method: http.MethodGet, path: "/keys", query: url.Values{}}
+	in := call{op: op, method: http.MethodGet, path: "/keys", query: url.Values{}, limit: maxList}
 	if filter.Prefix != "" {
 		if err := checkID(op, "the prefix", filter.Prefix); err != nil {
 			return nil, err

@@ -13,7 +13,7 @@ func (c *Client) Namespaces(ctx context.Context) ([]string, error) {
 		names []string
 	)
 	_, err := c.do(ctx, call{
-		op: "listing namespaces", method: http.MethodGet, path: "/namespaces",
+		op: "listing namespaces", method: http.MethodGet, path: "/namespaces", limit: maxList,
 		into: wanting(&got, func() error { return got.take(&names) }),
 	})
 	return names, err

@@ -32,8 +32,8 @@ const (
 	ModeBIP340     Mode = "BIP340"
 )
 
-// maxContent is the largest answer and request of an operation: 67 MiB, that is 50 MiB of content in base64.
-const maxContent = 67 << 20
+// answerTo is the largest answer to an operation on so much content: it is as long, in base64, and a few words.
+func answerTo(content []byte) int64 { return defaultLimit + 2*int64(len(content)) }
 
 // Decrypt decrypts with a private or secret key, as an Operator; iv is for AES_CBC only. A ciphertext that does not decrypt
 // is [hsm.ErrCiphertext], a key without the mechanism [hsm.ErrUnsupported]. The caller wipes the result.
@@ -46,7 +46,7 @@ func (c *Client) Decrypt(ctx context.Context, id string, mode Mode, ciphertext, 
 		Decrypted *[]byte `json:"decrypted"`
 	}
 	_, err := c.do(ctx, call{
-		op: op, method: http.MethodPost, path: path("keys", id, "decrypt"), limit: maxContent,
+		op: op, method: http.MethodPost, path: path("keys", id, "decrypt"), limit: answerTo(ciphertext),
 		body: struct {
 			Mode      Mode   `json:"mode"`
 			Encrypted []byte `json:"encrypted"`
@@ -96,7 +96,7 @@ func (c *Client) Encrypt(ctx context.Context, id string, message, iv []byte) (ci
 		IV        *[]byte `json:"iv"`
 	}
 	_, err = c.do(ctx, call{
-		op: op, method: http.MethodPost, path: path("keys", id, "encrypt"), limit: maxContent,
+		op: op, method: http.MethodPost, path: path("keys", id, "encrypt"), limit: answerTo(message),
 		body: struct {
 			Mode    Mode   `json:"mode"`
 			Message []byte `json:"message"`

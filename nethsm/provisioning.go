@@ -31,7 +31,7 @@ func (c *Client) Provision(ctx context.Context, p Provisioning) error {
 	if p.Time.IsZero() {
 		p.Time = time.Now()
 	}
-	return c.doAlone(ctx, call{
+	return c.opened(ctx, call{
 		op: op, method: http.MethodPost, path: "/provision", public: true, creates: true, timeout: slowly,
 		body: struct {
 			UnlockPassphrase secret `json:"unlockPassphrase"`
@@ -53,11 +53,24 @@ func (c *Client) Unlock(ctx context.Context, passphrase []byte) error {
 	if err := checkPassphrase(op, "the unlock passphrase", passphrase); err != nil {
 		return err
 	}
-	err := c.doAlone(ctx, call{
+	err := c.opened(ctx, call{
 		op: op, method: http.MethodPost, path: "/unlock", public: true, creates: true, timeout: slowly,
 		body: passphraseBody{secret(passphrase)},
 	})
 	return wrongPassphrase(err, "unlock passphrase", true)
+}
+
+// opened sends a call that makes a node Operational. Requests that have left it alone need not wait for a probe afterwards.
+func (c *Client) opened(ctx context.Context, in call) error {
+	one, err := c.alone(in.op)
+	if err != nil {
+		return err
+	}
+	if _, err := one.do(ctx, in); err != nil {
+		return err
+	}
+	one.only.serves(true)
+	return nil
 }
 
 type passphraseBody struct {

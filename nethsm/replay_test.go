@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto"
 	"crypto/ed25519"
 	"crypto/rsa"
 	"crypto/x509"
@@ -87,8 +86,12 @@ func TestRecordedAnswersAreUnderstood(t *testing.T) {
 		call         func(context.Context, *Client) (any, error)
 		want         any
 	}{
-		{get, "/info", func(ctx context.Context, c *Client) (any, error) { return c.Info(ctx) }, Info{"Nitrokey GmbH", "NetHSM"}},
-		{get, "/health/state", func(ctx context.Context, c *Client) (any, error) { return c.State(ctx) }, StateUnprovisioned},
+		{get, "/info", func(ctx context.Context, c *Client) (any, error) {
+			return c.Info(ctx)
+		}, Info{"Nitrokey GmbH", "NetHSM"}},
+		{get, "/health/state", func(ctx context.Context, c *Client) (any, error) {
+			return c.State(ctx)
+		}, StateUnprovisioned},
 		{get, "/health/alive", func(ctx context.Context, c *Client) (any, error) { return nil, c.Alive(ctx) }, nil},
 		{get, "/health/ready", func(ctx context.Context, c *Client) (any, error) { return nil, c.Ready(ctx) }, nil},
 		{post, "/provision", func(ctx context.Context, c *Client) (any, error) {
@@ -104,14 +107,22 @@ func TestRecordedAnswersAreUnderstood(t *testing.T) {
 			get, "/users", func(ctx context.Context, c *Client) (any, error) { return c.Users(ctx) },
 			[]string{"admin", "df9a8610653aa027ffb5", "operator"},
 		},
-		{get, "/users/operator", func(ctx context.Context, c *Client) (any, error) { return c.User(ctx, "operator") }, User{"Op", RoleOperator}},
-		{get, "/users/operator/tags", func(ctx context.Context, c *Client) (any, error) { return c.UserTags(ctx, "operator") }, []string{"t1"}},
-		{put, "/users/operator/tags/t1", func(ctx context.Context, c *Client) (any, error) { return nil, c.AddUserTag(ctx, "operator", "t1") }, nil},
+		{get, "/users/operator", func(ctx context.Context, c *Client) (any, error) {
+			return c.User(ctx, "operator")
+		}, User{"Op", RoleOperator}},
+		{get, "/users/operator/tags", func(ctx context.Context, c *Client) (any, error) {
+			return c.UserTags(ctx, "operator")
+		}, []string{"t1"}},
+		{put, "/users/operator/tags/t1", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.AddUserTag(ctx, "operator", "t1")
+		}, nil},
 		{post, "/keys/generate", func(ctx context.Context, c *Client) (any, error) {
 			return c.GenerateKey(ctx, NewKey{ID: "rsa1", Type: TypeRSA, Length: 2048, Mechanisms: []Mechanism{RSADecryptionRAW}})
 		}, "rsa1"},
 		{get, "/keys", func(ctx context.Context, c *Client) (any, error) { return c.Keys(ctx, KeyFilter{}) }, keys},
-		{put, "/keys/rsa1/label", func(ctx context.Context, c *Client) (any, error) { return nil, c.SetKeyLabel(ctx, "rsa1", "new") }, nil},
+		{put, "/keys/rsa1/label", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.SetKeyLabel(ctx, "rsa1", "new")
+		}, nil},
 		{post, "/keys/aes1/encrypt", func(ctx context.Context, c *Client) (any, error) {
 			ciphertext, iv, err := c.Encrypt(ctx, "aes1", []byte("0123456789abcdef"), nil)
 			return [][]byte{ciphertext, iv}, err
@@ -122,19 +133,41 @@ func TestRecordedAnswersAreUnderstood(t *testing.T) {
 		{post, "/keys/rsa1/decrypt", func(ctx context.Context, c *Client) (any, error) {
 			return c.Decrypt(ctx, "rsa1", ModeOAEPSHA256, make([]byte, 256), nil)
 		}, b64(t, "7OqrN0/6vNk73Vr011HCpXCjyBDN86iqsLNqka64n9A=")},
-		{get, "/keys/rsa1/cert", func(ctx context.Context, c *Client) (any, error) { return c.KeyCertificate(ctx, "rsa1") }, []byte("arbitrary bytes ????")},
-		{del, "/keys/rsa1/cert", func(ctx context.Context, c *Client) (any, error) { return nil, c.DeleteKeyCertificate(ctx, "rsa1") }, nil},
-		{put, "/namespaces/ns1", func(ctx context.Context, c *Client) (any, error) { return nil, c.AddNamespace(ctx, "ns1") }, nil},
-		{get, "/namespaces", func(ctx context.Context, c *Client) (any, error) { return c.Namespaces(ctx) }, []string{"ns1"}},
-		{del, "/namespaces/ns1", func(ctx context.Context, c *Client) (any, error) { return nil, c.DeleteNamespace(ctx, "ns1") }, nil},
-		{del, "/keys/ec1", func(ctx context.Context, c *Client) (any, error) { return nil, c.DeleteKey(ctx, "ec1") }, nil},
+		{get, "/keys/rsa1/cert", func(ctx context.Context, c *Client) (any, error) {
+			return c.KeyCertificate(ctx, "rsa1")
+		}, []byte("arbitrary bytes ????")},
+		{del, "/keys/rsa1/cert", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.DeleteKeyCertificate(ctx, "rsa1")
+		}, nil},
+		{put, "/namespaces/ns1", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.AddNamespace(ctx, "ns1")
+		}, nil},
+		{get, "/namespaces", func(ctx context.Context, c *Client) (any, error) {
+			return c.Namespaces(ctx)
+		}, []string{"ns1"}},
+		{del, "/namespaces/ns1", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.DeleteNamespace(ctx, "ns1")
+		}, nil},
+		{del, "/keys/ec1", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.DeleteKey(ctx, "ec1")
+		}, nil},
 		{post, "/lock", func(ctx context.Context, c *Client) (any, error) { return nil, c.Lock(ctx) }, nil},
-		{post, "/unlock", func(ctx context.Context, c *Client) (any, error) { return nil, c.Unlock(ctx, passphrase) }, nil},
-		{post, "/random", func(ctx context.Context, c *Client) (any, error) { return c.Random(ctx, 16) }, b64(t, "26RCf5RZEpeopYXMLZMuYQ==")},
-		{get, "/config/unattended-boot", func(ctx context.Context, c *Client) (any, error) { return c.UnattendedBoot(ctx) }, false},
-		{put, "/config/unattended-boot", func(ctx context.Context, c *Client) (any, error) { return nil, c.SetUnattendedBoot(ctx, true) }, nil},
+		{post, "/unlock", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.Unlock(ctx, passphrase)
+		}, nil},
+		{post, "/random", func(ctx context.Context, c *Client) (any, error) {
+			return c.Random(ctx, 16)
+		}, b64(t, "26RCf5RZEpeopYXMLZMuYQ==")},
+		{get, "/config/unattended-boot", func(ctx context.Context, c *Client) (any, error) {
+			return c.UnattendedBoot(ctx)
+		}, false},
+		{put, "/config/unattended-boot", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.SetUnattendedBoot(ctx, true)
+		}, nil},
 		{post, "/system/reboot", func(ctx context.Context, c *Client) (any, error) { return nil, c.Reboot(ctx) }, nil},
-		{post, "/system/factory-reset", func(ctx context.Context, c *Client) (any, error) { return nil, c.FactoryReset(ctx) }, nil},
+		{post, "/system/factory-reset", func(ctx context.Context, c *Client) (any, error) {
+			return nil, c.FactoryReset(ctx)
+		}, nil},
 	} {
 		t.Run(c.method+" "+c.path, func(t *testing.T) {
 			client, _ := startNode(t, recorded(t, c.method, c.path).replay)
@@ -204,8 +237,8 @@ func TestRecordedSignatureVerifies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := ed25519.VerifyWithOptions(key.Public.(ed25519.PublicKey), []byte("hello"), signature, &ed25519.Options{Hash: crypto.Hash(0)}); err != nil {
-		t.Error(err)
+	if !ed25519.Verify(key.Public.(ed25519.PublicKey), []byte("hello"), signature) {
+		t.Error("the signature does not verify")
 	}
 }
 

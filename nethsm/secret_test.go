@@ -41,8 +41,8 @@ func TestSecretsAreNeverPrinted(t *testing.T) {
 	}
 	for name, value := range values {
 		t.Run(name, func(t *testing.T) {
-			for _, verb := range []string{
-				"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "% x", "%#x", "%d", "%o", "%b", "%c", "%U", "%t", "%e", "%10.3s", // but for %p, which asks no method
+			for _, verb := range []string{ // but for %p, which asks no method
+				"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "% x", "%#x", "%d", "%o", "%b", "%c", "%U", "%t", "%e", "%10.3s",
 			} {
 				printed(t, verb, fmt.Sprintf(verb, value))
 			}

@@ -47,9 +47,9 @@ func (c *counter) Write(p []byte) (int, error) {
 // Restoration is a backup to be restored.
 type Restoration struct {
 	Backup io.Reader // up to [MaxBackup]; read whole into memory
-	// Passphrase is the backup passphrase of the time of the backup.
+	// Passphrase is the backup passphrase of the time of the backup. A NetHSM that has it still needs none.
 	Passphrase Secret
-	// Time is set as the clock of an Unprovisioned node; zero means now. An Operational node keeps its clock.
+	// Time is set as the node's clock; zero means now.
 	Time time.Time
 }
 
@@ -85,7 +85,7 @@ func (r *Restoration) multipart() (body []byte, contentType string, err error) {
 		r.Time = time.Now()
 	}
 	arguments, err := encodeJSON(struct {
-		Passphrase secret `json:"backupPassphrase"`
+		Passphrase secret `json:"backupPassphrase,omitempty"`
 		Time       string `json:"systemTime"`
 	}{secret(r.Passphrase), timestamp(r.Time)})
 	if err != nil {

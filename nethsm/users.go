@@ -43,7 +43,7 @@ func (c *Client) Users(ctx context.Context) ([]string, error) {
 		users []string
 	)
 	_, err := c.do(ctx, call{
-		op: "listing users", method: http.MethodGet, path: "/users",
+		op: "listing users", method: http.MethodGet, path: "/users", limit: maxList,
 		into: wanting(&got, func() error {
 			if got == nil {
 				return errNoList
