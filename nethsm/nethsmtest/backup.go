@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/crypto/scrypt"
 )
@@ -37,10 +38,21 @@ const (
 	deviceID      = "0000000000"
 )
 
-// backupKey derives the key of backup files; its cost is part of their format.
+// backupKey derives the key of backup files. Its cost, half a second and more, is part of their format; so that a test
+// pays it once for a file, the process remembers the keys.
 func backupKey(salt, passphrase []byte) ([]byte, error) {
-	return scrypt.Key(passphrase, salt, scryptN, scryptR, scryptP, 32)
+	name := string(digest(salt, passphrase))
+	if key, ok := backupKeys.Load(name); ok {
+		return slices.Clone(key.([]byte)), nil
+	}
+	key, err := scrypt.Key(passphrase, salt, scryptN, scryptR, scryptP, 32)
+	if err == nil {
+		backupKeys.Store(name, slices.Clone(key))
+	}
+	return key, err
 }
+
+var backupKeys sync.Map // of []byte
 
 func putBackupPassphrase(x *exchange) answer {
 	fresh, current, refused := x.twoPassphrases()

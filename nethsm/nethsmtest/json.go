@@ -1,6 +1,7 @@
 package nethsmtest
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -50,6 +51,7 @@ func parseJSON(data []byte) (any, error) {
 type parser struct {
 	data      []byte
 	at        int
+	depth     int
 	line      int
 	lineStart int
 }
@@ -97,7 +99,14 @@ func (p *parser) take(c byte) bool {
 	return true
 }
 
+// maxDepth bounds how deep values lie within each other, as encoding/json does.
+const maxDepth = 10_000
+
 func (p *parser) value() (any, error) {
+	if p.depth++; p.depth > maxDepth {
+		return nil, p.unexpected("Too deep:")
+	}
+	defer func() { p.depth-- }()
 	p.space()
 	if p.done() {
 		return nil, p.unexpected("")
@@ -200,7 +209,7 @@ func (p *parser) number() (any, error) {
 		end++
 	}
 	n, err := strconv.ParseFloat(string(p.data[p.at:end]), 64)
-	if err != nil {
+	if err != nil && !errors.Is(err, strconv.ErrRange) {
 		return nil, p.unexpected("Invalid token")
 	}
 	p.at = end

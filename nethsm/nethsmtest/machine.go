@@ -228,18 +228,21 @@ func acceptable(accept, provided string) bool {
 	return allowed
 }
 
-// accepted says whether the content type of a body is one of types; a missing one counts as octet-stream. The type has
-// to be given without parameters, in any case.
+// accepted says whether the content type of a body is one of types, given without parameters, in upper or lower case. A
+// missing one will do where nobody reads the body.
 func accepted(r *http.Request, types []string) bool {
 	sent := r.Header.Get("Content-Type")
 	if sent == "" {
-		sent = typeBytes
+		return slices.Equal(types, anyType)
 	}
 	if strings.HasPrefix(strings.ToLower(sent), "multipart/form-data;") {
 		return slices.Contains(types, typeMultipart)
 	}
 	return slices.ContainsFunc(types, func(t string) bool { return strings.EqualFold(t, sent) })
 }
+
+// anyType are the types of requests whose body nobody reads.
+var anyType = []string{typeJSON, typeBytes}
 
 // typeMultipart stands for multipart/form-data with whatever boundary.
 const typeMultipart = "multipart/form-data"

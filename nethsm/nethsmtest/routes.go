@@ -68,7 +68,7 @@ func init() {
 		}},
 		{"users/{id}/tags/{tag}", resource{
 			states: operational, allow: []string{http.MethodPut, http.MethodDelete}, forbidden: mayNotTag, provides: typeJSON,
-			accepts: []string{typeJSON, typeBytes}, exists: userTagExists, put: putUserTag, delete: deleteUserTag,
+			accepts: anyType, exists: userTagExists, put: putUserTag, delete: deleteUserTag,
 		}},
 
 		{"namespaces", resource{
@@ -77,7 +77,7 @@ func init() {
 		}},
 		{"namespaces/{id}", resource{
 			states: operational, allow: []string{http.MethodPut, http.MethodDelete},
-			forbidden: notRootRole(roleAdministrator), provides: typeJSON, accepts: []string{typeJSON, typeBytes},
+			forbidden: notRootRole(roleAdministrator), provides: typeJSON, accepts: anyType,
 			exists: namespaceExists, put: putNamespace, delete: deleteNamespace,
 		}},
 
@@ -133,7 +133,7 @@ func init() {
 		}},
 		{"keys/{id}/restrictions/tags/{tag}", resource{
 			states: operational, allow: []string{http.MethodPut, http.MethodDelete}, forbidden: notRole(roleAdministrator),
-			provides: typeJSON, accepts: []string{typeJSON, typeBytes}, exists: keyTagExists,
+			provides: typeJSON, accepts: anyType, exists: keyTagExists,
 			put: putKeyTag, delete: deleteKeyTag,
 		}},
 	} {
