@@ -4,9 +4,10 @@ SHELL       := /bin/bash
 .DELETE_ON_ERROR:
 
 PLUGIN  := vault-plugin-secrets-nitrokey
+COMMAND := nitroseal
 # A version of Vault's catalog must be semantic and start with "v": the newest tag, else the default of the source.
 VERSION ?= $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null || echo v0.0.0-dev)
-LDFLAGS := -X vault-plugin-secrets-nitrokey/backend.Version=$(VERSION)
+LDFLAGS := -X vault-plugin-secrets-nitrokey/backend.Version=$(VERSION) -X main.version=$(VERSION)
 GO      ?= go
 # Seconds that each fuzz target runs: a short look in `make test`, longer by hand: make fuzz FUZZ_SECONDS=600
 FUZZ_SECONDS ?= 5
@@ -23,6 +24,11 @@ demo: ## see it work: a real Vault, a software HSM, an etcd; cleans up after its
 	@scripts/setup demo
 	@scripts/demo run
 
+.PHONY: demo-nethsm
+demo-nethsm: ## the same with a NetHSM double: two nodes over TLS, an etcd over mutual TLS, a node that fails, one that restarts
+	@scripts/setup demo
+	@scripts/demo-nethsm
+
 .PHONY: dev
 dev: ## the same, left running for you to play with; prints how to talk to it
 	@scripts/setup demo
@@ -33,8 +39,9 @@ dev-stop: ## end what `make dev` left running
 	@scripts/demo stop
 
 .PHONY: build
-build: ## build bin/vault-plugin-secrets-nitrokey
+build: ## build bin/vault-plugin-secrets-nitrokey and bin/nitroseal
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$(PLUGIN) ./cmd/$(PLUGIN)
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/$(COMMAND) ./cmd/$(COMMAND)
 
 .PHONY: test
 test: ## test everything with the race detector: unit, SoftHSM, etcd, Vault, short fuzz runs

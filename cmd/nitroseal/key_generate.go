@@ -36,7 +36,10 @@ it.`,
 	}, func(cmd *cobra.Command, keys *keyring.Keyring, name string) (*keyring.Key, error) {
 		ctx, cancel := a.within(cmd.Context(), generateTimeout)
 		defer cancel()
-		begun, err := keys.Begin(ctx, name, keyring.GenerateRequest{Device: device, Algorithm: hsm.Algorithm(made.algorithm), Label: label, By: by()})
+		begun, err := keys.Begin(ctx, name, keyring.GenerateRequest{
+			Device: device, Algorithm: hsm.Algorithm(made.algorithm), Label: label, By: by(),
+			RequestID: strings.Join([]string{"generate", device, made.algorithm, label}, " "), // so that the same command again is known
+		})
 		if err != nil {
 			return nil, err
 		}

@@ -51,7 +51,7 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 // words are how the keyring's sentences name what an operator types.
 var words = keyring.Words{
 	Home: "this state directory",
-	Read: func(key string) string { return "run \"nitroseal key backup " + key + "\"" },
+	Read: func(key string) string { return "print it with \"nitroseal key backup " + key + "\"" },
 	Set: func(key, setting string) string {
 		return "run \"nitroseal key configure " + key + " --" + strings.ReplaceAll(setting, "_", "-") + "\""
 	},

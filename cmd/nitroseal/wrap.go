@@ -1,8 +1,6 @@
 package main
 
 import (
-	"encoding/json"
-
 	"github.com/spf13/cobra"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
@@ -67,9 +65,9 @@ type envelopeView struct {
 	// FromVersion and Changed are a rewrap's.
 	FromVersion int   `json:"from_version,omitempty"`
 	Changed     *bool `json:"changed,omitempty"`
-	// Out is the file with the envelope, or Envelope the envelope itself.
-	Out      string          `json:"out,omitempty"`
-	Envelope json.RawMessage `json:"envelope,omitempty"`
+	// Out is the file with the envelope, or Envelope the envelope itself: a string, because its bytes count.
+	Out      string `json:"out,omitempty"`
+	Envelope string `json:"envelope,omitempty"`
 }
 
 // putEnvelope writes an envelope: into a file, or to standard output, where --output=json puts it among what else is
@@ -82,7 +80,7 @@ func (a *app) putEnvelope(out string, sealed []byte, view envelopeView) error {
 		}
 		view.Out = out
 	case a.format == formatJSON:
-		view.Envelope = sealed
+		view.Envelope = string(sealed)
 	default:
 		return a.output("", append(sealed, '\n'))
 	}
