@@ -73,7 +73,7 @@ func netHSMFields() map[string]*framework.FieldSchema {
 		"urls": {
 			Type: framework.TypeCommaStringSlice,
 			Description: "the nodes of one NetHSM or cluster, https://host:port; any of them may serve a request. http:// is for this " +
-				"machine only.",
+				"machine only. Where the plugin was registered with -nethsm-url, each is one of those.",
 		},
 		"username": {
 			Type:        framework.TypeString,

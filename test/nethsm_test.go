@@ -401,8 +401,8 @@ func TestTwoMountsShareANetHSM(t *testing.T) {
 
 // A password that is rotated in its file needs no write to Vault.
 func TestNetHSMsPasswordMayComeFromAFile(t *testing.T) {
-	netHSM := startNetHSM(t, 1)
-	site := vaulttest.StartSite(t, vaulttest.SiteOptions{NoToken: true})
+	netHSM, evil := startNetHSM(t, 1), startNetHSM(t, 1)
+	site := vaulttest.StartSite(t, vaulttest.SiteOptions{NoToken: true, Args: []string{"-nethsm-url=" + netHSM.URLs()[0]}})
 	file := filepath.Join(site.SecretsDir, "password")
 	must(t, os.WriteFile(file, []byte(netPassword+"\n"), 0o600))
 	site.Write(t, "nitrokey/devices/hsm", netFields(netHSM, vaulttest.Fields{
@@ -418,4 +418,11 @@ func TestNetHSMsPasswordMayComeFromAFile(t *testing.T) {
 	eventuallyUnwraps(t, site, wrapped)
 	site.Refused(t, "nitrokey/devices/hsm", vaulttest.Fields{"urls": "https://127.0.0.1:1"}, http.StatusBadRequest,
 		"password or password_file", "admin_password or admin_password_file")
+
+	// Naming a file is no proof of knowing it: the plugin's own arguments say where files may be sent.
+	site.Refused(t, "nitrokey/devices/evil", netFields(evil, vaulttest.Fields{"password": nil, "password_file": "password"}),
+		http.StatusBadRequest, "-nethsm-url")
+	if evil.Node(0).Handshakes() != 0 {
+		t.Error("a server that was not allowed was spoken to")
+	}
 }

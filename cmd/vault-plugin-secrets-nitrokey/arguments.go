@@ -6,6 +6,8 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
+
+	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
 // arguments are the plugin's own, as Vault's catalog holds them.
@@ -14,6 +16,7 @@ type arguments struct {
 	moduleEnv        list
 	moduleHost       string
 	moduleHostSHA256 string
+	netHSMs          list
 	secretsDir       string
 	stateDir         string
 	version          bool
@@ -41,6 +44,7 @@ func parse(flags *flag.FlagSet, args []string, stderr io.Writer) (arguments, err
 	flags.Var(&given.moduleEnv, "module-env", "")
 	flags.StringVar(&given.moduleHost, "module-host", "", "")
 	flags.StringVar(&given.moduleHostSHA256, "module-host-sha256", "", "")
+	flags.Var(&given.netHSMs, "nethsm-url", "")
 	flags.StringVar(&given.secretsDir, "secrets-dir", "", "")
 	flags.StringVar(&given.stateDir, "state-dir", "", "")
 	flags.BoolVar(&given.version, "version", false, "")
@@ -66,6 +70,11 @@ func (a arguments) check(rest []string) error {
 			return fmt.Errorf("%s=%s is not an absolute path", name, path)
 		}
 	}
+	for _, url := range a.netHSMs {
+		if err := device.CheckURL(url); err != nil {
+			return fmt.Errorf("-nethsm-url: %w", err)
+		}
+	}
 	for _, name := range a.moduleEnv {
 		if strings.Contains(name, "=") {
 			return fmt.Errorf("-module-env=%s names a variable and sets none; set it where Vault runs, or with -env when you register", name)
@@ -87,6 +96,8 @@ Vault starts this program. The arguments are given when it is registered, each a
   -pkcs11-module=PATH       a PKCS#11 module that mounts may use; repeat it for more
   -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file, password_file and so
                             on; none without it
+  -nethsm-url=URL           a node that devices of type nethsm may name; repeat it for more. Without it they may name any:
+                            whoever may write devices/ can then send a file of -secrets-dir to a server of their own
   -state-dir=DIR            where a PIN is remembered that was wrong, so that it is sent once only, and where stores of
                             type "file" lie; must be the same for all plugins on this machine, and survive restarts.
                             Without it no PIN is sent at all

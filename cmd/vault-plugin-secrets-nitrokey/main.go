@@ -64,6 +64,7 @@ func serve(meta *api.PluginAPIClientMeta, given arguments) (err error) {
 	devices := device.New(device.Options{
 		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
 		Secrets: device.SecretFiles{Dir: given.secretsDir},
+		NetHSMs: given.netHSMs,
 		Logger:  log,
 	})
 	return plugin.ServeMultiplex(&plugin.ServeOpts{

@@ -108,13 +108,14 @@ func TestHelpNamesEveryArgument(t *testing.T) {
 func TestArgumentsAreRead(t *testing.T) {
 	got, err := parse(flag.NewFlagSet("", flag.ContinueOnError), []string{
 		"-pkcs11-module=/a.so", "-pkcs11-module=/b.so", "-secrets-dir=/s", "-state-dir=/t", "-module-env=A", "-module-env=B",
-		"-module-host=/h", "-module-host-sha256=00",
+		"-module-host=/h", "-module-host-sha256=00", "-nethsm-url=https://a:8443", "-nethsm-url=https://b",
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := arguments{
 		modules: list{"/a.so", "/b.so"}, secretsDir: "/s", stateDir: "/t", moduleEnv: list{"A", "B"}, moduleHost: "/h", moduleHostSHA256: "00",
+		netHSMs: list{"https://a:8443", "https://b"},
 	}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(arguments{})); diff != "" {
 		t.Errorf("arguments (-want +got):\n%s", diff)
@@ -129,6 +130,8 @@ func TestWrongArgumentsAreExplained(t *testing.T) {
 		"one that is unknown":             {[]string{"-pin=123456"}, "not defined: -pin"},
 		"one that is no flag":             {[]string{"serve"}, `unknown argument "serve"`},
 		"a module by bare name":           {[]string{"-pkcs11-module=opensc-pkcs11.so"}, "not an absolute path"},
+		"a NetHSM by bare name":           {[]string{"-nethsm-url=nethsm.example"}, "write https://"},
+		"a NetHSM beyond TLS":             {[]string{"-nethsm-url=http://nethsm.example"}, "in the clear"},
 		"an empty module":                 {[]string{"-pkcs11-module="}, "empty"},
 		"a relative directory":            {[]string{"-state-dir=state"}, "not an absolute path"},
 		"a variable with its value":       {[]string{"-module-env=A=b"}, "names a variable"},

@@ -92,6 +92,34 @@ func parseNode(text string) (string, error) {
 	return node.Scheme + "://" + net.JoinHostPort(host, port), nil
 }
 
+// CheckURL says what is wrong with the URL of a node of a NetHSM.
+func CheckURL(text string) error {
+	if _, err := parseNode(text); err != nil {
+		return complain(`the URL of a NetHSM %w`, err)
+	}
+	return nil
+}
+
+// checkAllowed complains about nodes that are not among the allowed ones, where there are such.
+func (c Config) checkAllowed(allowed []string) error {
+	if len(allowed) == 0 {
+		return nil
+	}
+	known := map[string]bool{}
+	for _, text := range allowed {
+		if node, err := parseNode(text); err == nil {
+			known[node] = true
+		}
+	}
+	for _, text := range c.URLs {
+		if node, err := parseNode(text); err != nil || !known[node] {
+			return complain(`%s in "urls" is not among the NetHSMs that the plugin was registered with; register it with -args=-nethsm-url=%s as well, `+
+				`or name another`, node, node)
+		}
+	}
+	return nil
+}
+
 func isLoopback(host string) bool {
 	address := net.ParseIP(host)
 	return host == "localhost" || address != nil && address.IsLoopback()

@@ -1,6 +1,7 @@
 package device
 
 import (
+	"context"
 	"errors"
 	"reflect"
 	"slices"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
@@ -304,6 +306,39 @@ func TestPlaceNamesAClusterAndANamespace(t *testing.T) {
 	}
 	if place := base.Place(); !strings.HasPrefix(place, "nethsm-") || len(place) != len("nethsm-")+16 {
 		t.Errorf("Place = %q", place)
+	}
+}
+
+func TestOnlyAllowedNetHSMsAreOpened(t *testing.T) {
+	opener := func(context.Context, string, Config, Secrets) (hsm.Device, error) { return &fakeDevice{}, nil }
+	for name, test := range map[string]struct {
+		allowed []string
+		ok      bool
+	}{
+		"none is named, so any is":     {nil, true},
+		"both are":                     {[]string{"https://A.example:8443/api/v1", "https://b.example:8443", "https://c.example"}, true},
+		"one is not":                   {[]string{"https://a.example:8443"}, false},
+		"another port is another node": {[]string{"https://a.example:8443", "https://b.example"}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			registry := New(Options{
+				Openers: map[string]Opener{TypeNetHSM: opener, TypePKCS11: opener}, NetHSMs: test.allowed,
+			})
+			must(t, registry.Check(valid())) // a token has no URL
+			checked := registry.Check(validNetHSM())
+			handle, opened := registry.Open("mount", "net", validNetHSM())
+			for _, err := range []error{checked, opened} {
+				if test.ok != (err == nil) {
+					t.Errorf("got %v", err)
+				}
+				if err != nil && (!errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), "-nethsm-url=https://b.example:8443")) {
+					t.Errorf("the complaint is %v", err)
+				}
+			}
+			if handle != nil {
+				must(t, handle.Close())
+			}
+		})
 	}
 }
 

@@ -36,6 +36,9 @@ type Options struct {
 	// Openers are the known types of device: [TypePKCS11] and so on.
 	Openers map[string]Opener
 	Secrets SecretFiles
+	// NetHSMs are the URLs of the nodes that devices of [TypeNetHSM] may name; none means that they may name any. Whoever may
+	// write a configuration can otherwise name a file of Secrets, and a server of their own that it is sent to.
+	NetHSMs []string
 	Logger  *slog.Logger
 }
 
@@ -43,6 +46,7 @@ type Options struct {
 type Registry struct {
 	openers map[string]Opener
 	secrets SecretFiles
+	netHSMs []string
 	logger  *slog.Logger
 }
 
@@ -52,7 +56,7 @@ func New(options Options) *Registry {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	return &Registry{openers: options.Openers, secrets: options.Secrets, logger: logger}
+	return &Registry{openers: options.Openers, secrets: options.Secrets, netHSMs: options.NetHSMs, logger: logger}
 }
 
 // Check says what is wrong with a configuration, its secret files included, without touching the HSM. What the user can
@@ -69,6 +73,9 @@ func (r *Registry) Check(config Config) error {
 // opener returns the opener of a valid configuration.
 func (r *Registry) opener(config Config) (Opener, error) {
 	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	if err := config.checkAllowed(r.netHSMs); err != nil {
 		return nil, err
 	}
 	opener, known := r.openers[config.Type]
