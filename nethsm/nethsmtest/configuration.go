@@ -24,6 +24,12 @@ type network struct {
 	IPAddress string `json:"ipAddress"`
 	Netmask   string `json:"netmask"`
 	Gateway   string `json:"gateway"`
+	IPv6      *ipv6  `json:"ipv6,omitempty"`
+}
+
+type ipv6 struct {
+	CIDR    string  `json:"cidr"`
+	Gateway *string `json:"gateway"`
 }
 
 type logging struct {
@@ -150,10 +156,18 @@ func getNetwork(x *exchange) answer { return jsonAnswer(x.configuration().Networ
 
 func putNetwork(x *exchange) answer {
 	var n network
+	var six ipv6
 	err := decode("network", x.body(),
-		address("ipAddress", &n.IPAddress), address("netmask", &n.Netmask), address("gateway", &n.Gateway))
+		address("ipAddress", &n.IPAddress), address("netmask", &n.Netmask), address("gateway", &n.Gateway),
+		optional(object("ipv6", "network_v6", text("cidr", &six.CIDR), optionalText("gateway", &six.Gateway))))
 	if err != nil {
 		return refuse(http.StatusBadRequest, err.Error())
+	}
+	if six.CIDR != "" {
+		if _, err := netip.ParsePrefix(six.CIDR); err != nil {
+			return refuse(http.StatusBadRequest, "Invalid data for JSON schema: "+err.Error()+".")
+		}
+		n.IPv6 = &six
 	}
 	if x.hsm.options.Container {
 		return platformTrouble()

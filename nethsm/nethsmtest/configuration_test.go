@@ -28,6 +28,11 @@ func TestConfigurationIsKept(t *testing.T) {
 		c.must(400, "PUT", url+path, adminLogin, `{"what":"is this"}`)
 		c.must(403, "GET", url+path, operatorLogin, "")
 	}
+	six := `{"ipAddress":"192.0.2.7","netmask":"255.255.255.0","gateway":"192.0.2.1","ipv6":{"cidr":"2001:db8::7/64","gateway":null}}`
+	c.must(204, "PUT", url+"network", adminLogin, six)
+	if got := c.must(200, "GET", url+"network", adminLogin, ""); got != six {
+		t.Errorf("network is %s, set to %s", got, six)
+	}
 	c.must(204, "PUT", url+"time", adminLogin, `{"time":"2030-05-06T07:08:09Z"}`)
 	if got := c.must(200, "GET", url+"time", adminLogin, ""); !strings.HasPrefix(got, `{"time":"2030-05-06T07:0`) {
 		t.Errorf("the time is %s", got)

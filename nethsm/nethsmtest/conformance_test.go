@@ -32,21 +32,7 @@ import (
 )
 
 // The conformance test replays the recording of a real server, testdata/nethsm-exchanges.jsonl, and compares status,
-// headers and bodies of every answer. It runs against the double, and against a real NetHSM where these are set:
-//
-//	NITROSEAL_NETHSM_URL       https://host[:port]
-//	NITROSEAL_NETHSM_CA        file with the CA of its certificate (PEM), or
-//	NITROSEAL_NETHSM_PIN       SHA-256 of its certificate, hexadecimal
-//
-// Then one of two things is wanted:
-//
-//	NITROSEAL_NETHSM_MAY_ERASE=yes   the whole recording. The NetHSM must be Unprovisioned; it is provisioned, used,
-//	                                 rebooted twice, and RESET TO FACTORY SETTINGS at the end.
-//
-//	NITROSEAL_NETHSM_USER, NITROSEAL_NETHSM_PASSPHRASE   an Administrator of an Operational NetHSM, of a namespace at
-//	                                 best. What harms nobody is replayed, under ids that begin with "nitroseal-test-", and
-//	                                 removed again.
-//
+// headers and bodies of every answer. It runs against the double, or against a real NetHSM: the package comment says how.
 // What the recording leaves out (a write between two reads, waiting for the rate limit) is in the table below.
 
 // exchange is one line of the recording.

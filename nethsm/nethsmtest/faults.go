@@ -274,7 +274,8 @@ func (n *Node) SetState(state State) {
 }
 
 // LoseEtcd takes the node's etcd away. For a minute of the double's clock the state stays Operational, readiness 200,
-// and every right password is 401; then the node is Failed.
+// and every right password is 401; then the node is Failed. One that starts without its etcd is Failed at once and shows a
+// certificate that nobody knows.
 func (n *Node) LoseEtcd() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -283,8 +284,12 @@ func (n *Node) LoseEtcd() {
 	}
 }
 
-// ReturnEtcd gives it back: the node is what it was, with no unlock.
+// ReturnEtcd gives it back: the node is what it was, with no unlock; one that was restarted meanwhile finds its
+// certificate again.
 func (n *Node) ReturnEtcd() {
+	var pair *pairRecord
+	n.hsm.store.read(func(*record) { pair = n.record().TLS })
+	_ = n.show(pair) // it was shown before
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.etcdLost = time.Time{}

@@ -217,6 +217,19 @@ func TestALostEtcdLooksLikeAWrongPasswordForAMinute(t *testing.T) {
 	c.must(412, "GET", url+"health/alive", "", "")
 	n.ReturnEtcd()
 	c.must(200, "GET", url+"keys", adminLogin, "")
+
+	pin := n.Pin()
+	n.LoseEtcd()
+	if err := n.Restart(); err != nil {
+		t.Fatal(err)
+	}
+	if n.State() != Failed || n.Pin() == pin {
+		t.Errorf("started without etcd it is %s with the certificate %s, before %s", n.State(), n.Pin(), pin)
+	}
+	n.ReturnEtcd()
+	if n.State() != Locked || n.Pin() != pin {
+		t.Errorf("etcd is back: %s with the certificate %s, before %s", n.State(), n.Pin(), pin)
+	}
 }
 
 func TestCertificatesChange(t *testing.T) {

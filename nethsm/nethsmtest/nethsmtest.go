@@ -5,15 +5,31 @@
 // passphrase); each has its own lock, unlock passphrase, TLS certificate, rate limits, faults and counters, as in the
 // original. [Start] runs it over TLS on loopback for a test, [Serve] for a demonstration, [New] gives handlers alone.
 //
-// What it knows was taken from a recording of a real server (testdata/nethsm-exchanges.jsonl), which a test replays
-// against it: see conformance_test.go, where it also says how to point that test at a real NetHSM. Every request goes
-// through one order of checks (machine.go) over a table of resources (routes.go); what a resource does is in the file of
-// its noun.
+// What it knows was taken from a recording of a real server (testdata/nethsm-exchanges.jsonl), which TestConformance
+// replays against it. Every request goes through one order of checks (machine.go) over a table of resources (routes.go);
+// what a resource does is in the file of its noun.
 //
 // It differs from the original on purpose in these points: private keys lie in the clear in its directory; scrypt runs
 // with a smaller cost unless [Options].RealCosts; RSA keys come from a pool shared by the doubles of one process, real
 // keys that no two open doubles hold at the same time, because generating them would be most of a test's time;
 // secp256k1 and Brainpool keys are refused; a reboot takes no time.
+//
+// # The same test against a real NetHSM
+//
+// TestConformance runs against a NetHSM instead of the double where these variables are set:
+//
+//	NITROSEAL_NETHSM_URL   https://host[:port]
+//	NITROSEAL_NETHSM_CA    file with the CA of its certificate (PEM), or
+//	NITROSEAL_NETHSM_PIN   SHA-256 of its certificate, in hexadecimal
+//
+// and one of two things besides:
+//
+//	NITROSEAL_NETHSM_USER, NITROSEAL_NETHSM_PASSPHRASE
+//	    an Administrator of a NetHSM in use, of a namespace at best. What harms nobody is replayed, under ids that begin
+//	    with "nitroseal-test-" and such that the NetHSM makes up, and all of it is removed again.
+//	NITROSEAL_NETHSM_MAY_ERASE=yes
+//	    the whole recording. The NetHSM must be Unprovisioned; it is provisioned, used, rebooted twice, and RESET TO
+//	    FACTORY SETTINGS at the end.
 package nethsmtest
 
 import (
@@ -34,8 +50,8 @@ const (
 	OperatorPassphrase = "OperatorPassphrase"
 	MetricsUser        = "metrics"
 	MetricsPassphrase  = "MetricsPassphrase"
-	// BackupUser may ask for a backup; BackupPassphrase is what this user logs in with, BackupFilePassphrase what the
-	// files are encrypted with.
+	// BackupUser may ask for a backup; BackupPassphrase is what this user logs in with. BackupFilePassphrase is for whoever
+	// configures one to encrypt the files with: a double has none yet, because it costs half a second.
 	BackupUser           = "backup"
 	BackupPassphrase     = "BackupUserPassphrase"
 	BackupFilePassphrase = "BackupPassphrase"

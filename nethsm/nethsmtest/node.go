@@ -100,8 +100,14 @@ func newNode(h *HSM, index int) (*Node, error) {
 // record is the node's part of the database. Whoever calls it holds the store's lock, or is alone.
 func (n *Node) record() *nodeRecord { return n.hsm.store.record.Nodes[n.index] }
 
-// boot is what a node does when it starts: without unattended boot it wants its passphrase.
+// boot is what a node does when it starts: without unattended boot it wants its passphrase. Where its etcd is away it is
+// Failed at once, and knows no certificate but one that it makes for itself.
 func (n *Node) boot() {
+	if n.blind() {
+		if pair, err := n.hsm.selfSigned(); err == nil {
+			_ = n.show(pair) // it was just made
+		}
+	}
 	var provisioned, unattended bool
 	n.hsm.store.read(func(r *record) {
 		provisioned, unattended = r.DomainKey != nil, n.record().UnattendedBoot
@@ -109,7 +115,10 @@ func (n *Node) boot() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.locked = provisioned && !unattended
-	n.forced, n.etcdLost, n.choked = "", time.Time{}, false
+	n.forced, n.choked = "", false
+	if !n.etcdLost.IsZero() {
+		n.etcdLost = n.hsm.now().Add(-etcdPatience)
+	}
 	clear(n.failures)
 	n.started = n.hsm.now()
 }
