@@ -162,7 +162,7 @@ func TestAllNodesDown(t *testing.T) {
 		}
 		// Within a second nobody is asked again; after it the nodes are, and one that has returned serves at once.
 		for _, p := range s.peers {
-			if n := len(s.network.dials[p.address]); n != 1 {
+			if n := s.network.dialled(p.address); n != 1 {
 				t.Errorf("%s was dialled %d times within a second", p.address, n)
 			}
 		}

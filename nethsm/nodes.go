@@ -57,17 +57,23 @@ func (c *Client) describe(ctx context.Context, n *node) hsm.Node {
 	case rests:
 		out.Err = reworded(resting.cause, "asking how it fares")
 	default:
-		_, out.Err = c.login.refusal(n, "asking how it fares")
-	}
-	if out.Err == nil && c.administers(ctx, n) {
-		alone := &Client{pool: c.pool, login: c.login, only: n}
-		if info, err := alone.SystemInfo(ctx); err == nil {
-			out.Serial, out.Firmware = info.DeviceID, info.SoftwareVersion
-		} else {
-			out.Err = err
-		}
+		out.Err = c.identify(ctx, n, &out)
 	}
 	return out
+}
+
+// identify asks a node for its serial number and software, where this view may. The error is why it could not be used.
+func (c *Client) identify(ctx context.Context, n *node, out *hsm.Node) error {
+	if !c.login.refusedAt(n) && c.administers(ctx, n) {
+		alone := &Client{pool: c.pool, login: c.login, only: n}
+		info, err := alone.SystemInfo(ctx)
+		if err != nil {
+			return err
+		}
+		out.Serial, out.Firmware = info.DeviceID, info.SoftwareVersion
+	}
+	_, err := c.login.refusal(n, "asking how it fares")
+	return err
 }
 
 // measure asks for the state and how long that takes on a connection that is there.

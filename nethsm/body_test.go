@@ -1,0 +1,186 @@
+package nethsm
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"unsafe"
+)
+
+func TestEncodeJSON(t *testing.T) {
+	type restrictions struct {
+		Tags []string `json:"tags"`
+	}
+	tests := []struct {
+		name  string
+		value any
+		want  string
+	}{
+		{"a secret alone", struct {
+			A secret `json:"a"`
+		}{secret("x")}, `{"a":"x"}`},
+		{"a secret among others, behind a pointer", &struct {
+			A string       `json:"a"`
+			B secret       `json:"b"`
+			C int          `json:"c,omitempty"`
+			D restrictions `json:"d"`
+		}{"1", secret("2"), 0, restrictions{[]string{"t"}}}, `{"a":"1","b":"2","d":{"tags":["t"]}}`},
+		{"what JSON escapes", struct {
+			A secret `json:"a"`
+		}{secret("\"\\\x00\x1f/\té€\U0001F511")}, "{\"a\":\"\\\"\\\\\\u0000\\u001f/\\u0009é€\U0001F511\"}"},
+		{"an empty secret", struct {
+			A secret `json:"a"`
+			B secret `json:"b,omitempty"`
+		}{}, `{"a":""}`},
+		{"no secret", map[string]int{"a": 1}, `{"a":1}`},
+		{"nothing at all", struct{}{}, `{}`},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			body, err := encodeJSON(test.value)
+			if err != nil || string(body) != test.want {
+				t.Errorf("encodeJSON = %s, %v; want %s", body, err, test.want)
+			}
+			if !json.Valid(body) {
+				t.Error("it is not JSON")
+			}
+		})
+	}
+	nested := struct {
+		A struct {
+			B secret `json:"b"`
+		} `json:"a"`
+	}{}
+	nested.A.B = secret("sesame")
+	if body, err := encodeJSON(nested); err == nil || strings.Contains(err.Error(), "sesame") {
+		t.Errorf("a secret where it could not be wiped: %s, %v; want an error that does not tell it", body, err)
+	}
+}
+
+// The buffer never moves, so that wiping it wipes the secret.
+func TestEncodedSecretsDoNotMove(t *testing.T) {
+	for _, filler := range []string{"x", "\x00", "\"", "\xff", "é"} {
+		body, err := encodeJSON(struct {
+			LongNameOfAMember secret `json:"longNameOfAMember,omitempty"`
+			B                 secret `json:"b"`
+		}{secret(strings.Repeat(filler, 1000)), secret(strings.Repeat(filler, 200))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := body[:cap(body)]
+		clear(body)
+		if len(body) > cap(body) || !bytes.Equal(whole[:len(body)], make([]byte, len(body))) {
+			t.Error("it moved")
+		}
+		size := 2 + 2*6*1000
+		if cap(body) > 2*size {
+			t.Errorf("%d bytes for a body of %d", cap(body), len(body))
+		}
+	}
+}
+
+func FuzzEncodeSecret(f *testing.F) {
+	f.Add([]byte("UnlockPassphrase"))
+	f.Add([]byte("\"\\\x00\x7f\xc3\x28"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		body, err := encodeJSON(struct {
+			A secret `json:"a"`
+		}{text})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got struct {
+			A string `json:"a"`
+		}
+		if err := json.Unmarshal(body, &got); err != nil || got.A != strings.ToValidUTF8(string(text), "�") && string([]rune(string(text))) != got.A {
+			t.Errorf("%q became %q, %v", text, got.A, err)
+		}
+	})
+}
+
+func TestReadBody(t *testing.T) {
+	text := strings.Repeat("0123456789", 2000)
+	tests := []struct {
+		name          string
+		reader        io.Reader
+		length, limit int64
+		want          string
+		err           error
+	}{
+		{"announced", strings.NewReader(text), 20000, 20000, text, nil},
+		{"not announced", strings.NewReader(text), -1, 20000, text, nil},
+		{"a byte at a time", iotest.OneByteReader(strings.NewReader(text)), -1, 20000, text, nil},
+		{"the end comes with the data", iotest.DataErrReader(strings.NewReader(text)), 20000, 20000, text, nil},
+		{"empty", strings.NewReader(""), 0, 10, "", nil},
+		{"empty, not announced", strings.NewReader(""), -1, 10, "", nil},
+		{"announced and too large", strings.NewReader(text), 20000, 19999, "", errTooLarge},
+		{"not announced and too large", strings.NewReader(text), -1, 19999, "", errTooLarge},
+		{"nothing is allowed", strings.NewReader("x"), -1, 0, "", errTooLarge},
+		{"it breaks off", io.MultiReader(strings.NewReader(text), iotest.ErrReader(io.ErrUnexpectedEOF)), -1, 30000, "", io.ErrUnexpectedEOF},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			body, err := readBody(test.reader, test.length, test.limit)
+			if string(body) != test.want || !errors.Is(err, test.err) {
+				t.Errorf("readBody = %d bytes, %v; want %d, %v", len(body), err, len(test.want), test.err)
+			}
+		})
+	}
+}
+
+// spy gives out a secret and keeps where it was put.
+type spy struct {
+	left    int
+	buffers map[*byte]int
+}
+
+func (s *spy) Read(p []byte) (int, error) {
+	if s.left == 0 {
+		return 0, io.EOF
+	}
+	n := min(len(p), s.left)
+	for i := range n {
+		p[i] = 's'
+	}
+	s.left -= n
+	s.buffers[unsafe.SliceData(p)] = n
+	return n, nil
+}
+
+// Buffers that were outgrown hold nothing any more.
+func TestOutgrownBuffersAreWiped(t *testing.T) {
+	from := &spy{left: 100_000, buffers: make(map[*byte]int)}
+	body, err := readBody(from, -1, 1<<20)
+	if err != nil || len(body) != 100_000 {
+		t.Fatal(len(body), err)
+	}
+	begin := uintptr(unsafe.Pointer(unsafe.SliceData(body)))
+	for start, n := range from.buffers {
+		at := uintptr(unsafe.Pointer(start))
+		if at >= begin && at < begin+uintptr(cap(body)) {
+			continue
+		}
+		if old := unsafe.Slice(start, n); !bytes.Equal(old, make([]byte, n)) {
+			t.Errorf("a buffer of %d bytes still holds the answer", n)
+		}
+	}
+}
+
+func TestMessage(t *testing.T) {
+	for body, want := range map[string]string{
+		`{"message":"Decryption failure"}`: "Decryption failure",
+		``:                                 "",
+		`Not found`:                        "",
+		`{"message":5}`:                    "",
+		`[]`:                               "",
+		`null`:                             "",
+	} {
+		if got := message([]byte(body)); got != want {
+			t.Errorf("message(%s) = %q, want %q", body, got, want)
+		}
+	}
+}

@@ -1,0 +1,80 @@
+package nethsm
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestURLs(t *testing.T) {
+	tests := []struct{ given, want string }{
+		{"https://hsm.example", "https://hsm.example:443"},
+		{"https://hsm.example/", "https://hsm.example:443"},
+		{"https://HSM.example:8443/api/v1", "https://hsm.example:8443"},
+		{"https://hsm.example:8443/api/v1/", "https://hsm.example:8443"},
+		{"https://192.0.2.1", "https://192.0.2.1:443"},
+		{"https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443"},
+		{"http://127.0.0.1:8080", "http://127.0.0.1:8080"},
+		{"http://[::1]", "http://[::1]:80"},
+		{"http://localhost:8080/api/v1", "http://localhost:8080"},
+	}
+	for _, test := range tests {
+		t.Run(test.given, func(t *testing.T) {
+			client, err := New(Options{URLs: []string{test.given}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			if got := client.URLs(); !slices.Equal(got, []string{test.want}) {
+				t.Errorf("URLs = %v, want %s", got, test.want)
+			}
+			at, err := client.At(test.given)
+			if err != nil || !slices.Equal(at.URLs(), []string{test.want}) {
+				t.Errorf("At = %v, %v", at, err)
+			}
+			if _, err := client.At("https://other.example"); !errors.Is(err, ErrConfig) {
+				t.Errorf("At a node that is none: %v, want ErrConfig", err)
+			}
+		})
+	}
+}
+
+func TestOptionsThatCannotWork(t *testing.T) {
+	many := make([]string, maxNodes+1)
+	for i := range many {
+		many[i] = "https://hsm" + strings.Repeat("x", i) + ".example"
+	}
+	tests := []struct {
+		name    string
+		options Options
+		says    string
+	}{
+		{"no URL", Options{}, "no URL"},
+		{"plain http to another machine", Options{URLs: []string{"http://192.0.2.1"}}, "in the clear"},
+		{"plain http to a name", Options{URLs: []string{"http://hsm.example"}}, "in the clear"},
+		{"a name that only looks local", Options{URLs: []string{"http://localhost.example"}}, "in the clear"},
+		{"another scheme", Options{URLs: []string{"ftp://hsm.example"}}, "https://"},
+		{"no scheme", Options{URLs: []string{"hsm.example:8443"}}, "https://"},
+		{"no host", Options{URLs: []string{"https:///api/v1"}}, "no host"},
+		{"another path", Options{URLs: []string{"https://hsm.example/api/v2"}}, "end after the port"},
+		{"a query", Options{URLs: []string{"https://hsm.example/?a=b"}}, "end after the port"},
+		{"a password in the URL", Options{URLs: []string{"https://admin:sesame@hsm.example"}}, "hsm.example holds a user"},
+		{"a password in a URL that cannot be read", Options{URLs: []string{"https://admin:sesame@hsm.example:port"}}, "cannot be read"},
+		{"twice the same", Options{URLs: []string{"https://hsm.example", "https://HSM.example:443/api/v1"}}, "twice"},
+		{"too many", Options{URLs: many}, "64 at most"},
+		{"a negative time-out", Options{URLs: []string{"https://hsm.example"}, Timeout: -1}, "negative"},
+		{"a negative number of connections", Options{URLs: []string{"https://hsm.example"}, Connections: -1}, "negative"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			client, err := New(test.options)
+			if client != nil || !errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), test.says) {
+				t.Errorf("New = %v, %v; want ErrConfig that says %q", client, err, test.says)
+			}
+			if err != nil && strings.Contains(err.Error(), "sesame") {
+				t.Errorf("the error tells the password: %v", err)
+			}
+		})
+	}
+}
