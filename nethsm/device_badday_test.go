@@ -249,9 +249,12 @@ func TestHangHoldsNobodyBeyondTheDeadline(t *testing.T) {
 	defer h.Node(0).SetHang(false)
 	ref := hsm.ObjectRef{Application: "nitroseal", Label: "a#1"}
 	for name, call := range map[string]func(context.Context) error{
-		"Info":        func(ctx context.Context) error { _, err := device.Info(ctx); return err },
-		"FindKeys":    func(ctx context.Context) error { _, err := device.FindKeys(ctx, hsm.KeyQuery{}); return err },
-		"DecryptOAEP": func(ctx context.Context) error { _, err := key.DecryptOAEP(ctx, crypto.SHA256, encrypted(t, key)); return err },
+		"Info":     func(ctx context.Context) error { _, err := device.Info(ctx); return err },
+		"FindKeys": func(ctx context.Context) error { _, err := device.FindKeys(ctx, hsm.KeyQuery{}); return err },
+		"DecryptOAEP": func(ctx context.Context) error {
+			_, err := key.DecryptOAEP(ctx, crypto.SHA256, encrypted(t, key))
+			return err
+		},
 		"GenerateKey": func(ctx context.Context) error {
 			_, err := device.GenerateKey(ctx, hsm.KeySpec{Algorithm: hsm.RSA2048, ID: "other"})
 			return err

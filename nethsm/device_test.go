@@ -270,12 +270,17 @@ func TestTraitsNameEveryMechanismThatIsTooMuch(t *testing.T) {
 	}{
 		{"ours", []nethsm.Mechanism{nethsm.RSADecryptionOAEPSHA256}, nil, []crypto.Hash{crypto.SHA256}, nil},
 		{
-			"both", []nethsm.Mechanism{nethsm.RSADecryptionOAEPSHA256, nethsm.RSASignaturePKCS1},
-			[]string{"RSA_Signature_PKCS1"}, []crypto.Hash{crypto.SHA256}, nil,
+			"both",
+			[]nethsm.Mechanism{nethsm.RSADecryptionOAEPSHA256, nethsm.RSASignaturePKCS1},
+			[]string{"RSA_Signature_PKCS1"},
+			[]crypto.Hash{crypto.SHA256},
+			nil,
 		},
 		{
-			"theirs", []nethsm.Mechanism{nethsm.RSADecryptionPKCS1, nethsm.RSADecryptionOAEPSHA1},
-			[]string{"RSA_Decryption_OAEP_SHA1", "RSA_Decryption_PKCS1"}, nil, hsm.ErrUnsupported,
+			"theirs",
+			[]nethsm.Mechanism{nethsm.RSADecryptionPKCS1, nethsm.RSADecryptionOAEPSHA1},
+			[]string{"RSA_Decryption_OAEP_SHA1", "RSA_Decryption_PKCS1"},
+			nil, hsm.ErrUnsupported,
 		},
 	} {
 		_, err := admin.GenerateKey(ctx, nethsm.NewKey{ID: test.id, Type: nethsm.TypeRSA, Length: 2048, Mechanisms: test.mechanisms})

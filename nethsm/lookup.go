@@ -64,8 +64,8 @@ func named(id, label, wanted string) bool {
 func (d *Device) candidates(ctx context.Context, query hsm.KeyQuery) ([]string, error) {
 	operator := d.shared.operator
 	switch {
-	case query.ID != "" && (checkID("", "the key", query.ID) != nil || isCarrier(query.ID)):
-		return nil, nil // no key can have it
+	case query.ID != "" && !mayBeKey(query.ID):
+		return nil, nil
 	case query.ID != "":
 		return []string{query.ID}, nil
 	case query.Label == "":
@@ -77,11 +77,14 @@ func (d *Device) candidates(ctx context.Context, query hsm.KeyQuery) ([]string, 
 	if errors.Is(err, ErrRequest) || errors.Is(err, hsm.ErrUnsupported) {
 		ids, err = d.listed(operator.Keys(ctx, KeyFilter{}))
 	}
-	if err == nil && checkID("", "the key", label) == nil && !isCarrier(label) && !slices.Contains(ids, label) {
+	if err == nil && mayBeKey(label) && !slices.Contains(ids, label) {
 		ids = append(ids, label) // a key without a label is called by its id
 	}
 	return ids, err
 }
+
+// mayBeKey tells whether a key of ours can have an id.
+func mayBeKey(id string) bool { return checkID("", "the key", id) == nil && !isCarrier(id) }
 
 // listed leaves out the carriers of objects.
 func (d *Device) listed(ids []string, err error) ([]string, error) {

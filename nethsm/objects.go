@@ -166,8 +166,9 @@ func (d *Device) write(ctx context.Context, node *Client, ref hsm.ObjectRef, val
 			return err
 		}
 		if err = d.put(ctx, node, id, certificate); takesNothing(err) {
-			return fmt.Errorf("%w: its database can be read and takes nothing more; look at the NetHSM's log and the database's quota: %v", //nolint:errorlint // surely it did not happen
-				hsm.ErrFull, err)
+			// Not wrapped: what was refused twice surely did not happen.
+			return fmt.Errorf("%w: its database can be read and takes nothing more; look at the NetHSM's log and the database's quota: %s",
+				hsm.ErrFull, err.Error())
 		}
 	}
 	if err != nil {
