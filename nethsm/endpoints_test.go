@@ -720,6 +720,9 @@ func TestRestoreSendsArgumentsAndBackup(t *testing.T) {
 	if _, err := form.NextPart(); !errors.Is(err, io.EOF) {
 		t.Errorf("another part, or %v", err)
 	}
+	if forms := len(node.requests[0].body) - len("a backup"); forms > formSize {
+		t.Errorf("the form is %d bytes larger than the backup, so that it moved while it was made", forms)
+	}
 	if n := node.requests[0].length; n != int64(len(node.requests[0].body)) {
 		t.Errorf("Content-Length = %d for %d bytes", n, len(node.requests[0].body))
 	}

@@ -36,7 +36,7 @@ type Options struct {
 	Timeout time.Duration
 	// Connections is how many connections are kept open to each node; 0 means 32.
 	Connections int
-	// UserAgent is what the NetHSM's log shows of this client.
+	// UserAgent is what the NetHSM's log shows of this client; empty: "nitroseal".
 	UserAgent string
 	// Logger hears of nodes that fail and return. Nil discards.
 	Logger *slog.Logger
@@ -46,12 +46,14 @@ type Options struct {
 type TLS struct {
 	// CA holds the certificates to trust instead of the system's roots, in PEM.
 	CA []byte
-	// Pins are SHA-256 fingerprints of leaf certificates in hexadecimal, colons allowed. A node must show one of them,
-	// besides what else is checked; two let a certificate be replaced.
+	// Pins are SHA-256 fingerprints of leaf certificates in hexadecimal, colons allowed; a node must show one of them. With a
+	// CA both must hold. Without one a pin stands in for the authority, the name and the time, as the certificate that a
+	// NetHSM makes for itself needs it. Two pins let a certificate be replaced.
 	Pins []string
 	// ServerName is the name that the certificate must have; empty: the host of the URL.
 	ServerName string
-	// Insecure trusts whoever answers, unless Pins are given. Passwords are sent to it.
+	// Insecure trusts whoever answers, and sends passwords there; every new connection warns in the log. It is refused
+	// together with a CA.
 	Insecure bool
 }
 

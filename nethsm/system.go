@@ -73,11 +73,16 @@ func (c *Client) Restore(ctx context.Context, r Restoration) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", op, err)
 	}
+	defer clear(body)
 	_, err = one.do(ctx, call{
-		op: op, method: http.MethodPost, path: "/system/restore", raw: body, contentType: contentType, timeout: restoring, creates: true,
+		op: op, method: http.MethodPost, path: "/system/restore", creates: true, raw: body, contentType: contentType,
+		timeout: restoring,
 	})
 	return err
 }
+
+// formSize is more than what a form adds to its two parts.
+const formSize = 2048
 
 // multipart is the body of a restoration, in memory because its length must be known beforehand.
 func (r *Restoration) multipart() (body []byte, contentType string, err error) {
@@ -92,7 +97,17 @@ func (r *Restoration) multipart() (body []byte, contentType string, err error) {
 		return nil, "", err
 	}
 	defer clear(arguments)
+	backup, err := io.ReadAll(io.LimitReader(r.Backup, MaxBackup+1))
+	switch {
+	case err != nil:
+		return nil, "", fmt.Errorf("reading it: %w", err)
+	case len(backup) > MaxBackup:
+		return nil, "", fmt.Errorf("%w: it is larger than %d bytes", ErrRequest, MaxBackup)
+	case len(backup) == 0:
+		return nil, "", fmt.Errorf("%w: it is empty", ErrRequest)
+	}
 	var out bytes.Buffer
+	out.Grow(len(arguments) + len(backup) + formSize) // so that it never moves and leaves a copy of the passphrase behind
 	form := multipart.NewWriter(&out)
 	field, err := form.CreateFormField("arguments")
 	if err != nil {
@@ -105,13 +120,8 @@ func (r *Restoration) multipart() (body []byte, contentType string, err error) {
 	if err != nil {
 		return nil, "", err
 	}
-	switch n, err := io.Copy(file, io.LimitReader(r.Backup, MaxBackup+1)); {
-	case err != nil:
-		return nil, "", fmt.Errorf("reading it: %w", err)
-	case n > MaxBackup:
-		return nil, "", fmt.Errorf("%w: it is larger than %d bytes", ErrRequest, int64(MaxBackup))
-	case n == 0:
-		return nil, "", fmt.Errorf("%w: it is empty", ErrRequest)
+	if _, err := file.Write(backup); err != nil {
+		return nil, "", err
 	}
 	if err := form.Close(); err != nil {
 		return nil, "", err
