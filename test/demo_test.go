@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"os"
@@ -17,7 +18,7 @@ import (
 )
 
 func TestTheDemoRunsToItsEndAndCleansUp(t *testing.T) {
-	d := startDemo(t)
+	d := startDemo(t, "demo", "run")
 	if err := d.wait(t); err != nil {
 		t.Fatalf("scripts/demo run: %v\n%s", err, d.out.String())
 	}
@@ -29,10 +30,42 @@ func TestTheDemoRunsToItsEndAndCleansUp(t *testing.T) {
 	d.leavesNothing(t)
 }
 
+func TestTwoNetHSMDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
+	first := startDemo(t, "demo-nethsm")
+	vaulttest.Eventually(t, 5*time.Minute, "the first to have built what it needs", func() error {
+		if !strings.Contains(first.out.String(), "Starting Vault") {
+			return fmt.Errorf("it says\n%s", first.out.String())
+		}
+		return nil
+	})
+	for _, d := range []*demo{startDemo(t, "demo-nethsm"), first} {
+		if err := d.wait(t); err != nil {
+			t.Fatalf("scripts/demo-nethsm: %v\n%s", err, d.out.String())
+		}
+		for _, step := range []string{
+			"no NetHSM", "handshake failure", "provisioned and Operational", "opened what was sealed to it", "1 of 2 nodes cannot serve",
+			"the NetHSM is Locked", "unlocked", "That was it, with a double in place of a NetHSM",
+		} {
+			if !strings.Contains(d.out.String(), step) {
+				t.Errorf("%q is missing in\n%s", step, d.out.String())
+			}
+		}
+		if opened := strings.Count(d.out.String(), "key_1:"+base64.StdEncoding.EncodeToString([]byte("first share\n"))); opened != 3 {
+			t.Errorf("the material was opened %d times, want it with both nodes, with one, and after the unlocking\n%s", opened, d.out.String())
+		}
+		d.leavesNothing(t)
+	}
+}
+
 func TestCtrlCEndsTheDemoAndWhatItStarted(t *testing.T) {
-	d := startDemo(t)
+	t.Run("PKCS#11", func(t *testing.T) { ctrlCEndsIt(t, startDemo(t, "demo", "run"), "A device: the HSM") })
+	t.Run("NetHSM", func(t *testing.T) { ctrlCEndsIt(t, startDemo(t, "demo-nethsm"), "A device: both nodes") })
+}
+
+func ctrlCEndsIt(t *testing.T, d *demo, step string) {
+	t.Helper()
 	vaulttest.Eventually(t, 2*time.Minute, "the demo to use its Vault", func() error {
-		if !strings.Contains(d.out.String(), "A device: the HSM") {
+		if !strings.Contains(d.out.String(), step) {
 			return fmt.Errorf("it says\n%s", d.out.String())
 		}
 		return nil
@@ -49,7 +82,7 @@ func TestCtrlCEndsTheDemoAndWhatItStarted(t *testing.T) {
 	d.leavesNothing(t)
 }
 
-// demo is a run of scripts/demo.
+// demo is a run of a script that demonstrates something.
 type demo struct {
 	tmp     string // its TMPDIR: in the arguments of all that it starts
 	command *exec.Cmd
@@ -57,7 +90,7 @@ type demo struct {
 	ended   chan error
 }
 
-func startDemo(t *testing.T) *demo {
+func startDemo(t *testing.T, script string, arguments ...string) *demo {
 	t.Helper()
 	for _, tool := range []string{"vault", "etcd"} {
 		vaulttest.Tool(t, tool) // builds what is missing, which the demo would do in more time than a test has
@@ -66,7 +99,7 @@ func startDemo(t *testing.T) *demo {
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(tmp)) })
 	d := &demo{tmp: tmp, ended: make(chan error, 1)}
-	d.command = exec.Command(filepath.Join(vaulttest.Root(), "scripts", "demo"), "run") //nolint:noctx // killed below
+	d.command = exec.Command(filepath.Join(vaulttest.Root(), "scripts", script), arguments...) //nolint:noctx // killed below
 	d.command.Env = append(os.Environ(), "TMPDIR="+tmp)
 	d.command.Stdout, d.command.Stderr = &d.out, &d.out
 	d.command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -89,7 +122,7 @@ func (d *demo) wait(t *testing.T) error {
 		return err
 	case <-time.After(3 * time.Minute):
 		_ = d.command.Process.Kill() // what it started is ended by the clean-up
-		t.Fatalf("scripts/demo does not end; it says\n%s", d.out.String())
+		t.Fatalf("%s does not end; it says\n%s", d.command.Path, d.out.String())
 		return nil
 	}
 }
