@@ -47,7 +47,7 @@ func (a *app) etcdStore(c *config.Config, configured config.Store) (store.Store,
 	}
 	secrets := device.SecretFiles{Dir: c.SecretsDir}
 	if configured.ClientKeyFile != "" {
-		key, err := secrets.Read(configured.ClientKeyFile)
+		key, err := secrets.ReadPEM(configured.ClientKeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("store %q: %w", configured.Name, err)
 		}

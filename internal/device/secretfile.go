@@ -13,6 +13,9 @@ import (
 // maxSecretFile is the size of the largest secret file in bytes. A PIN has 15 characters, a passphrase 200.
 const maxSecretFile = 4096
 
+// maxPEMFile is the same for a private key of TLS. One of RSA 4096 has 3.3 kB.
+const maxPEMFile = 64 << 10
+
 // SecretFiles is the directory under which files named in a configuration must lie. Whoever may write a mount's
 // configuration must not be able to read another file of the machine by naming it as a PIN file, nor to learn from an
 // error what it holds. The zero value allows no file at all.
@@ -25,6 +28,26 @@ type SecretFiles struct {
 // inside the directory, as those of a mounted Kubernetes secret do. An unreadable or empty file is an error: an empty
 // PIN would cost a try. The caller wipes the result.
 func (s SecretFiles) Read(path string) ([]byte, error) {
+	file, err := s.open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return readSecret(file, path)
+}
+
+// ReadPEM is [SecretFiles.Read] for a private key of TLS, which has lines. What lies in the file is not looked at.
+func (s SecretFiles) ReadPEM(path string) ([]byte, error) {
+	file, err := s.open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return readAll(file, path, maxPEMFile)
+}
+
+// open opens a file by the rules for secret files.
+func (s SecretFiles) open(path string) (*os.File, error) {
 	if s.Dir == "" {
 		return nil, complain(`the file %s may not be read: the plugin was registered without -secrets-dir, so no file is; register it with -args=-secrets-dir=DIR, or give the secret itself`, path)
 	}
@@ -41,31 +64,42 @@ func (s SecretFiles) Read(path string) ([]byte, error) {
 	if err != nil {
 		return nil, complain(`the secret file %s cannot be read (%v); it must exist, be readable by the plugin's user and lie, with what its links point to, under %s`, path, pathless(err), s.Dir)
 	}
-	defer file.Close()
 	info, err := file.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("reading the secret file %s: %w", path, pathless(err))
+	switch {
+	case err != nil:
+		err = fmt.Errorf("reading the secret file %s: %w", path, pathless(err))
+	case !info.Mode().IsRegular():
+		err = complain(`%s is not a regular file`, path)
+	case info.Mode().Perm()&0o022 != 0:
+		err = complain(`%s may be written by others than its owner; chmod go-w it`, path)
+	default:
+		return file, nil
 	}
-	if !info.Mode().IsRegular() {
-		return nil, complain(`%s is not a regular file`, path)
-	}
-	if info.Mode().Perm()&0o022 != 0 {
-		return nil, complain(`%s may be written by others than its owner; chmod go-w it`, path)
-	}
-	return readSecret(file, path)
+	file.Close()
+	return nil, err
 }
 
-func readSecret(r io.Reader, path string) ([]byte, error) {
-	buf := make([]byte, maxSecretFile+1)
+// readAll reads a file that may not be larger than limit. The caller wipes the result.
+func readAll(r io.Reader, path string, limit int) ([]byte, error) {
+	buf := make([]byte, limit+1)
 	n, err := io.ReadFull(r, buf)
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		clear(buf)
 		return nil, fmt.Errorf("reading the secret file %s: %w", path, pathless(err))
 	}
-	if n > maxSecretFile {
+	if n > limit {
 		clear(buf)
-		return nil, complain(`the secret file %s is larger than %d bytes; is it the right one?`, path, maxSecretFile)
+		return nil, complain(`the secret file %s is larger than %d bytes; is it the right one?`, path, limit)
 	}
+	return buf[:n:n], nil
+}
+
+func readSecret(r io.Reader, path string) ([]byte, error) {
+	buf, err := readAll(r, path, maxSecretFile)
+	if err != nil {
+		return nil, err
+	}
+	n := len(buf)
 	for n > 0 && (buf[n-1] == '\n' || buf[n-1] == '\r') {
 		n--
 	}

@@ -87,7 +87,7 @@ func (d *doctor) node(f chart, node hsm.Node) {
 	case node.State == hsm.StateFailed:
 		f.problem("state", "see whether its database (etcd) is there; it recovers by itself when that returns", "failed")
 	default:
-		f.problem("state", "see whether it is switched on, and whether a firewall is in between", "%v", node.Err)
+		f.problem("state", "where the sentence does not say what to do: see whether it is switched on, and whether a firewall is in between", "%v", node.Err)
 	}
 }
 
@@ -122,15 +122,28 @@ func (d *doctor) roles(ctx context.Context, f chart, configured config.Device, o
 		f.warning(check, "leave admin_username out once the keys are made: unwrapping needs an Operator only",
 			"%s is an Administrator: whoever has this configuration may delete keys", configured.AdminUsername)
 	}
+	for _, url := range administrator.URLs() {
+		clockOf(ctx, f, administrator, url)
+	}
+}
+
+// clockOf compares the clock of one node with ours: each has its own.
+func clockOf(ctx context.Context, f chart, administrator *nethsm.Client, url string) {
+	f.subject += " node " + url
+	node, err := administrator.At(url)
+	if err != nil {
+		f.skipped("clock", "the node's clock could not be read: %v", err)
+		return
+	}
 	asked := time.Now()
-	theirs, err := administrator.Time(ctx)
+	theirs, err := node.Time(ctx)
 	switch {
 	case errors.Is(err, hsm.ErrForbidden):
-		f.skipped("clock", "only an administrator outside namespaces may read the NetHSM's clock")
+		f.skipped("clock", "only an administrator outside namespaces may read the node's clock")
 	case err != nil:
-		f.skipped("clock", "the NetHSM's clock could not be read: %v", err)
+		f.skipped("clock", "the node's clock could not be read: %v", err)
 	default:
-		f.clock("the NetHSM", theirs.Sub(asked), "set it: an administrator's PUT to /config/time, or the appliance's NTP")
+		f.clock("the node", theirs.Sub(asked), "set it by NTP or with the API (PUT /api/v1/config/time)")
 	}
 }
 

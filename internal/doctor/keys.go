@@ -61,20 +61,16 @@ func (d *doctor) recipient(ctx context.Context, f chart, version int, recipient 
 	f.ok(check, "the HSM key %s opens what is sealed to it", recipient.ID)
 }
 
-// redundancy looks at what the loss of one HSM would cost.
+// redundancy says so where the loss of one HSM costs nothing. Where it does, the keyring's own warning says that.
 func redundancy(f chart, key *keyring.Key) {
 	const check = "backup"
 	if len(key.Versions) == 0 {
 		return
 	}
 	newest := key.Versions[len(key.Versions)-1]
-	switch hsms := keyring.CountHSMs(newest.Recipients); {
-	case hsms > 1:
+	if hsms := keyring.CountHSMs(newest.Recipients); hsms > 1 {
 		f.ok(check, "%d HSMs open what is sealed now", hsms)
-	case newest.BackupConfirmed != nil:
+	} else if newest.BackupConfirmed != nil {
 		f.ok(check, "one HSM opens what is sealed now; %s confirmed a backup of its key", newest.BackupConfirmed.By)
-	default:
-		f.warning(check, "add a second HSM (nitroseal key add-recipient), or back the HSM key up and say so: nitroseal key configure --backup-confirmed",
-			"one HSM opens what is sealed now, and no backup of its key is known: if it breaks, everything sealed is lost")
 	}
 }

@@ -15,9 +15,10 @@ import (
 // Name is the plugin's name in the catalog.
 const Name = "vault-plugin-secrets-nitrokey"
 
-// Build describes a build of the plugin. The zero value is the one that users get, as version [DefaultVersion], with the
+// Build describes a build of the plugin, or of another command of ours. The zero value is the one that users get, as version [DefaultVersion], with the
 // race detector where the tests have it: a race that it finds fails the test, see [Start].
 type Build struct {
+	Command string // of the folder cmd; default: the plugin
 	Version string // reported to Vault, "v1.2.3"
 	Tags    string // build tags: "bench"
 	NoCGO   bool   // CGO_ENABLED=0: no module host inside
@@ -27,7 +28,7 @@ type Build struct {
 // DefaultVersion is the version of builds that say nothing else.
 const DefaultVersion = "v0.0.1-test"
 
-// Binary is a plugin binary.
+// Binary is a built program.
 type Binary struct {
 	Path    string
 	SHA256  string // hexadecimal
@@ -39,11 +40,14 @@ var (
 	builds   = map[Build]Binary{}
 )
 
-// Binary compiles the plugin, or returns what was compiled before.
+// Binary compiles the program, or returns what was compiled before.
 func (b Build) Binary(t testing.TB) Binary {
 	t.Helper()
 	if b.Version == "" {
 		b.Version = DefaultVersion
+	}
+	if b.Command == "" {
+		b.Command = Name
 	}
 	buildsMu.Lock()
 	defer buildsMu.Unlock()
@@ -52,7 +56,7 @@ func (b Build) Binary(t testing.TB) Binary {
 	}
 	dir, err := os.MkdirTemp(scratch, "build-") //nolint:usetesting // later tests use it as well
 	must(t, err)
-	path := filepath.Join(dir, Name)
+	path := filepath.Join(dir, b.Command)
 	args := []string{"build", "-trimpath", "-ldflags", "-X " + versionVariable + "=" + b.Version, "-o", path}
 	if b.Tags != "" {
 		args = append(args, "-tags", b.Tags)
@@ -64,7 +68,7 @@ func (b Build) Binary(t testing.TB) Binary {
 	case raceDetector && !b.NoRace:
 		args = append(args, "-race")
 	}
-	_, err = run(context.Background(), Root(), env, "go", append(args, "./cmd/"+Name)...)
+	_, err = run(context.Background(), Root(), env, "go", append(args, "./cmd/"+b.Command)...)
 	must(t, err)
 	made := Binary{Path: path, SHA256: SHA256(t, path), Version: b.Version}
 	builds[b] = made
