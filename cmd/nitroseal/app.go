@@ -30,7 +30,9 @@ type app struct {
 	configuration *config.Config
 	set           *deviceSet
 	closers       []func() error
+	begun         bool // a verb began its work
 	stdinTaken    bool
+	warnings      waitingWarnings
 }
 
 func newApp(stdin, stdout, stderr *os.File) *app {
@@ -64,7 +66,7 @@ func (a *app) deviceConfig(name string) (config.Device, error) {
 }
 
 // logger writes what an operator should know, warnings and errors, to stderr.
-func (a *app) logger() *slog.Logger { return slog.New(personLog{app: a}) }
+func (a *app) logger() *slog.Logger { return slog.New(personLog{app: a, waits: &a.warnings}) }
 
 // within bounds the work of a verb: by --timeout, else by usual. Prompts come before it, people take their time.
 func (a *app) within(ctx context.Context, usual time.Duration) (context.Context, context.CancelFunc) {
@@ -87,8 +89,9 @@ func (a *app) close() error {
 	return errors.Join(errs...)
 }
 
-// report prints an error, once, and returns the exit code.
+// report prints what the command warns of and its error, once, and returns the exit code.
 func (a *app) report(err error) int {
+	a.warnings.flush(a, err)
 	code := exitCode(err)
 	switch code {
 	case exitOK:

@@ -24,6 +24,9 @@ it. A wrapping key without a version goes altogether.`,
 			}
 			ctx, cancel := a.within(cmd.Context(), ordinaryTimeout)
 			defer cancel()
+			if _, err := keys.Get(ctx, args[0]); err != nil { // there is nothing to undo, and perhaps a slip in the name
+				return err
+			}
 			abandon := keys.Abandon
 			if withoutHSM {
 				abandon = keys.AbandonWithoutHSM

@@ -5,13 +5,37 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 )
 
-// personLog is a log for people: warnings and errors on stderr, "nitroseal: warning: the message (device one, …)". What the
-// rooms below log at other levels is for servers.
+// personLog is a log for people: "nitroseal: warning: the message (device one, …)" on stderr. What the rooms below log at
+// other levels is for servers. Warnings wait for the end of the command: where it fails, those that its error repeats would
+// only be in the way of it.
 type personLog struct {
 	app   *app
+	waits *waitingWarnings
 	attrs []slog.Attr
+}
+
+// waitingWarnings are warnings until the end of the command.
+type waitingWarnings struct {
+	mu  sync.Mutex
+	all []warning
+}
+
+// warning is a line, and the text of the error that it tells of; empty for none.
+type warning struct{ line, cause string }
+
+// flush prints what waits, but for what the command's own error says.
+func (w *waitingWarnings) flush(a *app, failure error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, waiting := range w.all {
+		if waiting.cause == "" || !strings.Contains(text(failure), waiting.cause) {
+			a.say("%s", waiting.line)
+		}
+	}
+	w.all = nil
 }
 
 // Enabled implements [slog.Handler].
@@ -25,17 +49,24 @@ func (l personLog) Handle(_ context.Context, record slog.Record) error {
 		return true
 	})
 	var details []string
+	cause := ""
 	for _, attr := range attrs {
 		details = append(details, fmt.Sprintf("%s %v", attr.Key, attr.Value))
+		if attr.Key == "error" {
+			cause = attr.Value.String()
+		}
 	}
-	kind, text := "warning", record.Message
-	if record.Level >= slog.LevelError {
-		kind = "error"
-	}
+	line := record.Message
 	if details != nil {
-		text += " (" + strings.Join(details, ", ") + ")"
+		line += " (" + strings.Join(details, ", ") + ")"
 	}
-	l.app.say("nitroseal: %s: %s", kind, text)
+	if record.Level >= slog.LevelError {
+		l.app.say("nitroseal: error: %s", line)
+		return nil
+	}
+	l.waits.mu.Lock()
+	defer l.waits.mu.Unlock()
+	l.waits.all = append(l.waits.all, warning{"nitroseal: warning: " + line, cause})
 	return nil
 }
 

@@ -33,6 +33,9 @@ func run(args []string) int {
 	root := newRootCommand(a)
 	root.SetArgs(longFlags(root, args))
 	err := root.ExecuteContext(ctx)
+	if err != nil && !a.begun {
+		err = usage("%w", err)
+	}
 	if closing := a.close(); err == nil {
 		err = closing
 	}

@@ -47,7 +47,22 @@ func newRootCommand(a *app) *cobra.Command {
 	for _, add := range nouns {
 		root.AddCommand(add(a))
 	}
+	a.noteBegin(root)
 	return root
+}
+
+// noteBegin makes every verb note that it began: what cobra finds wrong before that, with flags that exclude each other for
+// example, is a mistake on the command line.
+func (a *app) noteBegin(cmd *cobra.Command) {
+	if work := cmd.RunE; work != nil {
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			a.begun = true
+			return work(cmd, args)
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		a.noteBegin(sub)
+	}
 }
 
 // nouns make the commands below the root, in the order of the help.

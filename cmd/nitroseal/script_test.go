@@ -202,7 +202,7 @@ func (s *stage) run(ts *testscript.TestScript, neg bool, args []string) {
 	if code != want {
 		ts.Fatalf("nitroseal %s: exit code %d, want %d", strings.Join(args[1:], " "), code, want)
 	}
-	for _, output := range []string{ts.ReadFile("stdout"), ts.ReadFile("stderr"), ts.ReadFile("ttyout")} {
+	for _, output := range []string{ts.ReadFile("stdout"), ts.ReadFile("stderr")} {
 		for _, secret := range s.secrets {
 			if strings.Contains(output, secret) {
 				ts.Fatalf("nitroseal %s shows the secret %q", strings.Join(args[1:], " "), secret)
