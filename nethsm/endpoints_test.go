@@ -8,7 +8,6 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rsa"
-	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -960,16 +959,6 @@ func TestImportedKeysAreTakenApart(t *testing.T) {
 			}
 		})
 	}
-}
-
-// The bytes are those of a recorded answer.
-func b64(t testing.TB, text string) []byte {
-	t.Helper()
-	out, err := base64.StdEncoding.DecodeString(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
 }
 
 var _ json.Unmarshaler = (*Key)(nil)
