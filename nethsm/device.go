@@ -413,6 +413,10 @@ func (s *shared) unlockByItself(yes bool) {
 	s.client.pool.setUnlocker(func(ctx context.Context, at *Client) error {
 		passphrase := s.unlockPassphrase()
 		defer clear(passphrase)
-		return at.Unlock(ctx, passphrase)
+		err := at.Unlock(ctx, passphrase)
+		if err == nil {
+			s.client.pool.logger.Info("a node of the NetHSM was unlocked by itself", "node", at.only.host)
+		}
+		return err // the pool logs it
 	})
 }

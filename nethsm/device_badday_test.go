@@ -241,6 +241,37 @@ func TestOneOfThreeNodesDownIsNotNoticed(t *testing.T) {
 	}
 }
 
+// A node that has lost its database refuses right passwords. The others serve meanwhile, and nobody is called wrong.
+func TestNodeWithoutItsDatabaseIsLeftAlone(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Nodes: 3, Provisioned: true})
+	device := openDevice(t, deviceOn(h))
+	key := generate(t, device, "seal")
+	h.Node(0).LoseEtcd()
+	for range 6 {
+		decrypts(t, key)
+	}
+	generate(t, device, "other")
+	if err := device.WriteObject(shortly(t), hsm.ObjectRef{Application: "nitroseal", Label: "a#1"}, []byte("value")); err != nil {
+		t.Errorf("WriteObject: %v", err)
+	}
+	for _, node := range h.Nodes() {
+		node.LoseEtcd()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	var wrong *hsm.PINError
+	if _, err := key.DecryptOAEP(ctx, crypto.SHA256, encrypted(t, key)); !hsm.Away(err) || errors.As(err, &wrong) {
+		t.Errorf("DecryptOAEP without any database = %v, want an error that says try again and does not blame the password", err)
+	}
+	for _, node := range h.Nodes() {
+		node.ReturnEtcd()
+	}
+	eventually(t, "the return of the NetHSM", func() bool {
+		_, err := key.DecryptOAEP(shortly(t), crypto.SHA256, encrypted(t, key))
+		return err == nil
+	})
+}
+
 func TestHangHoldsNobodyBeyondTheDeadline(t *testing.T) {
 	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 	device := openDevice(t, deviceOn(h))

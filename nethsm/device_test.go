@@ -199,6 +199,19 @@ func TestInfoNeedsNoPasswordAndTakesTheBestNode(t *testing.T) {
 	}
 }
 
+func TestUncheckedCertificateIsNoted(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
+	config := deviceOn(h)
+	if info, err := openDevice(t, config).Info(shortly(t)); err != nil || len(info.Notes) != 0 {
+		t.Errorf("Info with a CA = %+v, %v", info, err)
+	}
+	config.TLS = nethsm.TLS{Insecure: true}
+	info, err := openDevice(t, config).Info(shortly(t))
+	if err != nil || len(info.Notes) != 1 || !strings.Contains(info.Notes[0], "certificate") {
+		t.Errorf("Info without one = %+v, %v", info, err)
+	}
+}
+
 func TestKeysAreCalledByTheirLabelOrElseTheirID(t *testing.T) {
 	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 	device, ctx := openDevice(t, deviceOn(h)), shortly(t)
