@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"testing"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/nethsm"
+)
+
+func TestErrorsHaveExitCodes(t *testing.T) {
+	wrong := &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "wrong"}
+	for name, test := range map[string]struct {
+		err  error
+		code int
+	}{
+		"no error":                                       {nil, 0},
+		"an error of no kind":                            {errors.New("x"), 1},
+		"a mistake on the command line":                  {usage("x"), 2},
+		"a file that the command line names":             {usage("x: %w", fs.ErrNotExist), 2},
+		"a configuration that is wrong":                  {&config.Error{Complaints: []config.Complaint{{Text: "x"}}}, 2},
+		"a device that is configured wrong":              {device.ErrConfig, 2},
+		"a request that the keyring refuses":             {keyring.ErrInvalid, 2},
+		"an HSM key that the request names and is not":   {fmt.Errorf("%w: %w", keyring.ErrInvalid, hsm.ErrNotFound), 4},
+		"an HSM that is away":                            {hsm.ErrUnavailable, 3},
+		"a store that is away":                           {store.ErrUnavailable, 3},
+		"a time that is up":                              {context.DeadlineExceeded, 3},
+		"a key that is not there":                        {keyring.ErrKeyNotFound, 4},
+		"a device that is not there":                     {errNotFound, 4},
+		"a name that the store has not":                  {store.ErrNotFound, 4},
+		"a wrong PIN":                                    {wrong, 5},
+		"a locked HSM":                                   {hsm.ErrLocked, 5},
+		"a role that is too weak":                        {hsm.ErrForbidden, 5},
+		"a store that refuses":                           {store.ErrDenied, 5},
+		"a NetHSM's refusal":                             {&nethsm.Error{Op: "x", Status: 403}, 5},
+		"a NetHSM's absence":                             {&nethsm.Error{Op: "x", Status: 503}, 3},
+		"one HSM away and the PIN of another one wrong":  {errors.Join(hsm.ErrUnavailable, wrong), 5},
+		"one HSM away and another one without the key":   {errors.Join(hsm.ErrNotFound, hsm.ErrUnavailable), 3},
+		"an envelope for something else":                 {envelope.ErrContext, 1},
+		"a key that is there already":                    {keyring.ErrKeyExists, 1},
+		"an interruption":                                {fmt.Errorf("waiting: %w", context.Canceled), 130},
+		"an interruption of a request to an HSM":         {errors.Join(hsm.ErrUnavailable, context.Canceled), 130},
+		"no room on the HSM":                             {hsm.ErrFull, 1},
+		"an HSM that cannot do that":                     {hsm.ErrUnsupported, 1},
+		"a change of which nobody knows whether it came": {hsm.ErrMayHaveHappened, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := exitCode(test.err); got != test.code {
+				t.Errorf("exit code %d, want %d", got, test.code)
+			}
+			if wrapped := fmt.Errorf("doing it: %w", test.err); test.err != nil && exitCode(wrapped) != test.code {
+				t.Errorf("wrapped, its exit code is %d, want %d", exitCode(wrapped), test.code)
+			}
+		})
+	}
+}
+
+func TestTheHelpListsEveryExitCode(t *testing.T) {
+	codes := map[int]bool{exitOK: true, exitFailed: true, exitRefused: true}
+	for _, group := range exitCodes {
+		codes[group.code] = true
+	}
+	for code := range codes {
+		if !strings.Contains(exitCodesHelp, fmt.Sprintf("\n  %d ", code)) {
+			t.Errorf("the help does not explain exit code %d", code)
+		}
+	}
+}
