@@ -130,7 +130,7 @@ func (d *Device) begin(ctx context.Context) error {
 func (d *Device) administrator() (*Client, error) {
 	if d.shared.administrator == nil {
 		return nil, fmt.Errorf("%w: only an Administrator may, and %s was configured with an Operator alone; "+
-			"give the device an administrator's user name and password as well", hsm.ErrForbidden, d.name)
+			"give the device an administrator's user name and password as well (admin_username, admin_password_file)", hsm.ErrForbidden, d.name)
 	}
 	return d.shared.administrator, nil
 }

@@ -448,6 +448,19 @@ func TestLostAnswerOfAGenerationIsLookedFor(t *testing.T) {
 	}
 }
 
+// The node that made the key goes down over it. Another one tells that it is there.
+func TestNodeThatDiesOverAGenerationIsNotAskedAgain(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Nodes: 3, Provisioned: true})
+	device := openDevice(t, deviceOn(h))
+	h.Node(0).Inject(nethsmtest.Fault{Method: http.MethodGet, Path: "/keys/seal", Times: 1, Status: http.StatusNotFound})
+	h.Node(0).Inject(nethsmtest.Fault{Method: http.MethodGet, Drop: true})
+	h.Node(0).Inject(nethsmtest.Fault{Method: http.MethodPost, Path: "/keys/generate", Cut: true, After: -1})
+	decrypts(t, generate(t, device, "seal"))
+	if n := asked(h, http.MethodPost, "/keys/generate"); n != 1 {
+		t.Errorf("the key was asked for %d times", n)
+	}
+}
+
 func TestLostAnswerOfADeletionIsNoError(t *testing.T) {
 	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 	device, ctx := openDevice(t, deviceOn(h)), shortly(t)

@@ -72,25 +72,26 @@ func (d *Device) generate(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error
 }
 
 // make makes a key, whatever happens to the answer.
-func (d *Device) make(ctx context.Context, administrator *Client, wanted NewKey) error {
+func (d *Device) make(ctx context.Context, node *Client, wanted NewKey) error {
 	// Known to be free before, a key that is there after a lost answer is the one that was asked for.
-	switch _, err := administrator.Key(ctx, wanted.ID); {
+	switch _, err := node.Key(ctx, wanted.ID); {
 	case err == nil:
 		return fmt.Errorf("%w: a key with id %s", hsm.ErrExists, wanted.ID)
 	case !errors.Is(err, hsm.ErrNotFound):
 		return err
 	}
-	_, err := administrator.GenerateKey(ctx, wanted)
+	_, err := node.GenerateKey(ctx, wanted)
 	if errors.Is(err, ErrRequest) && wanted.Label != "" {
 		// An older server refuses a label as it refuses all that it does not know. Then nothing was made.
 		unlabelled := wanted
 		unlabelled.Label = ""
-		if _, again := administrator.GenerateKey(ctx, unlabelled); again == nil || !errors.Is(again, ErrRequest) {
+		if _, again := node.GenerateKey(ctx, unlabelled); again == nil || !errors.Is(again, ErrRequest) {
 			err = again
 		}
 	}
 	if errors.Is(err, hsm.ErrMayHaveHappened) && ctx.Err() == nil {
-		if _, there := administrator.Key(ctx, wanted.ID); there == nil {
+		// Any node will do: the one that made it may have gone down over it.
+		if _, there := d.shared.administrator.Key(ctx, wanted.ID); there == nil {
 			return nil
 		}
 	}
@@ -159,17 +160,17 @@ func (d *Device) delete(ctx context.Context, ref hsm.KeyRef) error {
 		if err != nil || key.ref.Fingerprint != ref.Fingerprint {
 			return fmt.Errorf("%w: the id belongs to another one", hsm.ErrKeyChanged)
 		}
-		return destroy(ctx, node, ref.ID)
+		return d.destroy(ctx, node, ref.ID)
 	})
 }
 
 // destroy deletes a key that was there a moment ago, whatever happens to the answer.
-func destroy(ctx context.Context, node *Client, id string) error {
+func (d *Device) destroy(ctx context.Context, node *Client, id string) error {
 	// Not Client.DeleteKey, which does not say whether it may have happened.
 	in := call{op: fmt.Sprintf("deleting key %q", id), method: http.MethodDelete, path: path("keys", id), creates: true}
 	_, err := node.do(ctx, in)
 	if errors.Is(err, hsm.ErrMayHaveHappened) && ctx.Err() == nil {
-		if _, gone := node.Key(ctx, id); errors.Is(gone, hsm.ErrNotFound) {
+		if _, gone := d.shared.administrator.Key(ctx, id); errors.Is(gone, hsm.ErrNotFound) {
 			return nil
 		}
 	}

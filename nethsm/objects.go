@@ -291,7 +291,7 @@ func (d *Device) remove(ctx context.Context, node *Client, id string) error {
 		return err
 	}
 	d.forget(id)
-	return destroy(ctx, node, id)
+	return d.destroy(ctx, node, id)
 }
 
 // keeping runs something on the node that keeps objects: always the same one while it serves, so that whoever wrote reads
