@@ -231,6 +231,7 @@ type scene struct {
 	peers   []*peer
 	client  *Client
 	log     *lines
+	T       *testing.T // of the bubble
 }
 
 // lines are what was logged.
@@ -252,10 +253,10 @@ func (l *lines) String() string {
 }
 
 // within runs a test in a bubble with a client of nodes that these handlers are.
-func within(t *testing.T, options Options, handlers []http.Handler, test func(t *testing.T, s *scene)) {
+func within(t *testing.T, options Options, handlers []http.Handler, test func(s *scene)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		s := &scene{network: newNetwork(), log: &lines{}}
+		s := &scene{network: newNetwork(), log: &lines{}, T: t}
 		for i, handler := range handlers {
 			p := &peer{address: fmt.Sprintf("127.0.0.1:%d", i+1), handler: handler}
 			s.peers = append(s.peers, p)
@@ -274,12 +275,12 @@ func within(t *testing.T, options Options, handlers []http.Handler, test func(t 
 				t.Error(err)
 			}
 		}()
-		test(t, s)
+		test(s)
 	})
 }
 
 // withDouble runs a test in a bubble with a double of so many nodes.
-func withDouble(t *testing.T, nodes int, test func(t *testing.T, s *scene, h *nethsmtest.HSM)) {
+func withDouble(t *testing.T, nodes int, test func(s *scene, h *nethsmtest.HSM)) {
 	t.Helper()
 	h, err := nethsmtest.New(nethsmtest.Options{Nodes: nodes, Provisioned: true})
 	if err != nil {
@@ -289,13 +290,13 @@ func withDouble(t *testing.T, nodes int, test func(t *testing.T, s *scene, h *ne
 	withHSM(t, h, test)
 }
 
-func withHSM(t *testing.T, h *nethsmtest.HSM, test func(t *testing.T, s *scene, h *nethsmtest.HSM)) {
+func withHSM(t *testing.T, h *nethsmtest.HSM, test func(s *scene, h *nethsmtest.HSM)) {
 	t.Helper()
 	var handlers []http.Handler
 	for _, n := range h.Nodes() {
 		handlers = append(handlers, n)
 	}
-	within(t, Options{}, handlers, func(t *testing.T, s *scene) { test(t, s, h) })
+	within(t, Options{}, handlers, func(s *scene) { test(s, h) })
 }
 
 // later lets time go by.

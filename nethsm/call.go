@@ -125,7 +125,7 @@ func (j *job) run(ctx context.Context) (answer, error) {
 			return out, err
 		}
 	}
-	return answer{}, j.unserved(ctx)
+	return answer{}, j.unserved()
 }
 
 // next is the node to try next. A view of one node asks that one, whatever is known about it, and so does what needs no
@@ -323,7 +323,7 @@ func (p *pool) sleep(ctx context.Context, limit time.Duration, event <-chan stru
 }
 
 // unserved is the error of a call that no node served: each node's own cause.
-func (j *job) unserved(ctx context.Context) error {
+func (j *job) unserved() error {
 	if j.client.pool.ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", j.in.op, errClosed)
 	}
@@ -356,7 +356,7 @@ func (j *job) cause(n *node) error {
 		cause = &failure{op: j.in.op, node: n.host, text: "it was not asked any more: the time was up"}
 	}
 	if is && resting.unlockErr != nil {
-		return &unlockFailed{cause, resting.unlockErr}
+		return &unlockError{cause, resting.unlockErr}
 	}
 	return cause
 }
@@ -419,14 +419,14 @@ func (e *unserved) As(target any) bool {
 	return false
 }
 
-// unlockFailed is the cause of a Locked node that could not be unlocked by itself.
-type unlockFailed struct{ cause, unlock error }
+// unlockError is the cause of a Locked node that could not be unlocked by itself.
+type unlockError struct{ cause, unlock error }
 
-func (e *unlockFailed) Error() string {
+func (e *unlockError) Error() string {
 	return fmt.Sprintf("%v; unlocking it by itself did not work: %v", e.cause, e.unlock)
 }
 
-func (e *unlockFailed) Unwrap() error { return e.cause }
+func (e *unlockError) Unwrap() error { return e.cause }
 
 // tally notes that a sink has got something.
 type tally struct {

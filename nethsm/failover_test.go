@@ -56,7 +56,8 @@ func TestWhatSendsARequestToTheNextNode(t *testing.T) {
 	for _, test := range tests {
 		for _, kind := range kinds {
 			t.Run(test.name+", "+kind.name, func(t *testing.T) {
-				within(t, Options{Timeout: 6 * time.Second}, handlers(healthy, healthy), func(t *testing.T, s *scene) {
+				within(t, Options{Timeout: 6 * time.Second}, handlers(healthy, healthy), func(s *scene) {
+					t := s.T
 					view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 					test.first(s)
 					s.first()
@@ -113,7 +114,8 @@ func redirecting(status int) http.HandlerFunc {
 
 // One of three nodes is down: nobody notices, and it costs no time.
 func TestOneOfThreeDown(t *testing.T) {
-	withDouble(t, 3, func(t *testing.T, s *scene, _ *nethsmtest.HSM) {
+	withDouble(t, 3, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
 		operator := s.operator()
 		s.network.stop(s.peers[1].address)
 		began := time.Now()
@@ -137,7 +139,8 @@ func TestOneOfThreeDown(t *testing.T) {
 }
 
 func TestAllNodesDown(t *testing.T) {
-	within(t, Options{}, handlers(healthy, healthy, healthy), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(healthy, healthy, healthy), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for _, p := range s.peers {
 			s.network.stop(p.address)
@@ -196,7 +199,8 @@ func TestHangingNodesLeaveTimeForTheOthers(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			within(t, Options{Timeout: test.timeout}, handlers(test.nodes...), func(t *testing.T, s *scene) {
+			within(t, Options{Timeout: test.timeout}, handlers(test.nodes...), func(s *scene) {
+				t := s.T
 				view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 				s.first()
 				ctx := t.Context()
@@ -229,7 +233,8 @@ func TestHangingNodesLeaveTimeForTheOthers(t *testing.T) {
 
 // A caller who leaves gets its ctx error at once, and the node is not blamed.
 func TestCallerThatLeavesDoesNotHarmTheNode(t *testing.T) {
-	within(t, Options{}, handlers(hanging), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(hanging), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(2*time.Second, cancel)
@@ -250,7 +255,8 @@ func TestCreationGetsTheWholeTimeOnceItIsSent(t *testing.T) {
 		later(8 * time.Second)
 		healthy(w, r)
 	}
-	within(t, Options{}, handlers(slow, slow, slow), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(slow, slow, slow), func(s *scene) {
+		t := s.T
 		if err := create(t.Context(), s.client.As(Credentials{Username: "u", Password: []byte("p")})); err != nil {
 			t.Error(err)
 		}
@@ -302,7 +308,8 @@ func TestErrorsOfSeveralNodes(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			within(t, Options{}, handlers(test.nodes...), func(t *testing.T, s *scene) {
+			within(t, Options{}, handlers(test.nodes...), func(s *scene) {
+				t := s.T
 				view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 				for _, i := range test.down {
 					s.network.stop(s.peers[i].address)
@@ -332,7 +339,8 @@ func TestErrorsOfSeveralNodes(t *testing.T) {
 
 // The Locked node is one of three: the others serve, and nobody hears of it.
 func TestLockedNodeDoesNotHideTheOthers(t *testing.T) {
-	withDouble(t, 3, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 3, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		h.Node(1).SetState(nethsmtest.Locked)
 		for range 30 {
 			if err := ask(t.Context(), s.operator()); err != nil {
@@ -347,7 +355,8 @@ func TestLockedNodeDoesNotHideTheOthers(t *testing.T) {
 
 // A condition that does not hold is 412 as well, and says nothing about the node.
 func TestConditionThatDoesNotHold(t *testing.T) {
-	withDouble(t, 2, func(t *testing.T, s *scene, _ *nethsmtest.HSM) {
+	withDouble(t, 2, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
 		admin := s.client.As(Credentials{Username: nethsmtest.AdminUser, Password: []byte(nethsmtest.AdminPassphrase)})
 		_, err := admin.do(t.Context(), call{
 			op: "reading the keys", method: http.MethodGet, path: "/keys", ifMatch: `"something else"`,
@@ -366,7 +375,8 @@ func TestConditionThatDoesNotHold(t *testing.T) {
 
 // Probes come after 1, 2, 5, 10, 30, 60 s and a little more, and end when the node is ready.
 func TestRestingNodeIsProbedWithGrowingPauses(t *testing.T) {
-	within(t, Options{}, handlers(healthy, inState(StateFailed)), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(healthy, inState(StateFailed)), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for range 2 {
 			if err := ask(t.Context(), view); err != nil {
@@ -412,7 +422,8 @@ func TestRestingNodeIsProbedWithGrowingPauses(t *testing.T) {
 // A node that says that it is ready and fails every request is not believed for ever: its rests grow, because only a served
 // request counts as recovery.
 func TestNodeThatOnlyClaimsToBeReadyRestsLongerAndLonger(t *testing.T) {
-	within(t, Options{}, handlers(healthy, saying(500)), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(healthy, saying(500)), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for range 1800 {
 			if err := ask(t.Context(), view); err != nil {
@@ -435,7 +446,8 @@ func TestRequestsWaitForTheOneThatTries(t *testing.T) {
 		}
 		healthy(w, r)
 	}
-	within(t, Options{}, handlers(handler), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(handler), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		if err := ask(t.Context(), view); err != nil {
 			t.Fatal(err)
@@ -469,7 +481,8 @@ func TestPoisonedRequestDoesNotStopTheOthers(t *testing.T) {
 		}
 		healthy(w, r)
 	}
-	within(t, Options{}, handlers(poisoned, poisoned), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(poisoned, poisoned), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for range 5 {
 			if err := post(t.Context(), view); !errors.Is(err, hsm.ErrUnavailable) {
@@ -484,7 +497,8 @@ func TestPoisonedRequestDoesNotStopTheOthers(t *testing.T) {
 
 // A view of one node asks that one, whatever is known about it.
 func TestViewOfOneNodeHasNoFailover(t *testing.T) {
-	withDouble(t, 2, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 2, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		h.Node(0).SetState(nethsmtest.Locked)
 		for range 4 {
 			if err := ask(t.Context(), s.operator()); err != nil {
@@ -514,7 +528,8 @@ func TestViewOfOneNodeHasNoFailover(t *testing.T) {
 
 // What needs no credentials is asked of nodes that rest as well.
 func TestPublicRequestsReachRestingNodes(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		h.Node(0).SetState(nethsmtest.Locked)
 		_ = ask(t.Context(), s.operator())
 		for range 3 {
@@ -542,7 +557,8 @@ func TestFewestRequestsInFlightIsChosen(t *testing.T) {
 		}
 		healthy(w, r)
 	}
-	within(t, Options{}, handlers(holding, healthy, healthy), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(holding, healthy, healthy), func(s *scene) {
+		t := s.T
 		release = make(chan struct{})
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for range 6 { // equals take turns
@@ -576,7 +592,8 @@ func TestFewestRequestsInFlightIsChosen(t *testing.T) {
 }
 
 func TestLockedNodeIsUnlockedByItself(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		var tries atomic.Int32
 		s.client.pool.setUnlocker(func(ctx context.Context, at *Client) error {
 			tries.Add(1)
@@ -615,7 +632,8 @@ func TestLockedNodeIsUnlockedByItself(t *testing.T) {
 }
 
 func TestWrongUnlockPassphraseIsSentOnce(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		passphrase := func(text string) unlocker {
 			return func(ctx context.Context, at *Client) error { return at.Unlock(ctx, []byte(text)) }
 		}
@@ -644,7 +662,8 @@ func TestWrongUnlockPassphraseIsSentOnce(t *testing.T) {
 
 // Unlocking that fails for another reason is tried again, never more than once a second.
 func TestUnlockingIsTriedAgain(t *testing.T) {
-	within(t, Options{}, handlers(inState(StateLocked)), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(inState(StateLocked)), func(s *scene) {
+		t := s.T
 		var mu sync.Mutex
 		var tries []seen
 		s.client.pool.setUnlocker(func(context.Context, *Client) error {

@@ -52,7 +52,7 @@ func (c *Client) describe(ctx context.Context, n *node) hsm.Node {
 			Op: "asking how it fares", Node: n.host, Status: http.StatusPreconditionFailed, Message: messageState, State: state,
 		}
 		if rests && resting.unlockErr != nil {
-			out.Err = &unlockFailed{out.Err, resting.unlockErr}
+			out.Err = &unlockError{out.Err, resting.unlockErr}
 		}
 	case rests:
 		out.Err = reworded(resting.cause, "asking how it fares")

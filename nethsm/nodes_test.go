@@ -80,7 +80,8 @@ func TestNodesTellHowTheyFare(t *testing.T) {
 
 // Nodes that hang do not keep those waiting that answer, nor the caller longer than he says.
 func TestNodesThatHang(t *testing.T) {
-	within(t, Options{}, handlers(healthy, hanging, hanging), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(healthy, hanging, hanging), func(s *scene) {
+		t := s.T
 		began := time.Now()
 		nodes := s.client.Nodes(t.Context())
 		if took := time.Since(began); took > nodesTimeout {
@@ -101,7 +102,8 @@ func TestNodesThatHang(t *testing.T) {
 
 // A node that rests although it says that it is Operational shows why.
 func TestRestingNodeShowsItsCause(t *testing.T) {
-	within(t, Options{}, handlers(saying(500), healthy), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(saying(500), healthy), func(s *scene) {
+		t := s.T
 		for range 2 {
 			if err := ask(t.Context(), s.client); err != nil {
 				t.Fatal(err)

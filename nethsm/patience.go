@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	mathrand "math/rand/v2"
 	"net/http"
 	"net/url"
 	"sync"
@@ -300,7 +299,7 @@ func (s *standing) verify() {
 			pause = max(min(2*pause, r.since.Add(verdictTime+time.Second).Sub(now)), firstRetry)
 		}
 		close(r.tried)
-		r.next, r.tried = now.Add(pause+mathrand.N(firstRetry/10)), make(chan struct{})
+		r.next, r.tried = now.Add(pause+spread(firstRetry/10)), make(chan struct{})
 		r.verifying = now.Sub(r.asked) <= forgetTime
 		if !r.verifying {
 			s.mu.Unlock()

@@ -17,7 +17,8 @@ import (
 // A right password is refused for a minute while the NetHSM's etcd is away, then the node is Failed; when etcd returns all is
 // well again. Nobody may have been told that the password is wrong.
 func TestRightPasswordRefusedForAMinuteIsNotCalledWrong(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		operator := s.operator()
 		if err := ask(t.Context(), operator); err != nil {
 			t.Fatal(err)
@@ -63,7 +64,8 @@ func TestRightPasswordRefusedForAMinuteIsNotCalledWrong(t *testing.T) {
 
 // While etcd is away for a shorter time the node never fails, and the verifier finds out.
 func TestPasswordIsTakenAgainWhenEtcdReturnsWithinTheMinute(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		operator := s.operator()
 		if err := ask(t.Context(), operator); err != nil {
 			t.Fatal(err)
@@ -86,7 +88,8 @@ func TestPasswordIsTakenAgainWhenEtcdReturnsWithinTheMinute(t *testing.T) {
 
 // A caller who comes when the next try is due waits for it, and is served if it succeeds.
 func TestCallerWaitsForTheNextTryAndIsServed(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		operator := s.operator()
 		h.Node(0).LoseEtcd()
 		go func() {
@@ -100,7 +103,8 @@ func TestCallerWaitsForTheNextTryAndIsServed(t *testing.T) {
 }
 
 func TestWrongPasswordIsCalledWrongAfterMoreThanAMinute(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		began := time.Now()
 		var verdict *hsm.PINError
@@ -161,7 +165,8 @@ func TestWrongPasswordIsCalledWrongAfterMoreThanAMinute(t *testing.T) {
 
 // The verdict is taken back when the node turns out to have lost its database.
 func TestTroubleInBetweenBeginsTheMinuteAnew(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		began := time.Now()
 		_ = ask(t.Context(), wrong)
@@ -186,7 +191,8 @@ func TestTroubleInBetweenBeginsTheMinuteAnew(t *testing.T) {
 }
 
 func TestCorrectedPasswordInANewViewStartsFresh(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, _ *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		_ = ask(t.Context(), wrong)
 		later(20 * time.Second)
@@ -205,7 +211,8 @@ func TestCorrectedPasswordInANewViewStartsFresh(t *testing.T) {
 
 // Many callers with a wrong password cost one try, not one each.
 func TestNoHerdTriesAPassword(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, _ *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		var all sync.WaitGroup
 		for range 32 {
@@ -233,7 +240,8 @@ func TestSlowFirstRequestDoesNotHoldTheOthers(t *testing.T) {
 		}
 		healthy(w, r)
 	}
-	within(t, Options{}, handlers(slow), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(slow), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		go func() { _ = create(t.Context(), view) }()
 		synctest.Wait()
@@ -249,7 +257,8 @@ func TestSlowFirstRequestDoesNotHoldTheOthers(t *testing.T) {
 }
 
 func TestAnotherNodeServesWhileOneRefusesThePassword(t *testing.T) {
-	withDouble(t, 2, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 2, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		operator := s.operator()
 		h.Node(0).LoseEtcd()
 		began := time.Now()
@@ -272,7 +281,8 @@ func TestAnotherNodeServesWhileOneRefusesThePassword(t *testing.T) {
 
 // A request that creates goes elsewhere as well: 401 means that it did not happen.
 func TestRefusedCreationGoesToTheNextNode(t *testing.T) {
-	within(t, Options{}, handlers(saying(http.StatusUnauthorized), healthy), func(t *testing.T, s *scene) {
+	within(t, Options{}, handlers(saying(http.StatusUnauthorized), healthy), func(s *scene) {
+		t := s.T
 		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 		for range 4 {
 			if err := create(t.Context(), view); err != nil {
@@ -287,7 +297,8 @@ func TestRefusedCreationGoesToTheNextNode(t *testing.T) {
 
 // Roles that may not even ask for themselves get 403, which only a right password gets.
 func TestForbiddenProvesThePassword(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		metrics := s.client.As(Credentials{Username: nethsmtest.MetricsUser, Password: []byte(nethsmtest.MetricsPassphrase)})
 		h.Node(0).LoseEtcd()
 		_ = ask(t.Context(), metrics)
@@ -304,7 +315,8 @@ func TestForbiddenProvesThePassword(t *testing.T) {
 
 // Nobody uses the password any more: it is no longer tried. Somebody does again: it is.
 func TestForgottenPasswordIsNotTriedForEver(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, h *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		_ = ask(t.Context(), wrong)
 		later(time.Hour)
@@ -360,7 +372,8 @@ func TestTooManyRequests(t *testing.T) {
 	for _, test := range tests {
 		for name, send := range map[string]func(context.Context, *Client) error{"reading": ask, "creating": create} {
 			t.Run(test.name+", "+name, func(t *testing.T) {
-				within(t, Options{}, test.nodes(), func(t *testing.T, s *scene) {
+				within(t, Options{}, test.nodes(), func(s *scene) {
+					t := s.T
 					view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
 					ctx := t.Context()
 					if test.timeout > 0 {
@@ -386,7 +399,8 @@ func TestTooManyRequests(t *testing.T) {
 
 // Close ends a verifier that waits.
 func TestCloseEndsTheVerifier(t *testing.T) {
-	withDouble(t, 1, func(t *testing.T, s *scene, _ *nethsmtest.HSM) {
+	withDouble(t, 1, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
 		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
 		_ = ask(t.Context(), wrong)
 		began := time.Now()

@@ -369,6 +369,9 @@ func (p *pool) unlock(n *node) bool {
 }
 
 // jittered is a pause and up to a fifth of it more, so that many clients do not come back at one time.
-func jittered(pause time.Duration) time.Duration {
-	return pause + mathrand.N(pause/5+1) //nolint:gosec // it spreads load and guards nothing
+func jittered(pause time.Duration) time.Duration { return pause + spread(pause/5) }
+
+// spread is a random time up to limit.
+func spread(limit time.Duration) time.Duration {
+	return mathrand.N(limit + 1) //nolint:gosec // it spreads load and guards nothing
 }

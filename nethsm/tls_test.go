@@ -9,8 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -211,7 +209,7 @@ func TestTrustThatCannotWork(t *testing.T) {
 		says  string
 	}{
 		{"no PEM", TLS{CA: []byte("not a certificate")}, "no certificate in PEM"},
-		{"a path instead of a CA", TLS{CA: []byte(filepath.Join(os.TempDir(), "ca.pem"))}, "no certificate in PEM"},
+		{"a path instead of a CA", TLS{CA: []byte("/etc/nitroseal/ca.pem")}, "no certificate in PEM"},
 		{"a key instead of a CA", TLS{CA: []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")}, "PRIVATE KEY"},
 		{"a damaged certificate", TLS{CA: []byte(damaged)}, "cannot be read"},
 		{"a good one and half of another", TLS{CA: []byte(ca + ca[:len(ca)/2])}, "damaged"},

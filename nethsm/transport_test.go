@@ -135,28 +135,40 @@ func TestWhatIsOnTheWire(t *testing.T) {
 		body  string
 	}{
 		{
-			"reading", call{method: http.MethodGet, path: "/keys"},
-			[]string{"GET /api/v1/keys HTTP/1.1", "Authorization: Basic dTpw", "User-Agent: test/1"}, "",
+			"reading",
+			call{method: http.MethodGet, path: "/keys"},
+			[]string{"GET /api/v1/keys HTTP/1.1", "Authorization: Basic dTpw", "User-Agent: test/1"},
+			"",
 		},
 		{
-			"an object", call{method: http.MethodPost, path: "/keys/a/decrypt", body: map[string]int{"a": 1}},
-			[]string{"POST ", "Content-Length: 7", "Content-Type: application/json"}, `{"a":1}`,
+			"an object",
+			call{method: http.MethodPost, path: "/keys/a/decrypt", body: map[string]int{"a": 1}},
+			[]string{"POST ", "Content-Length: 7", "Content-Type: application/json"},
+			`{"a":1}`,
 		},
 		{
-			"bytes", call{method: http.MethodPut, path: "/keys/a/cert", raw: []byte("xyz"), contentType: "application/octet-stream", creates: true},
-			[]string{"PUT ", "Content-Length: 3", "Content-Type: application/octet-stream"}, "xyz",
+			"bytes",
+			call{method: http.MethodPut, path: "/keys/a/cert", raw: []byte("xyz"), contentType: "application/octet-stream", creates: true},
+			[]string{"PUT ", "Content-Length: 3", "Content-Type: application/octet-stream"},
+			"xyz",
 		},
 		{
-			"an empty body", call{method: http.MethodPut, path: "/keys/a/cert", raw: []byte{}, contentType: "application/octet-stream", creates: true},
-			[]string{"PUT ", "Content-Length: 0", "Content-Type: application/octet-stream"}, "",
+			"an empty body",
+			call{method: http.MethodPut, path: "/keys/a/cert", raw: []byte{}, contentType: "application/octet-stream", creates: true},
+			[]string{"PUT ", "Content-Length: 0", "Content-Type: application/octet-stream"},
+			"",
 		},
 		{
-			"a condition", call{method: http.MethodDelete, path: "/keys/a", ifMatch: `"etag"`},
-			[]string{"DELETE ", `If-Match: "etag"`}, "",
+			"a condition",
+			call{method: http.MethodDelete, path: "/keys/a", ifMatch: `"etag"`},
+			[]string{"DELETE ", `If-Match: "etag"`},
+			"",
 		},
 		{
-			"an escaped path", call{method: http.MethodGet, path: "/users/a~b%2Fc", public: true},
-			[]string{"GET /api/v1/users/a~b%2Fc HTTP/1.1"}, "",
+			"an escaped path",
+			call{method: http.MethodGet, path: "/users/a~b%2Fc", public: true},
+			[]string{"GET /api/v1/users/a~b%2Fc HTTP/1.1"},
+			"",
 		},
 	}
 	for _, test := range tests {

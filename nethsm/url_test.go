@@ -21,11 +21,7 @@ func TestURLs(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.given, func(t *testing.T) {
-			client, err := New(Options{URLs: []string{test.given}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer client.Close()
+			client := reach(t, Options{}, test.given)
 			if got := client.URLs(); !slices.Equal(got, []string{test.want}) {
 				t.Errorf("URLs = %v, want %s", got, test.want)
 			}
