@@ -113,4 +113,4 @@ func (a *app) progress(format string, args ...any) {
 	}
 }
 
-func isTerminal(file *os.File) bool { return term.IsTerminal(int(file.Fd())) } //nolint:gosec // a descriptor fits
+func isTerminal(file *os.File) bool { return term.IsTerminal(int(file.Fd())) }

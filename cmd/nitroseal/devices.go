@@ -20,6 +20,14 @@ import (
 // owner names the command to the providers, which are fair between owners.
 const owner = "nitroseal"
 
+// advice is what an operator types where a token refused a PIN.
+var advice = pkcs11.Advice{
+	Give:    "put the right one where the configuration has it, and log in once at your word (nitroseal device pin try NAME)",
+	Unbar:   "lift the bar (nitroseal device pin unbar NAME)",
+	LastTry: "put the right one where the configuration has it, and log in once with \"nitroseal device pin try NAME --last-try\"",
+	Force:   "--last-try",
+}
+
 // deviceSet opens the devices of the configuration, each when it is first needed.
 type deviceSet struct {
 	app      *app
@@ -43,6 +51,7 @@ func (a *app) devices() (*deviceSet, error) {
 	tokens := pkcs11.New(pkcs11.Options{
 		Modules: c.PKCS11.Modules, StateDir: c.StateDir, Env: c.PKCS11.Env,
 		HostPath: c.PKCS11.ModuleHost, HostSHA256: c.PKCS11.ModuleHostSHA256, Logger: a.logger(),
+		Advice: advice,
 	})
 	a.onClose(tokens.Close)
 	netHSMs := nethsm.NewManager(a.logger())

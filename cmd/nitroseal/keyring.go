@@ -44,7 +44,7 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	return keyring.New(keyring.Config{
 		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
 		Words: &words,
-		Lock: func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
+		Lock:  func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
 	}), nil
 }
 

@@ -52,7 +52,7 @@ func (l personLog) Handle(_ context.Context, record slog.Record) error {
 	cause := ""
 	for _, attr := range attrs {
 		details = append(details, fmt.Sprintf("%s %v", attr.Key, attr.Value))
-		if attr.Key == "error" {
+		if attr.Key == "error" || attr.Key == "cause" {
 			cause = attr.Value.String()
 		}
 	}

@@ -70,7 +70,9 @@ func TestASignalEndsACommandInAnOrderlyManner(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			until(t, "the card is asked", func() bool { return card.Calls(t, "C_Login")+card.Calls(t, "C_GetTokenInfo") > before || hosts(cmd.Process.Pid) > 0 })
+			until(t, "the card is asked", func() bool {
+				return card.Calls(t, "C_Login")+card.Calls(t, "C_GetTokenInfo") > before || hosts(cmd.Process.Pid) > 0
+			})
 			if err := cmd.Process.Signal(signal); err != nil {
 				t.Fatal(err)
 			}
@@ -133,7 +135,9 @@ func TestCommandsThatRunAtOnceMakeOneHSMKey(t *testing.T) {
 	configuration := configured(t, token)
 	var all sync.WaitGroup
 	for range 6 {
-		all.Go(func() { repeated(t, configuration, "", "key", "generate", "prod", "--device", "one", "--algorithm", "ecdh-p256") })
+		all.Go(func() {
+			repeated(t, configuration, "", "key", "generate", "prod", "--device", "one", "--algorithm", "ecdh-p256")
+		})
 	}
 	all.Wait()
 	if listed := must(t, configuration, "device", "keys", "one", "-o", "json"); strings.Count(listed, "nitroseal-prod-v1") != 1 {
@@ -266,4 +270,3 @@ func TestCtrlCAtAPromptGivesTheTerminalItsEchoBack(t *testing.T) {
 	}
 	must(t, configuration, "device", "keys", "one") // nothing was changed
 }
-

@@ -308,4 +308,3 @@ func (s *stage) rackCommand(ts *testscript.TestScript, neg bool, args []string) 
 		ts.Fatalf("rack %s is not known", args[0])
 	}
 }
-

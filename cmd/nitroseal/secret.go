@@ -81,7 +81,7 @@ func (a *app) ask(ctx context.Context, s *secretFlag) ([]byte, error) {
 
 // readHidden reads a line without echo. Ctrl-C gives the terminal its echo back and ends the command.
 func (a *app) readHidden(ctx context.Context, prompt string) ([]byte, error) {
-	fd := int(a.stdin.Fd()) //nolint:gosec // a descriptor fits
+	fd := int(a.stdin.Fd())
 	before, err := term.GetState(fd)
 	if err != nil {
 		return nil, fmt.Errorf("preparing the terminal: %w", err)

@@ -25,6 +25,8 @@ import (
 type ledger struct {
 	files ledgerFiles
 	now   func() time.Time
+	// advice is what errors tell people to do.
+	advice Advice
 
 	mu sync.Mutex
 	// unwritten are bars, by serial, for which the disk had no room yet. At least this process keeps to them.
@@ -33,7 +35,7 @@ type ledger struct {
 
 // openLedger returns the ledger in a directory. It does no I/O: what is wrong with the directory, attempt tells.
 func openLedger(dir string) *ledger {
-	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now, unwritten: make(map[string]bar)}
+	return &ledger{files: ledgerFiles{dir: dir, sync: syncFile}, now: time.Now, advice: Advice{}.complete(), unwritten: make(map[string]bar)}
 }
 
 // attempt is a log-in under way. Exactly one of succeeded, succeededInPlaceOf, wrong, changed, unresolved and withdrawn must
@@ -143,7 +145,7 @@ func (l *ledger) begin(on terms, serial string, pin []byte, flags hsm.PINState) 
 		if len(known.Barred) > len(written.Barred) && l.files.write(serial, known) == nil {
 			l.remember(serial, nil) // else a suspicion is not kept: the intent stays, and is suspected again
 		}
-		return nil, refusal.error(serial, flags, on.said)
+		return nil, refusal.error(serial, flags, on.said, l.advice)
 	}
 	a := &attempt{ledger: l, serial: serial, known: known}
 	a.intent = intent{Mark: mark, At: l.now().UTC().Truncate(time.Second), Again: again}
@@ -334,8 +336,8 @@ func (l *ledger) unbarLocked(
 		}
 		if flags.FinalTry {
 			return &hsm.PINError{TriesLeft: 1, Barred: true, Detail: fmt.Sprintf("the token %q rejected this PIN and shows its last "+
-				"try, so the bar stays: sent again, this PIN would lock it; give the right one with devices/NAME/pin on_token=false "+
-				"force=true, or log in once with another program (pkcs11-tool --login), which restores the tries", serial)}
+				"try, so the bar stays: sent again, this PIN would lock it; %s, or log in once with another program "+
+				"(pkcs11-tool --login), which restores the tries", serial, l.advice.LastTry)}
 		}
 	}
 	return l.files.write(serial, before.unbarred(mark, key))
@@ -484,7 +486,7 @@ const lockedAdvice = "it is locked now, and no PIN works until the SO-PIN has un
 
 // error is the refusal for people. A PIN that came with a person's word is not the one that the device has, which is what
 // unbar lets through: there the sentences do not name it.
-func (f *refusal) error(serial string, flags hsm.PINState, said word) *hsm.PINError {
+func (f *refusal) error(serial string, flags hsm.PINState, said word, advice Advice) *hsm.PINError {
 	e := &hsm.PINError{TriesLeft: triesLeft(flags), Barred: true}
 	switch f.why {
 	case becauseLocked:
@@ -503,9 +505,9 @@ func (f *refusal) error(serial string, flags hsm.PINState, said word) *hsm.PINEr
 			happened = fmt.Sprintf("this PIN of the token %q was changed to another one", serial)
 		case rejected:
 		}
-		next := giveIt + ", or lift the bar (devices/NAME/unbar) if this one is right after all"
+		next := advice.Give + ", or " + advice.Unbar + " if this one is right after all"
 		if said != noWord {
-			next = "make sure of the PIN and give another one; force=true does not send this one either"
+			next = "make sure of the PIN and give another one; " + advice.Force + " does not send this one either"
 		}
 		e.Detail = fmt.Sprintf("%s (%s), so it is not sent again from this machine; %s", happened, f.bar.At.Format(time.RFC3339), next)
 	case becauseFewTries:
@@ -513,10 +515,10 @@ func (f *refusal) error(serial string, flags hsm.PINState, said word) *hsm.PINEr
 		if flags.FinalTry {
 			shows = "the next wrong PIN locks it"
 		}
-		next := "make sure of the PIN and " + giveIt + ", or lift the bar (devices/NAME/unbar) for one try, or log in once with " +
+		next := advice.next() + ", or " + advice.Unbar + " for one try, or log in once with " +
 			"another program (pkcs11-tool --login), which restores the tries"
 		if said != noWord {
-			next = "make sure of the PIN; only force=true spends the last try on it"
+			next = "make sure of the PIN; only " + advice.Force + " spends the last try on it"
 		}
 		e.Detail = fmt.Sprintf("the token %q shows that %s, and this PIN is not known to be right, so nothing was sent; %s", serial, shows, next)
 	}

@@ -13,13 +13,6 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
 
-// giveIt is how to give a device the right PIN, where the token has it: that tries it once, whatever the token shows.
-const giveIt = "give the right one to the device (devices/NAME/pin with new_pin and on_token=false; where the PIN comes from a file, " +
-	"change the file and lift the bar with devices/NAME/unbar)"
-
-// nextStep ends the sentences about a PIN that was refused.
-const nextStep = "make sure of the PIN and " + giveIt
-
 // logIn makes sure that the host is logged in to the token, and that this device may use that log-in: it must hold the
 // same PIN. C_Login is called once for each host, whoever comes first; the others wait for it.
 func (d *Device) logIn(ctx context.Context, a *attachment) error {
@@ -86,7 +79,7 @@ func (d *Device) holds(digest [32]byte) bool {
 
 func (d *Device) anotherPIN() error {
 	return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf(
-		"another mount is logged in to %s with another PIN; nothing was sent, to save its tries; %s", d.describeToken(), nextStep)}
+		"another mount is logged in to %s with another PIN; nothing was sent, to save its tries; %s", d.describeToken(), d.advice().next())}
 }
 
 // mayTry says whether the device's PIN may be sent although another device's is known to be right: never, while that
@@ -167,7 +160,7 @@ func (d *Device) sendPIN(ctx context.Context, a *attachment) error {
 	}
 	defer clear(pin)
 	if len(pin) == 0 {
-		return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf("no PIN is set for %s; %s", d.describeToken(), nextStep)}
+		return &hsm.PINError{TriesLeft: -1, Barred: true, Detail: fmt.Sprintf("no PIN is set for %s; %s", d.describeToken(), d.advice().next())}
 	}
 	if !a.token.mayTry(d) {
 		return d.anotherPIN()
@@ -274,10 +267,10 @@ func (d *Device) refusedPIN(ctx context.Context, a *attachment, intent *attempt,
 	case code == ckrPINExpired:
 		what = "says that the PIN has expired; change it with pkcs11-tool --change-pin"
 	}
-	next := "this PIN is not sent again from this machine; " + nextStep
+	next := "this PIN is not sent again from this machine; " + d.advice().next()
 	switch {
 	case flags.Locked:
-		next = "no PIN works until the SO-PIN has unblocked it (pkcs11-tool --login --login-type so --init-pin); after that, " + nextStep
+		next = "no PIN works until the SO-PIN has unblocked it (pkcs11-tool --login --login-type so --init-pin); after that, " + d.advice().next()
 	case flags.FinalTry:
 		next = "ONE try is left before it locks; " + next
 	}
@@ -388,7 +381,7 @@ func (d *Device) Unbar(ctx context.Context) error {
 	during := "lifting the PIN bar of " + d.describeToken()
 	if !t.mayTry(d) {
 		return fmt.Errorf("%s: %w", during, &hsm.PINError{TriesLeft: -1, Barred: true, Detail: "another mount is open with another PIN, " +
-			"which the token took, so this device's is wrong; give the right one to the device (devices/NAME/pin); where the PIN was " +
+			"which the token took, so this device's is wrong; " + d.advice().Give + "; where the PIN was " +
 			"changed since, correct or delete the other mount's device first"})
 	}
 	pin, err := d.takePIN()
@@ -396,7 +389,7 @@ func (d *Device) Unbar(ctx context.Context) error {
 		return fmt.Errorf("%s: %w", during, err)
 	}
 	if len(pin) == 0 {
-		return fmt.Errorf("%s: no PIN is set; %s", during, giveIt)
+		return fmt.Errorf("%s: no PIN is set; %s", during, d.advice().Give)
 	}
 	result := make(chan error, 1)
 	if !d.module.goWaitedFor(func() {

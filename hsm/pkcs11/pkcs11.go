@@ -61,6 +61,8 @@ type Options struct {
 	// HostPath is the program to run as module host, and HostSHA256 its SHA-256 in hexadecimal; both empty where this
 	// program is built with cgo and can be the host itself.
 	HostPath, HostSHA256 string
+	// Advice is what errors about PINs tell people to do.
+	Advice Advice
 	// Logger gets what an operator should know. Nil discards it.
 	Logger *slog.Logger
 }
@@ -110,10 +112,12 @@ func New(options Options) *Manager {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
+	options.Advice = options.Advice.complete()
 	m := &Manager{
 		options: options, logger: logger, ledger: openLedger(options.StateDir), closePatience: closePatience,
 		modules: make(map[string]*module),
 	}
+	m.ledger.advice = options.Advice
 	_, _ = rand.Read(m.pinKey[:]) // never fails (crypto/rand)
 	m.spawn = birth{hostPath: options.HostPath, hostSHA256: options.HostSHA256, env: options.Env}.start
 	return m

@@ -138,8 +138,14 @@ func TestTheExampleNamesEveryAttribute(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, attributes := range []any{
-		top{}, pkcs11Attributes{}, pkcs11DeviceAttributes{}, nethsmDeviceAttributes{}, etcdStoreAttributes{}, objectStoreAttributes{},
-		fileStoreAttributes{}, vaultAttributes{},
+		top{},
+		pkcs11Attributes{},
+		pkcs11DeviceAttributes{},
+		nethsmDeviceAttributes{},
+		etcdStoreAttributes{},
+		objectStoreAttributes{},
+		fileStoreAttributes{},
+		vaultAttributes{},
 	} {
 		schema, _ := gohcl.ImpliedBodySchema(attributes)
 		for _, attribute := range schema.Attributes {
