@@ -18,7 +18,7 @@ import (
 func TestDocumentedCommandsExist(t *testing.T) {
 	site := vaulttest.StartSite(t, vaulttest.SiteOptions{})
 	paths := readOpenAPI(t, site)
-	pages := []string{"README.md", "docs/operations.md", "scripts/demo"}
+	pages := []string{"README.md", "docs/operations.md", "docs/nethsm.md", "scripts/demo", "scripts/demo-nethsm", "scripts/stage"}
 	found := 0
 	for _, page := range pages {
 		content, err := os.ReadFile(filepath.Join(vaulttest.Root(), page))
@@ -53,7 +53,7 @@ type described struct {
 type describedPaths []described
 
 func (paths describedPaths) check(verb, path, rest string) error {
-	path = strings.TrimRight(path, `")'`)
+	path = strings.TrimRight(path, "`\")'")
 	for _, p := range paths {
 		if !p.pattern.MatchString(path) {
 			continue
