@@ -143,7 +143,7 @@ func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 	case errors.Is(err, errResting), errors.Is(err, errRefused):
 		return answer{}, true, err // choose anew
 	case err != nil:
-		return answer{}, true, j.failed(n, err)
+		return answer{}, true, j.failed(n, &failure{op: j.in.op, node: n.host, text: err.Error(), cause: j.caller.Err()})
 	}
 	out, err := j.send(ctx, next)
 	pass.done(err)
@@ -288,7 +288,7 @@ func (j *job) wait(ctx context.Context, next choice) bool {
 		j.unlocked = true
 		for _, n := range j.client.nodes() {
 			if resting, is := n.resting(); is && resting.unlocking != nil {
-				if !p.sleep(ctx, -1, resting.unlocking) {
+				if !p.sleep(ctx, noLimit, resting.unlocking) {
 					return false
 				}
 				j.tried &^= 1 << n.index
@@ -299,11 +299,14 @@ func (j *job) wait(ctx context.Context, next choice) bool {
 	return false
 }
 
-// sleep waits until the time is over (negative: without limit), the event comes (nil: none does) or ctx or the pool ends,
-// in which case it is false. A wait that ctx would cut short is not begun.
+// noLimit lets sleep wait for its event alone.
+const noLimit time.Duration = -1
+
+// sleep waits until the time is over, the event comes (nil: none does) or ctx or the pool ends, in which case it is false. A
+// wait for the time alone that ctx would cut short is not begun.
 func (p *pool) sleep(ctx context.Context, limit time.Duration, event <-chan struct{}) bool {
 	var over <-chan time.Time
-	if limit >= 0 {
+	if limit != noLimit {
 		if end, limited := ctx.Deadline(); event == nil && limited && time.Until(end) <= limit {
 			return false
 		}

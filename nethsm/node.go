@@ -47,6 +47,7 @@ type node struct {
 	level    int   // of backoff; 0 again after a request was served
 
 	unlockTried  time.Time
+	unlockBusy   bool // it is just tried
 	unlockBarred bool // the passphrase was wrong
 }
 

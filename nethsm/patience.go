@@ -31,6 +31,8 @@ var (
 	errRefused = errors.New("the password is refused at present")
 	// errResting: the node went to rest while the request waited; choose anew.
 	errResting = errors.New("the node rests")
+	// errUndecided: the time was up while another request was finding out whether the password is right.
+	errUndecided = errors.New("another request was finding out whether the password is right, and got no answer in time")
 )
 
 // login is a user with a password. A nil login sends none.
@@ -152,10 +154,7 @@ func (l *login) enter(ctx context.Context, n *node) (*pass, error) {
 		timer.Stop()
 		switch {
 		case ctx.Err() != nil || l.pool.ctx.Err() != nil:
-			return nil, &failure{
-				op: "waiting for leave to log in", node: n.host, cause: ctx.Err(),
-				text: "another request was finding out whether the password is right, and got no answer in time",
-			}
+			return nil, errUndecided
 		case n.epoch.Load() != epoch:
 			return nil, errResting
 		}
@@ -314,9 +313,9 @@ func (s *standing) verify() {
 func (s *standing) sleep(next time.Time) bool {
 	p := s.login.pool
 	if resting, is := s.node.resting(); is && time.Until(next) > firstRetry {
-		return p.sleep(p.ctx, firstRetry, nil) && p.sleep(p.ctx, time.Until(next), resting.over)
+		return p.sleep(p.ctx, firstRetry, nil) && p.sleep(p.ctx, max(time.Until(next), 0), resting.over)
 	}
-	return p.sleep(p.ctx, time.Until(next), nil)
+	return p.sleep(p.ctx, max(time.Until(next), 0), nil)
 }
 
 // try sends the password once, with a request that every role may make or is at least known by name for.

@@ -123,7 +123,7 @@ func (p *pool) start(run func()) {
 }
 
 // setUnlocker makes nodes that are found Locked be unlocked by themselves, in the background: one try at a time for each
-// node, never more than one a second, and none after a wrong passphrase until the next setUnlocker.
+// node, never more than one a second, and none after a wrong passphrase until the next setUnlocker. Nil ends that.
 func (p *pool) setUnlocker(unlock unlocker) {
 	p.mu.Lock()
 	p.unlocker = unlock
@@ -131,11 +131,20 @@ func (p *pool) setUnlocker(unlock unlocker) {
 	for _, n := range p.nodes {
 		n.mu.Lock()
 		n.unlockBarred = false
+		locked := false
 		if n.rest != nil {
 			n.rest.unlockErr = nil
+			locked = errors.Is(n.rest.cause, hsm.ErrLocked)
+			if n.rest.unlocking != nil && !n.unlockBusy { // announced, and not to come any more
+				close(n.rest.unlocking)
+				n.rest.unlocking = nil
+			}
 		}
 		n.mu.Unlock()
-		n.probeSoon()
+		if locked {
+			p.announceUnlock(n)
+			n.probeSoon()
+		}
 	}
 }
 
@@ -247,11 +256,12 @@ func (p *pool) rests(n *node, cause error, brief bool) {
 		return
 	}
 	begun := n.fails(cause, brief)
-	if errors.Is(cause, hsm.ErrLocked) {
-		p.announceUnlock(n)
-	}
-	if begun {
+	announced := errors.Is(cause, hsm.ErrLocked) && p.announceUnlock(n)
+	switch {
+	case begun:
 		p.start(func() { p.probe(n) })
+	case announced:
+		n.probeSoon()
 	}
 }
 
@@ -317,16 +327,19 @@ func (n *node) askState(ctx context.Context) State {
 	return got.State
 }
 
-// announceUnlock notes that a Locked node is about to be unlocked, so that requests can wait for it.
-func (p *pool) announceUnlock(n *node) {
+// announceUnlock notes that a Locked node is about to be unlocked by itself, so that requests can wait for it; true where that
+// is new.
+func (p *pool) announceUnlock(n *node) bool {
 	p.mu.Lock()
-	has := p.unlocker != nil
+	can := p.unlocker != nil
 	p.mu.Unlock()
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if has && !n.unlockBarred && n.rest != nil && n.rest.unlocking == nil && n.rest.unlockErr == nil {
-		n.rest.unlocking = make(chan struct{})
+	if !can || n.unlockBarred || n.rest == nil || n.rest.unlocking != nil || n.rest.unlockErr != nil {
+		return false
 	}
+	n.rest.unlocking = make(chan struct{})
+	return true
 }
 
 // unlock unlocks a Locked node where somebody has said how; true when that was tried and worked.
@@ -339,7 +352,7 @@ func (p *pool) unlock(n *node) bool {
 		n.mu.Unlock()
 		return false
 	}
-	n.unlockTried = time.Now()
+	n.unlockTried, n.unlockBusy = time.Now(), true
 	n.mu.Unlock()
 
 	ctx, cancel := context.WithTimeout(p.ctx, unlockTimeout)
@@ -348,6 +361,7 @@ func (p *pool) unlock(n *node) bool {
 
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.unlockBusy = false
 	if n.rest == nil { // a request found it unlocked
 		return true
 	}
@@ -358,8 +372,6 @@ func (p *pool) unlock(n *node) bool {
 		n.logger.Error("unlocking a node of the NetHSM by itself is given up: its unlock passphrase is another one", "node", n.host, "error", err)
 	} else if err != nil && p.ctx.Err() == nil {
 		n.logger.Warn("unlocking a node of the NetHSM by itself did not work; it is tried again", "node", n.host, "error", err)
-	} else if err == nil {
-		n.logger.Info("a node of the NetHSM was unlocked by itself", "node", n.host)
 	}
 	if n.rest.unlocking != nil {
 		close(n.rest.unlocking)

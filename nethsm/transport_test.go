@@ -331,15 +331,16 @@ func TestBodyIsWipedWhenNobodyReadsIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	var all sync.WaitGroup
-	all.Go(func() { // answers before it has read anything
+	all.Go(func() { // answers when it has hardly read anything
 		for {
 			conn, err := early.Accept()
 			if err != nil {
 				return
 			}
-			_, _ = io.WriteString(conn, "HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\n\r\n")
 			all.Go(func() {
 				defer conn.Close()
+				_, _ = io.CopyN(io.Discard, conn, 100)
+				_, _ = io.WriteString(conn, "HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\n\r\n")
 				_, _ = io.CopyN(io.Discard, conn, 100)
 			})
 		}
