@@ -37,11 +37,11 @@ func Prove(ctx context.Context, key Key) (crypto.Hash, error) {
 	}
 }
 
-// Away tells whether an error is about the device, or the caller's patience, and not about the key or the ciphertext:
-// another device may do better.
+// Away tells whether an error is about the device, what it lets the user do, or the caller's patience, and not about the key
+// or the ciphertext: another device may do better.
 func Away(err error) bool {
 	var pin *PINError
-	return errors.Is(err, ErrUnavailable) || errors.Is(err, ErrLocked) || errors.As(err, &pin) ||
+	return errors.Is(err, ErrUnavailable) || errors.Is(err, ErrLocked) || errors.Is(err, ErrForbidden) || errors.As(err, &pin) ||
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 }
 

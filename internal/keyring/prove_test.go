@@ -78,6 +78,8 @@ func TestAKeyProvesWhatItCanDo(t *testing.T) {
 		{"RSA that proves itself", selfProving{rsaKey, nil}, envelope.RSAOAEP256, nil},
 		{"RSA that fails its own proof", selfProving{rsaKey, hsm.ErrCiphertext}, "", ErrUnusableKey},
 		{"RSA that proves itself on an HSM that is away", selfProving{rsaKey, hsm.ErrUnavailable}, "", hsm.ErrUnavailable},
+		{"RSA whose tags the user lacks", lyingDecrypter{rsaKey, 0, hsm.ErrForbidden}, "", hsm.ErrForbidden},
+		{"RSA that proves itself to others", selfProving{rsaKey, hsm.ErrForbidden}, "", hsm.ErrForbidden},
 		{"a curve that proves itself", selfProvingAgreer{ec}, envelope.ECDHESA256KW, nil},
 		{"a key that does neither", idleKey{ec}, "", ErrUnusableKey},
 	} {
@@ -86,8 +88,8 @@ func TestAKeyProvesWhatItCanDo(t *testing.T) {
 			if !errors.Is(err, test.err) || (err == nil && got != test.want) {
 				t.Errorf("got %q and %v, want %q and %v", got, err, test.want, test.err)
 			}
-			if errors.Is(err, hsm.ErrUnavailable) && errors.Is(err, ErrUnusableKey) {
-				t.Errorf("an HSM that is away says nothing about the key: %v", err)
+			if !errors.Is(test.err, ErrUnusableKey) && errors.Is(err, ErrUnusableKey) {
+				t.Errorf("an HSM that is away, or forbids its use, says nothing about the key: %v", err)
 			}
 		})
 	}
