@@ -92,7 +92,7 @@ func TestAWrongBackupPassphraseIsToldApartFromADamagedFile(t *testing.T) {
 func TestEveryCutBackupIsRefused(t *testing.T) {
 	for _, name := range []string{"v0.backup", "v1.backup"} {
 		whole := golden(t, name)
-		for size := range len(whole) {
+		for size := range whole {
 			if size > 700 && size < len(whole)-200 && size%997 != 0 {
 				continue
 			}
@@ -354,4 +354,26 @@ func FuzzReadBackup(f *testing.F) {
 			t.Fatal("taken for whole without its end mark")
 		}
 	})
+}
+
+func TestAFullDiskLeavesNothingOfABackup(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("no small disk can be made here: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err := saveBackup(filepath.Join(dir, "b"), nil, osFiles{}, func(w io.Writer) error {
+		_, err := w.Write(golden(t, "v1.backup"))
+		return err
+	})
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
 }

@@ -165,3 +165,37 @@ func TestNodesAreLockedByTheirAdministratorOnly(t *testing.T) {
 		}
 	}
 }
+
+// TestALogInTellsAWrongPasswordInTheEnd shortens the minute that a NetHSM gets before its 401 is believed.
+func TestALogInTellsAWrongPasswordInTheEnd(t *testing.T) {
+	h := provisioned(t, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	operator := setupClient(t, h).As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("WrongPassphrase")})
+	if _, err := operator.User(ctx, nethsmtest.OperatorUser); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Fatalf("at first: %v", err)
+	}
+	s := operator.login.standing[0]
+	s.mu.Lock()
+	s.refusal.since = s.refusal.since.Add(-2 * verdictTime)
+	s.mu.Unlock()
+	err := operator.LogIn(ctx)
+	if wrong, is := errors.AsType[*hsm.PINError](err); !is || !wrong.Wrong || strings.Contains(err.Error(), "WrongPassphrase") {
+		t.Errorf("in the end: %v", err)
+	}
+}
+
+func TestALogInWaitsForANetHSMThatLostItsDatabase(t *testing.T) {
+	h := provisioned(t, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	operator := setupClient(t, h).As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte(nethsmtest.OperatorPassphrase)})
+	h.Node(0).LoseEtcd()
+	if _, err := operator.User(ctx, nethsmtest.OperatorUser); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Fatalf("at first: %v", err)
+	}
+	h.Node(0).ReturnEtcd()
+	if err := operator.LogIn(ctx); err != nil {
+		t.Error(err)
+	}
+}

@@ -12,30 +12,17 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/pflag"
 
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 )
 
-// init makes the test's own binary the command where it is called by that name.
-func init() {
-	if filepath.Base(os.Args[0]) == "nitroseal" {
-		os.Exit(run(os.Args[1:]))
-	}
-}
-
 // TestNetHSMStories runs the command as an operator would, against doubles of a NetHSM: testdata/script/nethsm_*.txtar. The commands
 // of those scripts besides testscript's own are in netHSMCommands.
 func TestNetHSMStories(t *testing.T) {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	commands := t.TempDir()
-	if err := os.Symlink(self, filepath.Join(commands, "nitroseal")); err != nil {
-		t.Fatal(err)
-	}
 	files, err := filepath.Glob(filepath.Join("testdata", "script", "nethsm_*.txtar"))
 	if err != nil || files == nil {
 		t.Fatalf("no stories: %v", err)
@@ -44,7 +31,6 @@ func TestNetHSMStories(t *testing.T) {
 		Files: files,
 		Setup: func(env *testscript.Env) error {
 			env.Values[doublesKey{}] = &doubles{byName: map[string]*nethsmtest.HSM{}}
-			env.Setenv("PATH", commands+string(os.PathListSeparator)+env.Getenv("PATH"))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -53,7 +39,9 @@ func TestNetHSMStories(t *testing.T) {
 			"mode":   modeCommand,
 			"nopart": noPartCommand,
 			"expand": expandCommand,
-			"code":   codeCommand,
+			"run":    runCommand,
+
+			"arguments": argumentsCommand,
 		},
 		RequireExplicitExec: true,
 	})
@@ -85,6 +73,8 @@ func (d *doubles) get(ts *testscript.TestScript, name string) *nethsmtest.HSM {
 //	nethsm stop NAME NODE
 //	nethsm only-get NAME              fails where it was sent anything but GET
 //	nethsm sent NAME METHOD PATH N    fails where it was not sent exactly N such requests; PATH is a prefix
+//	nethsm await NAME METHOD PATH     waits until it was sent such a request
+//	nethsm calm NAME                  ends all its faults
 //	nethsm forget NAME                forgets what it was sent
 func netHSMCommands(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
@@ -112,6 +102,10 @@ func netHSMCommands(ts *testscript.TestScript, neg bool, args []string) {
 		node(0).SetState(nethsmtest.State(rest[1]))
 	case "stop":
 		node(0).Stop()
+	case "calm":
+		for _, n := range h.Nodes() {
+			n.ClearFaults()
+		}
 	case "forget":
 		for _, n := range h.Nodes() {
 			n.ResetCounters()
@@ -123,14 +117,56 @@ func netHSMCommands(ts *testscript.TestScript, neg bool, args []string) {
 	case "sent":
 		want, err := strconv.Atoi(rest[2])
 		ts.Check(err)
-		sent := requests(h, func(r nethsmtest.Request) bool {
-			return r.Method == rest[0] && strings.HasPrefix(strings.TrimPrefix(r.Path, "/api/v1"), rest[1])
-		})
+		sent := requests(h, like(rest[0], rest[1]))
 		if len(sent) != want {
 			ts.Fatalf("%s was sent %d of these: %v", name, len(sent), sent)
 		}
+	case "await":
+		awaitRequest(ts, h, rest[0], rest[1])
 	default:
 		ts.Fatalf("nethsm %s is not known", verb)
+	}
+}
+
+func like(method, path string) func(nethsmtest.Request) bool {
+	return func(r nethsmtest.Request) bool {
+		return r.Method == method && strings.HasPrefix(strings.TrimPrefix(r.Path, "/api/v1"), path)
+	}
+}
+
+func awaitRequest(ts *testscript.TestScript, h *nethsmtest.HSM, method, path string) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(30 * time.Second)
+	for len(requests(h, like(method, path))) == 0 {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			ts.Fatalf("no %s %s came", method, path)
+		}
+	}
+}
+
+// argumentsCommand looks at the arguments of all processes, as everybody on a machine can: arguments PRESENT SECRET… fails where there is
+// no process with the first text among its arguments, or any with one of the others.
+func argumentsCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: arguments PRESENT SECRET…")
+	}
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	ts.Check(err)
+	found := false
+	for _, line := range lines {
+		content, _ := os.ReadFile(line) // a process that ended meanwhile has none
+		found = found || strings.Contains(string(content), args[0])
+		for _, secret := range args[1:] {
+			if strings.Contains(string(content), secret) {
+				ts.Fatalf("%s holds %s", line, secret)
+			}
+		}
+	}
+	if !found {
+		ts.Fatalf("no process has %s among its arguments", args[0])
 	}
 }
 
@@ -241,13 +277,14 @@ func expandCommand(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(content), 0o600))
 }
 
-// codeCommand runs a command and checks its exit code: code N COMMAND ….
-func codeCommand(ts *testscript.TestScript, neg bool, args []string) {
+// runCommand runs nitroseal, which must end with that exit code and show no secret: run CODE ARG …. Secrets are what lies in the files
+// that its flags name, whether they were there before or not, and the passphrases that every double has.
+func runCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
-		ts.Fatalf("usage: code N COMMAND …")
+		ts.Fatalf("usage: run CODE ARG …")
 	}
 	got := "0"
-	if err := ts.Exec(args[1], args[2:]...); err != nil {
+	if err := ts.Exec("nitroseal", args[1:]...); err != nil {
 		exit, is := errors.AsType[*exec.ExitError](err)
 		if !is {
 			ts.Fatalf("%v", err)
@@ -256,5 +293,32 @@ func codeCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if got != args[0] {
 		ts.Fatalf("exit code %s", got)
+	}
+	secrets := []string{
+		nethsmtest.OperatorPassphrase, nethsmtest.BackupPassphrase, nethsmtest.BackupFilePassphrase, nethsmtest.UnlockPassphrase, ts.Getenv("OPERATOR"),
+	}
+	for i, arg := range args[1:] {
+		if strings.HasSuffix(arg, "-file") && len(args) > i+2 {
+			content, _ := os.ReadFile(ts.MkAbs(args[i+2])) // it may be missing: that is for the command to say
+			secrets = append(secrets, strings.TrimSpace(string(content)))
+		}
+	}
+	for _, secret := range secrets {
+		// The double's administrator has the name of a role as a password.
+		if secret != "" && secret != nethsmtest.AdminPassphrase && strings.Contains(ts.ReadFile("stdout")+ts.ReadFile("stderr"), secret) {
+			ts.Fatalf("the secret %q was shown", secret)
+		}
+	}
+}
+
+// TestNoFlagTakesASecret: arguments are seen by every user of the machine.
+func TestNoFlagTakesASecret(t *testing.T) {
+	for _, verb := range newNetHSMCommand(newApp(os.Stdin, os.Stdout, os.Stderr)).Commands() {
+		verb.Flags().VisitAll(func(flag *pflag.Flag) {
+			secret := strings.Contains(flag.Name, "password") || strings.Contains(flag.Name, "passphrase")
+			if secret && !strings.HasSuffix(flag.Name, "-file") && !strings.HasSuffix(flag.Name, "-env") {
+				t.Errorf("%s has the flag --%s", verb.CommandPath(), flag.Name)
+			}
+		})
 	}
 }

@@ -51,7 +51,7 @@ func (a *app) describe(url string, shown nethsm.ShownCertificate) {
 	a.say("  subject  %s (%s)", printable(shown.Subject), printable(kind))
 	a.say("  valid    %s to %s", stamp(shown.NotBefore), stamp(shown.NotAfter))
 	a.say("  SHA-256  %s", shown.Pin)
-	a.say("Compare the SHA-256 with what the NetHSM itself says, on its console or in its log, or over a cable that leads nowhere else.")
+	a.say("Compare the SHA-256 where nobody can sit in between: over a cable to the NetHSM, or on the machine that runs its container.")
 }
 
 // confirm asks a person. Without a terminal, or with another answer than yes, it is a refusal that says what to do instead.
