@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -41,6 +42,9 @@ func statusAnswer() map[string]*framework.FieldSchema {
 
 func (b *backend) deviceStatus(ctx context.Context, _ *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	_, handle, err := b.knownDevice(ctx, data)
+	if errors.Is(err, device.ErrConfig) {
+		return &logical.Response{Data: showStatus(device.Status{Err: err, Checked: time.Now()})}, nil
+	}
 	if err != nil {
 		return nil, err
 	}

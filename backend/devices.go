@@ -33,8 +33,7 @@ type deviceShelf struct {
 	drops   int // counts drops, so that a handle made from a record read before one is not kept
 }
 
-// Device implements [keyring.Devices]. A configuration that was right when it was written and is not any more, because a
-// module or a PIN file is gone, is nobody's mistake in this request.
+// Device implements [keyring.Devices].
 func (b *backend) Device(ctx context.Context, name string) (hsm.Device, error) {
 	return b.openDevice(ctx, func() (*device.Handle, error) { return b.handle(ctx, name) })
 }
@@ -50,11 +49,17 @@ func (b *backend) openDevice(ctx context.Context, find func() (*device.Handle, e
 		if errors.Is(err, device.ErrClosed) && ctx.Err() == nil && b.closing.Err() == nil {
 			continue // its configuration was changed between the two calls
 		}
-		if errors.Is(err, device.ErrConfig) {
-			err = &statusError{http.StatusServiceUnavailable, err}
-		}
-		return opened, err
+		return opened, outlived(err)
 	}
+}
+
+// outlived gives the right status to the error of a configuration that was right when it was written and is not any more,
+// because a module or a PIN file is gone, or the plugin registered anew: it is nobody's mistake in this request.
+func outlived(err error) error {
+	if errors.Is(err, device.ErrConfig) {
+		return &statusError{http.StatusServiceUnavailable, err}
+	}
+	return err
 }
 
 // handle returns the handle of a configured device. The HSM is not touched, unless a change of its PIN was cut short.
@@ -100,7 +105,7 @@ func (b *backend) shelved(name string, record *deviceRecord) (*device.Handle, er
 func (b *backend) shelve(name string, record *deviceRecord, drops int) (*device.Handle, error) {
 	handle, err := b.options.Devices.Open(b.mount, name, record.Config)
 	if err != nil {
-		return nil, err
+		return nil, outlived(err)
 	}
 	if b.devices.keep(name, handle, drops) {
 		return handle, nil

@@ -207,11 +207,15 @@ func mountOn(t testing.TB, storage *faultyStorage, tokens *rack, secrets, state 
 // mountWith is a mount whose devices are opened by these openers.
 func mountWith(t testing.TB, storage *faultyStorage, openers map[string]device.Opener, secrets, state string) *mount {
 	t.Helper()
-	registry := device.New(device.Options{
-		Openers: openers,
-		Secrets: device.SecretFiles{Dir: secrets},
-	})
-	b, err := newBackend(context.Background(), Options{Devices: registry, StateDir: state}, (*mount)(nil).configFor(storage))
+	m := mountOf(t, storage, device.Options{Openers: openers, Secrets: device.SecretFiles{Dir: secrets}}, state)
+	m.secrets = secrets
+	return m
+}
+
+// mountOf is a mount of a process that opens devices so.
+func mountOf(t testing.TB, storage *faultyStorage, devices device.Options, state string) *mount {
+	t.Helper()
+	b, err := newBackend(context.Background(), Options{Devices: device.New(devices), StateDir: state}, (*mount)(nil).configFor(storage))
 	if err != nil {
 		t.Fatalf("making the backend: %v", err)
 	}
@@ -219,7 +223,7 @@ func mountWith(t testing.TB, storage *faultyStorage, openers map[string]device.O
 	if err := b.Initialize(context.Background(), &logical.InitializationRequest{Storage: storage}); err != nil {
 		t.Fatalf("initialising the backend: %v", err)
 	}
-	return &mount{backend: b, t: t, storage: storage, secrets: secrets, state: state}
+	return &mount{backend: b, t: t, storage: storage, state: state}
 }
 
 // configFor is what Vault gives to the factory.

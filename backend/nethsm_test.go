@@ -424,6 +424,33 @@ func TestUserOfANetHSMThatMayUseNoKeyAdoptsNone(t *testing.T) {
 	m.write("keys/prod", fields{"device": "net", "key_id": "k"}).want(t, http.StatusBadRequest).says(t, "403")
 }
 
+// The plugin was registered anew, and the registration names another NetHSM: the requests are right, and so was the record.
+func TestNetHSMThatIsNotAllowedAnyMoreIsNobodysMistake(t *testing.T) {
+	m := newMount(t)
+	m.addNetHSM(netURL).AddRSA(t, "k", "k", 2048)
+	m.write("devices/net", netHSMFieldsWith(nil)).ok(t)
+	m.write("keys/prod", fields{"device": "net", "key_id": "k"}).ok(t)
+	wrapped := m.write("wrap/prod", fields{"plaintext": "YQ=="}).ok(t).data["ciphertext"]
+
+	other := mountOf(t, m.storage, device.Options{
+		Openers: map[string]device.Opener{device.TypeNetHSM: m.rack.openNetHSM}, NetHSMs: []string{"https://other.example"},
+	}, m.state)
+	other.write("unwrap/prod", fields{"ciphertext": wrapped}).want(t, http.StatusServiceUnavailable).says(t, "-nethsm-url=https://nethsm.example:8443")
+	other.list("devices/net/keys").want(t, http.StatusServiceUnavailable).says(t, "-nethsm-url")
+	other.write("devices/net/lock", nil).want(t, http.StatusServiceUnavailable).says(t, "-nethsm-url")
+	other.read("devices/net").want(t, http.StatusOK)
+	for path, shown := range map[string]map[string]any{
+		"status": other.read("devices/net/status").want(t, http.StatusOK).data,
+		"health": other.read("health").want(t, http.StatusServiceUnavailable).data["devices"].(map[string]any)["net"].(map[string]any),
+	} {
+		if shown["usable"] != false || !strings.Contains(fmt.Sprint(shown["error"]), "-nethsm-url") {
+			t.Errorf("%s = %v", path, shown)
+		}
+	}
+	other.write("devices/net", fields{"request_timeout": "5s"}).want(t, http.StatusBadRequest).says(t, "-nethsm-url")
+	other.delete("devices/net", fields{"force": true}).want(t, http.StatusNoContent)
+}
+
 func TestObjectStoreOnANetHSM(t *testing.T) {
 	m := newMount(t)
 	m.addNetHSM(netURL).AddRSA(t, "k", "k", 2048)
