@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
-
-	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 // setupDevice is how the NetHSM is used from now on: what to write into nitroseal.hcl, and what to tell Vault. There is no
@@ -17,13 +15,13 @@ type setupDevice struct {
 }
 
 // device describes what was set up.
-func (v *setupVerb) device(client *nethsm.Client) *setupDevice {
+func (v *setupVerb) device() *setupDevice {
 	name := cmp.Or(v.name, v.target.device, "nethsm")
 	username := v.operator
 	if v.namespace != "" {
 		username = v.namespace + "~" + v.operator
 	}
-	urls, pins := client.URLs(), v.pins()
+	urls, pins := v.target.all, v.pins()
 
 	hcl := []string{
 		fmt.Sprintf("device %q {", name),

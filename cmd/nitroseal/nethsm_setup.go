@@ -46,6 +46,8 @@ func newNetHSMSetupCommand(a *app) *cobra.Command {
 else, and a tag that lets this operator alone use it. On request also a namespace of its own, unattended boot on or off, and a user
 and a passphrase for backups.
 
+With --device the user name, its namespace, its password and the tag are those of the configuration where no flag says otherwise.
+
 It can be run again at any time: what is there is left alone, what is missing is made, and what is there but differs is reported
 and never changed. --dry-run only says what it would do. At the end it prints the device for nitroseal.hcl and for Vault.
 
@@ -56,7 +58,7 @@ its device key) has the keys. Without --unattended-boot it stays as it is.`,
     --unattended-boot off --backup-user backup --backup-password-file /root/backup-user --backup-passphrase-file /root/backup-passphrase
   nitroseal nethsm setup --device hsm --namespace vault --namespace-admin admin --operator-password-env OPERATOR_PASSWORD`,
 		Args: noArguments,
-		RunE: func(cmd *cobra.Command, _ []string) error { return v.run(cmd.Context()) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return v.run(cmd) },
 	}
 	v.target.add(cmd, false)
 	v.admin.add(cmd)
@@ -81,11 +83,13 @@ its device key) has the keys. Without --unattended-boot it stays as it is.`,
 	return cmd
 }
 
-func (v *setupVerb) run(ctx context.Context) error {
+func (v *setupVerb) run(cmd *cobra.Command) error {
+	ctx := cmd.Context()
 	client, err := v.target.open(ctx)
 	if err != nil {
 		return err
 	}
+	v.fromConfiguration(cmd.Flags().Changed)
 	setup, err := v.setup(ctx)
 	if err != nil {
 		return err
@@ -97,7 +101,7 @@ func (v *setupVerb) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return v.print(steps, client, nil)
+		return v.print(steps, nil)
 	}
 	steps, err := setup.Apply(working, client, func(step nethsm.Step) {
 		if step.Changed {
@@ -110,7 +114,39 @@ func (v *setupVerb) run(ctx context.Context) error {
 	if steps == nil {
 		return err
 	}
-	return errors.Join(v.print(steps, client, err), err)
+	return errors.Join(v.print(steps, err), err)
+}
+
+// fromConfiguration takes what no flag says from the device of the configuration: so it is set up as it will be used.
+func (v *setupVerb) fromConfiguration(given func(flag string) bool) {
+	c := v.target.configured
+	if c.Name == "" {
+		return
+	}
+	namespace, operator := splitUser(c.Username)
+	if !given("namespace") && !given("operator") {
+		v.namespace, v.operator = namespace, operator
+	}
+	if !v.operatorPassword.given() && v.namespace == namespace && v.operator == operator {
+		v.operatorPassword.file, v.operatorPassword.env = c.PasswordFile, c.PasswordEnv
+	}
+	if namespace, admin := splitUser(c.AdminUsername); namespace != "" && namespace == v.namespace && !given("namespace-admin") {
+		v.namespaceAdmin = admin
+		if !v.namespacePassword.given() {
+			v.namespacePassword.file, v.namespacePassword.env = c.AdminPasswordFile, c.AdminPasswordEnv
+		}
+	}
+	if !given("tag") && len(c.KeyTags) > 0 {
+		v.tag = c.KeyTags[0]
+	}
+}
+
+// splitUser parts "namespace~user".
+func splitUser(name string) (namespace, user string) {
+	if namespace, user, is := strings.Cut(name, "~"); is {
+		return namespace, user
+	}
+	return "", name
 }
 
 // prove lets the operator open what was sealed to the key; where the password is not known, nobody can.
@@ -181,7 +217,8 @@ type setupStep struct {
 	Changed bool   `json:"changed"`
 }
 
-func (v *setupVerb) print(steps []nethsm.Step, client *nethsm.Client, failure error) error {
+// print prints the steps, and after a success how the NetHSM is used.
+func (v *setupVerb) print(steps []nethsm.Step, failure error) error {
 	result := setupResult{DryRun: v.dryRun, Steps: []setupStep{}, Proved: v.proved}
 	toDo := 0
 	for _, step := range steps {
@@ -191,9 +228,10 @@ func (v *setupVerb) print(steps []nethsm.Step, client *nethsm.Client, failure er
 		}
 	}
 	if failure == nil && !v.dryRun {
-		result.Device = v.device(client)
+		result.Device = v.device()
 	}
-	return v.app.print(result, func(t *table) {
+	a := v.app
+	return a.print(result, func(t *table) {
 		t.row("STATE", "WHAT", "")
 		changed := 0
 		for _, step := range result.Steps {

@@ -27,6 +27,7 @@ type nethsmTarget struct {
 
 	configured config.Device // the device of the configuration; its Name is empty where flags describe the target
 	secretsDir string
+	all        []string // the URLs of all nodes
 	trusted    []string // pins that a person confirmed
 }
 
@@ -70,6 +71,7 @@ func (t *nethsmTarget) open(ctx context.Context) (*nethsm.Client, error) {
 		return nil, &usageError{err}
 	}
 	t.app.onClose(client.Close)
+	t.all = client.URLs()
 	if t.node == "" {
 		return client, nil
 	}
