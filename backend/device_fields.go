@@ -128,8 +128,8 @@ func netHSMFields() map[string]*framework.FieldSchema {
 		}
 		fields[secret+"_file"] = &framework.FieldSchema{
 			Type: framework.TypeString,
-			Description: "a file that holds " + secret + ", under the plugin's -secrets-dir on every node that serves this mount. It is " +
-				"read anew when it changes.",
+			Description: "a file that holds " + secret + ", under the plugin's -secrets-dir on every node that serves this mount; for plugins " +
+				"registered with -nethsm-url only. It is read anew when it changes.",
 		}
 	}
 	return fields

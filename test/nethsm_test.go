@@ -213,9 +213,7 @@ func TestNetHSMOnABadDay(t *testing.T) {
 		eventuallyUnwraps(t, site, wrapped)
 	})
 	t.Run("it has a passphrase, restarts and opens by itself", func(t *testing.T) {
-		file := filepath.Join(site.SecretsDir, "unlock")
-		must(t, os.WriteFile(file, []byte(netPassphrase+"\n"), 0o600))
-		site.Write(t, "nitrokey/devices/hsm", vaulttest.Fields{"unlock_passphrase_file": file})
+		site.Write(t, "nitrokey/devices/hsm", vaulttest.Fields{"unlock_passphrase": netPassphrase})
 		for _, node := range netHSM.Nodes() {
 			must(t, node.Restart())
 		}
@@ -311,8 +309,9 @@ func freshStatus(t *testing.T, site *vaulttest.Site) vaulttest.Fields {
 // Whoever may write the configuration must not learn what is in it: no secret goes to a server that it was not given for.
 func TestNetHSMsSecretsGoNowhereElse(t *testing.T) {
 	netHSM, evil := startNetHSM(t, 1), startNetHSM(t, 1)
-	file := filepath.Join(t.TempDir(), "none")
 	site, wrapped := newNetSite(t, vaulttest.Build{}, netHSM, vaulttest.Fields{"unlock_passphrase": netPassphrase})
+	file := filepath.Join(site.SecretsDir, "password")
+	must(t, os.WriteFile(file, []byte("planted in a file"), 0o600))
 	unseen := func() {
 		t.Helper()
 		if requests := evil.Node(0).Requests(); len(requests) != 0 || evil.Node(0).Handshakes() != 0 {
@@ -352,6 +351,9 @@ func TestNetHSMsSecretsGoNowhereElse(t *testing.T) {
 	if after := fmt.Sprint(site.Read(t, "nitrokey/devices/hsm")); after != before {
 		t.Errorf("the refused writes changed the device:\n%s\n%s", before, after)
 	}
+	// Naming a file is no proof of knowing it, also for a device that is new.
+	site.Refused(t, "nitrokey/devices/evil", netFields(evil, vaulttest.Fields{"password": nil, "password_file": file}),
+		http.StatusBadRequest, "password_file", "-nethsm-url")
 	site.MustUnwrap(t, "prod", wrapped, secret)
 	site.Read(t, "nitrokey/devices/hsm/status")
 	unseen()
@@ -419,7 +421,7 @@ func TestNetHSMsPasswordMayComeFromAFile(t *testing.T) {
 	site.Refused(t, "nitrokey/devices/hsm", vaulttest.Fields{"urls": "https://127.0.0.1:1"}, http.StatusBadRequest,
 		"password or password_file", "admin_password or admin_password_file")
 
-	// Naming a file is no proof of knowing it: the plugin's own arguments say where files may be sent.
+	// The plugin's own arguments say where files may be sent.
 	site.Refused(t, "nitrokey/devices/evil", netFields(evil, vaulttest.Fields{"password": nil, "password_file": "password"}),
 		http.StatusBadRequest, "-nethsm-url")
 	if evil.Node(0).Handshakes() != 0 {

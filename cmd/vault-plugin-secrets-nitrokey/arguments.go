@@ -96,8 +96,9 @@ Vault starts this program. The arguments are given when it is registered, each a
   -pkcs11-module=PATH       a PKCS#11 module that mounts may use; repeat it for more
   -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file, password_file and so
                             on; none without it
-  -nethsm-url=URL           a node that devices of type nethsm may name; repeat it for more. Without it they may name any:
-                            whoever may write devices/ can then send a file of -secrets-dir to a server of their own
+  -nethsm-url=URL           a node that devices of type nethsm may name; repeat it for more. Without it they may name any
+                            node, but no file of -secrets-dir: whoever may write devices/ could have it sent to a server
+                            of their own
   -state-dir=DIR            where a PIN is remembered that was wrong, so that it is sent once only, and where stores of
                             type "file" lie; must be the same for all plugins on this machine, and survive restarts.
                             Without it no PIN is sent at all

@@ -17,7 +17,8 @@ starts it; there is nothing to run by hand. To register this very file:
 
        install -m 755 %[2]s PLUGIN_DIRECTORY/%[3]s
 
-  2. Register it, with the PKCS#11 modules that it may load (none for a NetHSM), and enable it:
+  2. Register it, with the PKCS#11 modules that it may load (for a NetHSM -nethsm-url=URL of each node instead), and
+     enable it:
 
        vault plugin register -sha256=%[4]s \
          -version=%[1]s -command=%[3]s \

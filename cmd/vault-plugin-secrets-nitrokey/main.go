@@ -62,10 +62,11 @@ func serve(meta *api.PluginAPIClientMeta, given arguments) (err error) {
 	netHSMs := nethsm.NewManager(log)
 	defer func() { err = errors.Join(err, netHSMs.Close(), tokens.Close()) }() // Vault has cleaned up the mounts by then, or is gone
 	devices := device.New(device.Options{
-		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
-		Secrets: device.SecretFiles{Dir: given.secretsDir},
-		NetHSMs: given.netHSMs,
-		Logger:  log,
+		Openers:   map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
+		Secrets:   device.SecretFiles{Dir: given.secretsDir},
+		NetHSMs:   given.netHSMs,
+		Strangers: true, // who may configure a mount need not be who registered the plugin
+		Logger:    log,
 	})
 	return plugin.ServeMultiplex(&plugin.ServeOpts{
 		BackendFactoryFunc: backend.New(backend.Options{Devices: devices, StateDir: given.stateDir}),

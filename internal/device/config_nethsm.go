@@ -100,9 +100,13 @@ func CheckURL(text string) error {
 	return nil
 }
 
-// checkAllowed complains about nodes that are not among the allowed ones, where there are such.
-func (c Config) checkAllowed(allowed []string) error {
+// checkAllowed complains about nodes that are not among the allowed ones; where none is, about files that strangers would
+// have sent to them.
+func (c Config) checkAllowed(allowed []string, strangers bool) error {
 	if len(allowed) == 0 {
+		if strangers {
+			return c.checkNoFile()
+		}
 		return nil
 	}
 	known := map[string]bool{}
@@ -115,6 +119,18 @@ func (c Config) checkAllowed(allowed []string) error {
 		if node, err := parseNode(text); err != nil || !known[node] {
 			return complain(`%s in "urls" is not among the NetHSMs that the plugin was registered with; register it with -args=-nethsm-url=%s as well, `+
 				`or name another`, node, node)
+		}
+	}
+	return nil
+}
+
+// checkNoFile complains about a file whose content would go to a NetHSM.
+func (c Config) checkNoFile() error {
+	for _, secret := range c.SecretFields() {
+		if secret.kind == TypeNetHSM && *secret.File != "" {
+			node, _ := parseNode(c.URLs[0]) // it was validated
+			return complain(`%q may not be given: the plugin was registered without -nethsm-url, so no file is sent to any NetHSM; register it with `+
+				`-args=-nethsm-url=%s, and so for each node, or give %q itself`, secret.FileName(), node, secret.Name)
 		}
 	}
 	return nil

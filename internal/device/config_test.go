@@ -3,6 +3,8 @@ package device
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -337,6 +339,54 @@ func TestOnlyAllowedNetHSMsAreOpened(t *testing.T) {
 			}
 			if handle != nil {
 				must(t, handle.Close())
+			}
+		})
+	}
+}
+
+// Naming a file is no proof of knowing what it holds: a server of their own would tell strangers.
+func TestNoFileGoesToANetHSMThatStrangersName(t *testing.T) {
+	opener := func(context.Context, string, Config, Secrets) (hsm.Device, error) { return &fakeDevice{}, nil }
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, "secret"), []byte("planted-secret"), 0o600))
+	inFile := func(file func(*Config) *string) Config {
+		config := validNetHSM()
+		*file(&config) = "secret"
+		for _, secret := range config.SecretFields() {
+			if *secret.File != "" {
+				*secret.Value = ""
+			}
+		}
+		return config
+	}
+	token := valid()
+	token.PIN, token.PINFile = "", "secret"
+	for name, test := range map[string]struct {
+		config    Config
+		allowed   []string
+		strangers bool
+		ok        bool
+	}{
+		"a password, and no node is allowed":     {inFile(func(c *Config) *string { return &c.PasswordFile }), nil, true, false},
+		"of the Administrator":                   {inFile(func(c *Config) *string { return &c.AdminPasswordFile }), nil, true, false},
+		"a passphrase":                           {inFile(func(c *Config) *string { return &c.UnlockPassphraseFile }), nil, true, false},
+		"a password, to nodes that are allowed":  {inFile(func(c *Config) *string { return &c.PasswordFile }), validNetHSM().URLs, true, true},
+		"a password, of whoever chose the files": {inFile(func(c *Config) *string { return &c.PasswordFile }), nil, false, true},
+		"no file":                                {validNetHSM(), nil, true, true},
+		"the PIN of a token":                     {token, nil, true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			registry := New(Options{
+				Openers: map[string]Opener{TypeNetHSM: opener, TypePKCS11: opener}, Secrets: SecretFiles{Dir: dir},
+				NetHSMs: test.allowed, Strangers: test.strangers,
+			})
+			err := registry.Check(test.config)
+			switch {
+			case test.ok != (err == nil):
+				t.Errorf("got %v", err)
+			case err != nil && (!errors.Is(err, ErrConfig) || !strings.Contains(err.Error(), "-nethsm-url=https://a.example:8443") ||
+				strings.Contains(err.Error(), "planted")):
+				t.Errorf("the complaint is %v", err)
 			}
 		})
 	}

@@ -6,7 +6,8 @@
 // HSM is used again without a restart of anything.
 //
 // What several mounts share (the module host, the log-in, the queue in front of a card, the PIN bar; the connections to a
-// NetHSM and the patience with its nodes) is shared one room below, in the provider. Here each mount has its own handle, so that closing one never disturbs another.
+// NetHSM and the patience with its nodes) is shared one room below, in the provider. Here each mount has its own handle, so
+// that closing one never disturbs another.
 //
 // A PIN, password or passphrase comes from the configuration or from a file under the secrets directory. A file is read
 // anew when it changed: a rotated PIN needs no write to Vault. While it cannot be read, an open device stays in use.
@@ -36,18 +37,21 @@ type Options struct {
 	// Openers are the known types of device: [TypePKCS11] and so on.
 	Openers map[string]Opener
 	Secrets SecretFiles
-	// NetHSMs are the URLs of the nodes that devices of [TypeNetHSM] may name; none means that they may name any. Whoever may
-	// write a configuration can otherwise name a file of Secrets, and a server of their own that it is sent to.
+	// NetHSMs are the URLs of the nodes that devices of [TypeNetHSM] may name; none means that they may name any.
 	NetHSMs []string
-	Logger  *slog.Logger
+	// Strangers is true where others write configurations than who chose Secrets, as those of a mount. They could name a file
+	// of it, and a server of their own that it is sent to: so none goes to a NetHSM that is not among NetHSMs.
+	Strangers bool
+	Logger    *slog.Logger
 }
 
 // Registry opens devices for all mounts of a process.
 type Registry struct {
-	openers map[string]Opener
-	secrets SecretFiles
-	netHSMs []string
-	logger  *slog.Logger
+	openers   map[string]Opener
+	secrets   SecretFiles
+	netHSMs   []string
+	strangers bool
+	logger    *slog.Logger
 }
 
 // New returns a registry. It does no I/O.
@@ -56,7 +60,9 @@ func New(options Options) *Registry {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	return &Registry{openers: options.Openers, secrets: options.Secrets, netHSMs: options.NetHSMs, logger: logger}
+	return &Registry{
+		openers: options.Openers, secrets: options.Secrets, netHSMs: options.NetHSMs, strangers: options.Strangers, logger: logger,
+	}
 }
 
 // Check says what is wrong with a configuration, its secret files included, without touching the HSM. What the user can
@@ -75,7 +81,7 @@ func (r *Registry) opener(config Config) (Opener, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
-	if err := config.checkAllowed(r.netHSMs); err != nil {
+	if err := config.checkAllowed(r.netHSMs, r.strangers); err != nil {
 		return nil, err
 	}
 	opener, known := r.openers[config.Type]
