@@ -55,7 +55,39 @@ func (b *backend) deviceUnlock(ctx context.Context, req *logical.Request, data *
 		return nil, fmt.Errorf("unlocking device %q: %w", locked.name, err)
 	}
 	b.logger.Info("device unlocked", "device", locked.name, "by", by(req))
-	return nil, nil
+	response := new(logical.Response)
+	for _, node := range locked.nodesNot(ctx, hsm.StateOperational) {
+		response.AddWarning(fmt.Sprintf("%s and may not be unlocked: write devices/%s/unlock again when it answers", node, locked.name))
+	}
+	return warnings(response), nil
+}
+
+// nodesNot names the nodes that are not seen in the state that all should be in now, with the reason: one that gave no answer
+// was left as it is.
+func (d lockedDevice) nodesNot(ctx context.Context, state hsm.State) []string {
+	cluster, ok := d.Unlocker.(hsm.Clustered)
+	if !ok {
+		return nil
+	}
+	var others []string
+	for _, node := range cluster.Nodes(ctx) {
+		switch {
+		case node.State == state:
+		case node.Err != nil:
+			others = append(others, fmt.Sprintf("the node %s is in trouble (%v)", node.URL, node.Err))
+		default:
+			others = append(others, fmt.Sprintf("the node %s is %s", node.URL, node.State))
+		}
+	}
+	return others
+}
+
+// warnings is a response of warnings only, nil where there are none.
+func warnings(response *logical.Response) *logical.Response {
+	if len(response.Warnings) == 0 {
+		return nil
+	}
+	return response
 }
 
 // passphrase returns the one that a request gives, or else the configured one. The caller wipes it.
@@ -89,12 +121,15 @@ func (b *backend) deviceLock(ctx context.Context, req *logical.Request, data *fr
 		return nil, fmt.Errorf("locking device %q: %w", unlocked.name, err)
 	}
 	b.logger.Info("device locked", "device", unlocked.name, "by", by(req))
+	response := new(logical.Response)
+	for _, node := range unlocked.nodesNot(ctx, hsm.StateLocked) {
+		response.AddWarning(fmt.Sprintf("%s and may not be locked: write devices/%s/lock again when it answers", node, unlocked.name))
+	}
 	passphrase, err := unlocked.handle.UnlockPassphrase()
 	clear(passphrase)
 	if err == nil && passphrase == nil {
-		return nil, nil
+		return warnings(response), nil
 	}
-	response := new(logical.Response)
 	response.AddWarning(fmt.Sprintf("an unlock passphrase is configured: the NetHSM stays locked for this plugin until devices/%s/unlock, a "+
 		"restart or a write of the device, but whoever else has the passphrase unlocks it with the next use; to keep it locked, take "+
 		"unlock_passphrase out everywhere", unlocked.name))

@@ -359,6 +359,27 @@ func TestNetHSMIsUnlockedWithThePassphraseGivenOrConfigured(t *testing.T) {
 	m.write("devices/net/lock", nil).want(t, http.StatusBadRequest).says(t, "only an Administrator of the root namespace may", "admin_username")
 }
 
+// A node that does not answer is left as it is. Who locks a NetHSM because something is wrong must not believe it locked.
+func TestNodesThatWereNotReachedAreNamed(t *testing.T) {
+	m := newMount(t)
+	netHSM := m.addNetHSM(netURL)
+	m.write("devices/net", netHSMFieldsWith(fields{"unlock_passphrase": nil})).ok(t)
+	absent := hsm.Node{URL: "https://b.example", State: hsm.StateAbsent, Err: fmt.Errorf("no answer: %w", hsm.ErrUnavailable)}
+	warned := func(got reply, parts ...string) {
+		t.Helper()
+		got.want(t, http.StatusOK)
+		for _, part := range append(parts, "https://b.example", "no answer") {
+			if len(got.warnings) != 1 || !strings.Contains(got.warnings[0], part) {
+				t.Errorf("warnings %q do not say %q", got.warnings, part)
+			}
+		}
+	}
+	netHSM.nodes = []hsm.Node{{URL: netURL, State: hsm.StateLocked}, absent}
+	warned(m.write("devices/net/lock", nil), "may not be locked", "devices/net/lock again")
+	netHSM.nodes = []hsm.Node{{URL: netURL, State: hsm.StateOperational}, absent}
+	warned(m.write("devices/net/unlock", fields{"passphrase": netPassphrase}), "may not be unlocked", "devices/net/unlock again")
+}
+
 func TestNetHSMHasNoPIN(t *testing.T) {
 	m := newMount(t)
 	m.addNetHSM(netURL)

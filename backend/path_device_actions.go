@@ -75,11 +75,11 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 				},
 			},
 			DisplayAttrs: display,
-			Operations:   write(b.deviceUnlock, "unlock", "Unlock an HSM that starts locked.", noContent("The HSM is unlocked.")),
+			Operations:   write(b.deviceUnlock, "unlock", "Unlock an HSM that starts locked.", configured("The HSM is unlocked.")),
 			HelpSynopsis: "Unlock an HSM that starts locked.",
-			HelpDescription: "A NetHSM is locked after a restart unless it boots unattended. Every locked node that answers is unlocked. A wrong " +
-				"passphrase costs nothing but a second: a NetHSM does not lock for good. PKCS#11 tokens have no such lock: they log in " +
-				"with the PIN by themselves.",
+			HelpDescription: "A NetHSM is locked after a restart unless it boots unattended. Every locked node that answers is unlocked; a " +
+				"warning names the others. A wrong passphrase costs nothing but a second: a NetHSM does not lock for good. PKCS#11 " +
+				"tokens have no such lock: they log in with the PIN by themselves.",
 		},
 		{
 			Pattern:      pattern + "/lock",
@@ -87,9 +87,9 @@ func (b *backend) deviceActionPaths() []*framework.Path {
 			DisplayAttrs: display,
 			Operations:   write(b.deviceLock, "lock", "Lock an HSM.", configured("The HSM is locked.")),
 			HelpSynopsis: "Lock an HSM until its passphrase is given again.",
-			HelpDescription: "Every node of the NetHSM is locked, for all who use it; this needs an admin_username of the root namespace. It " +
-				"is not unlocked by itself before devices/<name>/unlock, not even with a configured unlock_passphrase, unless the plugin " +
-				"starts anew or the device is written. PKCS#11 tokens have no such lock.",
+			HelpDescription: "Every node of the NetHSM that answers is locked, for all who use it, and a warning names the others; this " +
+				"needs an admin_username of the root namespace. It is not unlocked by itself before devices/<name>/unlock, not even with " +
+				"a configured unlock_passphrase, unless the plugin starts anew or the device is written. PKCS#11 tokens have no such lock.",
 		},
 		{
 			Pattern:      pattern + "/unbar",
