@@ -346,7 +346,7 @@ func (b *backupReader) decrypt(name string, sealed []byte) ([]byte, error) {
 // changes nothing, and reads its first bytes. Another one is an *hsm.PINError. The view is that of a user with the role Backup.
 func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, err error) {
 	var beginning beginning
-	_, err = c.Backup(ctx, &beginning)
+	err = c.backupTo(ctx, &beginning)
 	switch {
 	case unencrypted(err):
 		return false, nil
@@ -358,6 +358,34 @@ func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, 
 		return true, err
 	}
 	return true, b.open(passphrase, backupKey)
+}
+
+// backupTo makes a backup and stops where w fails. That error is returned, and does not count against the node.
+func (c *Client) backupTo(ctx context.Context, w io.Writer) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	full := &stopper{to: w, stop: stop}
+	_, err := c.Backup(ctx, full)
+	if full.err != nil {
+		return full.err
+	}
+	return err
+}
+
+// stopper writes until that fails, and then ends the request that the bytes come from.
+type stopper struct {
+	to   io.Writer
+	stop context.CancelFunc
+	err  error
+}
+
+func (s *stopper) Write(p []byte) (int, error) {
+	if s.err == nil {
+		if _, s.err = s.to.Write(p); s.err != nil {
+			s.stop()
+		}
+	}
+	return len(p), nil
 }
 
 // unencrypted is true for the refusal of a NetHSM without a backup passphrase.
@@ -450,7 +478,7 @@ func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []
 // backup. An existing file is never replaced (fs.ErrExist). Whatever fails leaves no file behind.
 func (c *Client) SaveBackup(ctx context.Context, path string, passphrase []byte) (BackupInfo, error) {
 	return saveBackup(path, passphrase, osFiles{}, func(w io.Writer) error {
-		_, err := c.Backup(ctx, w)
+		err := c.backupTo(ctx, w)
 		if unencrypted(err) {
 			return fmt.Errorf("the NetHSM has no backup passphrase yet, and encrypts its backups with it; set one first: %w", err)
 		}

@@ -3,6 +3,7 @@ package nethsm
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 )
 
 var goldenPassphrase = []byte("BackupPassphrase")
@@ -377,3 +379,38 @@ func TestAFullDiskLeavesNothingOfABackup(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 }
+
+func TestABackupIsBegunToSeeWhetherThePassphraseOpensIt(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
+	for i := range 40 { // so that the backup is far longer than what is read of it
+		if err := h.AddUser(fmt.Sprintf("user-%d", i), "Operator", "SomePassphrase"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	client := setupClient(t, h)
+	admin := client.As(Credentials{Username: nethsmtest.AdminUser, Password: []byte(nethsmtest.AdminPassphrase)})
+	if err := admin.SetBackupPassphrase(t.Context(), nil, []byte(nethsmtest.BackupFilePassphrase)); err != nil {
+		t.Fatal(err)
+	}
+	saver := client.As(Credentials{Username: nethsmtest.BackupUser, Password: []byte(nethsmtest.BackupPassphrase)})
+	if size, err := saver.Backup(t.Context(), io.Discard); err != nil || size < 2*beginningSize {
+		t.Fatalf("the backup has %d bytes, %v", size, err)
+	}
+	if set, err := saver.backupOpens(t.Context(), []byte(nethsmtest.BackupFilePassphrase)); !set || err != nil {
+		t.Errorf("the right passphrase: %v, %v", set, err)
+	}
+	if set, err := saver.backupOpens(t.Context(), []byte("WrongPassphrase")); !set || !errors.As(err, new(*hsm.PINError)) {
+		t.Errorf("a wrong passphrase: %v, %v", set, err)
+	}
+	full := errors.New("the disk is full")
+	if err := saver.backupTo(t.Context(), writerFunc(func([]byte) (int, error) { return 0, full })); !errors.Is(err, full) || errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("a full disk: %v", err)
+	}
+	if nodes := client.Nodes(t.Context()); nodes[0].Resting || nodes[0].Err != nil {
+		t.Errorf("breaking off made the node rest: %+v", nodes[0])
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
