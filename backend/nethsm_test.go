@@ -295,7 +295,7 @@ func TestStatusOfANetHSMSaysWhatIsWrong(t *testing.T) {
 		"every node is locked": {func(n *testNetHSM) {
 			n.SetError(hsm.ErrLocked)
 			n.nodes = []hsm.Node{{State: hsm.StateLocked}, {State: hsm.StateLocked}}
-		}, []string{"all 2 nodes are locked", "unlock_passphrase"}},
+		}, []string{"all 2 nodes are locked", "unlock passphrase"}},
 		"the only node is": {func(n *testNetHSM) {
 			n.SetError(hsm.ErrLocked)
 			n.nodes = []hsm.Node{{State: hsm.StateLocked}}

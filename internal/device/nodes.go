@@ -9,12 +9,12 @@ import (
 
 // withNodes completes the status of a device of several nodes by what its nodes say: a state where nothing else told one,
 // a sentence about why none can serve, a note for each that is in trouble while others serve.
-func withNodes(status Status) Status {
+func withNodes(status Status, config Config) Status {
 	if status.Info.State == "" {
 		status.Info.State = stateOf(status.Nodes)
 	}
 	if status.Err != nil {
-		if sentence := whyNone(status.Nodes); sentence != "" {
+		if sentence := whyNone(status.Nodes, config.UnlockPassphrase+config.UnlockPassphraseFile != ""); sentence != "" {
 			status.Err = &nodesError{sentence, status.Err}
 		}
 		return status
@@ -51,36 +51,42 @@ func stateOf(nodes []hsm.Node) hsm.State {
 	return ""
 }
 
-// whyNone says why no node can serve, and what to do; it is empty where a node could.
-func whyNone(nodes []hsm.Node) string {
-	counts := map[hsm.State]int{}
-	var unreached []string
+// whyNone says why no node can serve, and what to do; it is empty where a node could. Locked nodes that should be unlocked by
+// themselves are in trouble.
+func whyNone(nodes []hsm.Node, unlocksItself bool) string {
+	counts, errs := map[hsm.State]int{}, map[hsm.State][]string{}
 	for _, node := range nodes {
-		switch {
-		case node.State == hsm.StateOperational:
+		if node.State == hsm.StateOperational {
 			return ""
-		case node.State == hsm.StateAbsent && node.Err != nil:
-			unreached = append(unreached, node.Err.Error())
 		}
 		counts[node.State]++
+		if node.Err != nil {
+			errs[node.State] = append(errs[node.State], node.Err.Error())
+		}
 	}
 	var parts []string
 	for _, state := range states {
-		if n := counts[state]; n > 0 {
-			parts = append(parts, count(n, len(nodes))+" "+advice[state])
+		n := counts[state]
+		if n == 0 {
+			continue
 		}
+		part := count(n, len(nodes)) + " " + advice[state]
+		switch {
+		case state == hsm.StateLocked && !unlocksItself:
+			part += ", or configure unlock_passphrase, and it is unlocked whenever it is found locked"
+		case state == hsm.StateLocked && errs[state] != nil:
+			part += "; the configured unlock_passphrase has not done it: " + errs[state][0] // the others say the same
+		case state == hsm.StateAbsent && errs[state] != nil:
+			part += ": " + strings.Join(errs[state], "; ")
+		}
+		parts = append(parts, part)
 	}
-	sentence := strings.Join(parts, "; ")
-	if unreached != nil {
-		sentence += ": " + strings.Join(unreached, "; ") // those come last
-	}
-	return sentence
+	return strings.Join(parts, "; ")
 }
 
 // advice says what a state of nodes means, and what to do.
 var advice = map[hsm.State]string{
-	hsm.StateLocked: "locked: unlock the NetHSM with its unlock passphrase, or configure unlock_passphrase, and it is unlocked " +
-		"whenever it is found locked",
+	hsm.StateLocked:        "locked: unlock the NetHSM with its unlock passphrase",
 	hsm.StateUnprovisioned: "not provisioned: set the NetHSM up first",
 	hsm.StateFailed:        "in the state Failed: the database (etcd) may be away, and then it recovers by itself; else see the log",
 	hsm.StateAbsent:        "out of reach",

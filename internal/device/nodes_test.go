@@ -62,6 +62,7 @@ func inState(states ...hsm.State) []hsm.Node {
 
 func TestStatusOfSeveralNodes(t *testing.T) {
 	const up, locked, failed, fresh, absent = hsm.StateOperational, hsm.StateLocked, hsm.StateFailed, hsm.StateUnprovisioned, hsm.StateAbsent
+	unlocksNone := func(c *Config) { c.UnlockPassphrase = "" }
 	opens, forbidden := fakeKey{}, fakeKey{err: fmt.Errorf("decrypting (403): %w", hsm.ErrForbidden)}
 	tests := map[string]struct {
 		cluster *fakeCluster
@@ -81,12 +82,18 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 			canOpen: true, state: up, says: []string{"trouble with the node https://n0: node 0 is locked"},
 		},
 		"all are locked": {
-			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, locked, locked)},
-			state:   locked, err: hsm.ErrLocked, says: []string{"all 3 nodes are locked", "unlock_passphrase"}, saysNot: "node 0",
+			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, locked, locked)}, config: unlocksNone,
+			state: locked, err: hsm.ErrLocked, says: []string{"all 3 nodes are locked", "unlock_passphrase"}, saysNot: "node 0",
+		},
+		"all are locked, and what is configured does not unlock them": {
+			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, locked, absent)},
+			state:   locked, err: hsm.ErrLocked,
+			says:    []string{"2 nodes are locked", "the configured unlock_passphrase has not done it: node 0 is locked", "; 1 node is out of reach"},
+			saysNot: "or configure",
 		},
 		"some are locked and the rest is away": {
-			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, absent, absent)},
-			state:   locked, err: hsm.ErrLocked, says: []string{"1 node is locked", "2 nodes are out of reach: node 1 is absent", "; node 2 is absent"},
+			cluster: &fakeCluster{infoErr: hsm.ErrLocked, nodes: inState(locked, absent, absent)}, config: unlocksNone,
+			state: locked, err: hsm.ErrLocked, says: []string{"1 node is locked", "2 nodes are out of reach: node 1 is absent", "; node 2 is absent"},
 		},
 		"the only one is away": {
 			cluster: &fakeCluster{infoErr: hsm.ErrUnavailable, nodes: inState(absent)},

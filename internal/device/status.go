@@ -107,7 +107,7 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 		go func() { nodes <- cluster.Nodes(ctx) }() // ends before check does
 		defer func() {
 			status.Nodes = <-nodes
-			status = withNodes(status)
+			status = withNodes(status, h.config)
 		}()
 	}
 	if status.Info, status.Err = device.Info(ctx); status.Err != nil {
