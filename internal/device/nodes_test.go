@@ -129,6 +129,13 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 			cluster: &fakeCluster{randomErr: fmt.Errorf("random (403): %w", hsm.ErrForbidden), nodes: inState(up)},
 			state:   up, err: hsm.ErrForbidden, says: []string{"may list keys and not use them"},
 		},
+		"its user has another role, and the keys are for something else": {
+			cluster: &fakeCluster{
+				fakeDevice: fakeDevice{keys: []hsm.Key{fakeKey{err: hsm.ErrUnsupported}}}, nodes: inState(up),
+				randomErr: fmt.Errorf("random (403): %w", hsm.ErrForbidden),
+			},
+			state: up, err: hsm.ErrForbidden, says: []string{"may list keys and not use them"},
+		},
 		"there is no key yet": {
 			cluster: &fakeCluster{nodes: inState(up)}, state: up,
 		},

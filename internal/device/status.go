@@ -116,11 +116,9 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if status.Keys, status.Err = device.FindKeys(ctx, hsm.KeyQuery{}); status.Err != nil {
 		return status
 	}
-	if len(status.Keys) == 0 && h.config.Type == TypeNetHSM {
+	status = prove(ctx, device, status)
+	if status.Err == nil && !status.proved && h.config.Type == TypeNetHSM {
 		status.Err = checkRole(ctx, device)
-	}
-	if status.Err == nil {
-		status = prove(ctx, device, status)
 	}
 	return status
 }
