@@ -41,9 +41,11 @@ type pool struct {
 	cancel context.CancelFunc
 	wait   sync.WaitGroup
 
+	choosing sync.Mutex // taken before any other: a choice looks at nodes and logins, and those start things under mu
+	turn     int        // where the search for a node begins, so that equals take turns
+
 	mu       sync.Mutex
 	closed   bool
-	turn     int // where the search for a node begins, so that equals take turns
 	unlocker unlocker
 	logins   map[[sha256.Size]byte]*login
 	key      [sha256.Size]byte // of the fingerprints in logins
@@ -189,8 +191,8 @@ type choice struct {
 // login, the one with the fewest requests in flight; equals take turns. Where there is none, a resting one whose last try is
 // long enough ago, or any that rests where resting says so.
 func (p *pool) choose(nodes []*node, tried set, login *login, resting bool) choice {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.choosing.Lock()
+	defer p.choosing.Unlock()
 	p.turn++
 	next := p.serving(nodes, tried, login)
 	if next.node == nil {
