@@ -239,7 +239,7 @@ func TestLongLabelIsShortenedAndFoundByItsWholeLength(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := made.Ref().Label, "nitroseal-the-pr~of-the-bank-v12"; got != want || len(got) > 32 {
+	if got, want := made.Ref().Label, "nitroseal-the-~5a2b0dc6~bank-v12"; got != want || len(got) > 32 {
 		t.Errorf("the label is %q, want %q", got, want)
 	}
 	for _, query := range []string{label, made.Ref().Label} {

@@ -3,6 +3,7 @@ package nethsm
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ var rsaBits = map[hsm.Algorithm]int{hsm.RSA2048: 2048, hsm.RSA3072: 3072, hsm.RS
 // has the tags of the configuration; where the operator has none of them nothing is made, because a key that nobody can use
 // must not be sealed to. An answer that was lost is looked for by the key's id.
 //
-// A NetHSM takes labels of 32 bytes. A longer one is shortened in its middle, by [hsm.KeyQuery] as well. A server older than
+// A NetHSM takes labels of 32 bytes. A longer one is shortened, and so is one that is looked for. A server older than
 // 5.0 takes none: then the key is called by its id.
 func (d *Device) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error) {
 	key, err := d.generate(ctx, spec)
@@ -74,7 +75,7 @@ func (d *Device) generate(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error
 // make makes a key, whatever happens to the answer.
 func (d *Device) make(ctx context.Context, node *Client, wanted NewKey) error {
 	// Known to be free before, a key that is there after a lost answer is the one that was asked for.
-	switch _, err := node.Key(ctx, wanted.ID); {
+	switch _, err := node.described(ctx, wanted.ID); {
 	case err == nil:
 		return fmt.Errorf("%w: a key with id %s", hsm.ErrExists, wanted.ID)
 	case !errors.Is(err, hsm.ErrNotFound):
@@ -100,7 +101,7 @@ func (d *Device) make(ctx context.Context, node *Client, wanted NewKey) error {
 
 // made reads a new key back as the operator sees it.
 func (d *Device) made(ctx context.Context, id string, bits int) (hsm.Key, error) {
-	told, err := d.shared.operator.Key(ctx, id)
+	told, err := d.shared.operator.described(ctx, id)
 	if err != nil {
 		return nil, fmt.Errorf("reading the new key back as the operator %q: %w", d.shared.operatorName, err)
 	}
@@ -152,7 +153,7 @@ func (d *Device) delete(ctx context.Context, ref hsm.KeyRef) error {
 		return err
 	}
 	return d.inOrder(ctx, administrator, func(node *Client) error {
-		there, err := node.Key(ctx, ref.ID)
+		there, err := node.described(ctx, ref.ID)
 		if err != nil {
 			return err
 		}
@@ -180,19 +181,20 @@ func (d *Device) destroy(ctx context.Context, node *Client, id string) error {
 	return err
 }
 
-// shortLabel makes a label fit into the 32 bytes that a NetHSM takes: beginning and end of a longer one, with "~" between.
+// shortLabel makes a label fit into the 32 bytes that a NetHSM takes. A longer one keeps its beginning and its end, which has
+// the version; what stands between them are 8 digits of its SHA-256, for labels that differ in the middle.
 func shortLabel(label string) string {
 	label = strings.ToValidUTF8(label, "?")
 	if len(label) <= maxLabel {
 		return label
 	}
-	const half = maxLabel / 2
-	begin, end := label[:half], label[len(label)-half+1:]
+	digest := sha256.Sum256([]byte(label))
+	begin, end := label[:14], label[len(label)-8:]
 	for !utf8.ValidString(begin) {
 		begin = begin[:len(begin)-1]
 	}
 	for !utf8.ValidString(end) {
 		end = end[1:]
 	}
-	return begin + "~" + end
+	return fmt.Sprintf("%s~%x~%s", begin, digest[:4], end)
 }

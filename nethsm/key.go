@@ -34,7 +34,7 @@ var (
 )
 
 // newKey makes a key of what the NetHSM tells about one. The error says why it cannot be one of ours.
-func (d *Device) newKey(k Key) (*rsaKey, error) {
+func (d *Device) newKey(k *described) (*rsaKey, error) {
 	public, err := usableKey(k)
 	if err != nil {
 		return nil, err
@@ -54,7 +54,10 @@ func (d *Device) newKey(k Key) (*rsaKey, error) {
 }
 
 // usableKey is the public half of a key that can be one of ours.
-func usableKey(k Key) (*rsa.PublicKey, error) {
+func usableKey(k *described) (*rsa.PublicKey, error) {
+	if k.odd != nil {
+		return nil, k.odd
+	}
 	public, ok := k.Public.(*rsa.PublicKey)
 	if !ok {
 		return nil, fmt.Errorf("a key of type %s: RSA keys are used", k.Type)
@@ -145,7 +148,7 @@ func (k *rsaKey) doubt(ctx context.Context, refused error) error {
 	if !errors.Is(refused, hsm.ErrCiphertext) && !errors.Is(refused, hsm.ErrUnsupported) {
 		return refused
 	}
-	there, err := k.device.shared.operator.Key(ctx, k.ref.ID)
+	there, err := k.device.shared.operator.described(ctx, k.ref.ID)
 	switch {
 	case errors.Is(err, hsm.ErrNotFound):
 		return fmt.Errorf("%w: it was deleted meanwhile", hsm.ErrNotFound)

@@ -3,8 +3,10 @@ package nethsm
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -37,7 +39,7 @@ func (d *Device) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, e
 		if keys[i] == nil || !named(id, keys[i].Label, query.Label) {
 			continue
 		}
-		key, err := d.newKey(*keys[i])
+		key, err := d.newKey(keys[i])
 		switch {
 		case err != nil:
 			unusable = append(unusable, fmt.Sprintf("%q: %v", id, err))
@@ -52,12 +54,13 @@ func (d *Device) FindKeys(ctx context.Context, query hsm.KeyQuery) ([]hsm.Key, e
 	return found, nil
 }
 
-// named tells whether a key is called by a label; every key is, by none.
+// named tells whether a key is called by a label; every key is, by none. Only labels are shortened: an id that does for one
+// may be longer.
 func named(id, label, wanted string) bool {
 	if label == "" {
 		label = id
 	}
-	return wanted == "" || shortLabel(wanted) == label
+	return wanted == "" || wanted == label || shortLabel(wanted) == label
 }
 
 // candidates are the ids of keys that a query may mean.
@@ -72,13 +75,12 @@ func (d *Device) candidates(ctx context.Context, query hsm.KeyQuery) ([]string, 
 		return d.listed(operator.Keys(ctx, KeyFilter{}))
 	}
 	// Servers before 5.0 know no labels. They pass over the filter and list everything, or refuse it.
-	label := shortLabel(query.Label)
-	ids, err := d.listed(operator.Keys(ctx, KeyFilter{Label: label}))
+	ids, err := d.listed(operator.Keys(ctx, KeyFilter{Label: shortLabel(query.Label)}))
 	if errors.Is(err, ErrRequest) || errors.Is(err, hsm.ErrUnsupported) {
 		ids, err = d.listed(operator.Keys(ctx, KeyFilter{}))
 	}
-	if err == nil && mayBeKey(label) && !slices.Contains(ids, label) {
-		ids = append(ids, label) // a key without a label is called by its id
+	if err == nil && mayBeKey(query.Label) && !slices.Contains(ids, query.Label) {
+		ids = append(ids, query.Label) // a key without a label is called by its id
 	}
 	return ids, err
 }
@@ -92,17 +94,54 @@ func (d *Device) listed(ids []string, err error) ([]string, error) {
 }
 
 // keys asks for keys, a few at a time. What is not there is nil.
-func (d *Device) keys(ctx context.Context, ids []string) ([]*Key, error) {
-	keys := make([]*Key, len(ids))
+func (d *Device) keys(ctx context.Context, ids []string) ([]*described, error) {
+	keys := make([]*described, len(ids))
 	err := several(ctx, len(ids), func(ctx context.Context, i int) error {
-		key, err := d.shared.operator.Key(ctx, ids[i])
+		key, err := d.shared.operator.described(ctx, ids[i])
 		if errors.Is(err, hsm.ErrNotFound) {
 			return nil
 		}
-		keys[i] = &key
+		keys[i] = key
 		return err
 	})
 	return keys, err
+}
+
+// described is a key as a NetHSM tells of it. One that Go knows no such key for is no fault of the node that tells of it, as
+// [Client.Key] has it, and keeps nobody from the keys beside it.
+type described struct {
+	Key
+
+	odd error // why it cannot be used; nil: it may
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (k *described) UnmarshalJSON(text []byte) error {
+	k.odd = json.Unmarshal(text, &k.Key)
+	if k.odd == nil {
+		return nil
+	}
+	var some struct {
+		Type KeyType `json:"type"`
+	}
+	if json.Unmarshal(text, &some) != nil || some.Type == "" {
+		return k.odd // it is no key at all
+	}
+	return nil
+}
+
+// described is [Client.Key] for such keys.
+func (c *Client) described(ctx context.Context, id string) (*described, error) {
+	op := fmt.Sprintf("reading key %q", id)
+	if err := checkID(op, "the key", id); err != nil {
+		return nil, err
+	}
+	key := &described{}
+	if _, err := c.do(ctx, call{op: op, method: http.MethodGet, path: path("keys", id), into: key}); err != nil {
+		return nil, err
+	}
+	key.ID = id
+	return key, nil
 }
 
 // several runs do for 0 to n-1, a few at one time, until the first error.
