@@ -19,21 +19,23 @@ type lockedDevice struct {
 	hsm.Unlocker
 }
 
-// unlocker returns the device of a request as one that has a lock.
-func (b *backend) unlocker(ctx context.Context, data *framework.FieldData) (lockedDevice, error) {
-	name, handle, err := b.knownDevice(ctx, data)
-	if err != nil {
-		return lockedDevice{}, err
-	}
-	opened, err := b.Device(ctx, name)
+// unlocker returns the device of a request as one that has a lock, with the very handle that opened it: where the device is
+// written meanwhile, what was configured for one NetHSM must not be sent to another.
+func (b *backend) unlocker(ctx context.Context, data *framework.FieldData) (locked lockedDevice, err error) {
+	opened, err := b.openDevice(ctx, func() (*device.Handle, error) {
+		locked.name, locked.handle, err = b.knownDevice(ctx, data)
+		return locked.handle, err
+	})
 	if err != nil {
 		return lockedDevice{}, err
 	}
 	unlocker, ok := opened.(hsm.Unlocker)
 	if !ok {
-		return lockedDevice{}, mistake("device %q is a PKCS#11 token: it has no lock of its own, the PIN opens it; to stop its use, delete the device", name)
+		return lockedDevice{}, mistake("device %q is a PKCS#11 token: it has no lock of its own, the PIN opens it; to stop its use, delete the device",
+			locked.name)
 	}
-	return lockedDevice{name, handle, unlocker}, nil
+	locked.Unlocker = unlocker
+	return locked, nil
 }
 
 func (b *backend) deviceUnlock(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,6 +38,8 @@ type testNetHSM struct {
 	nodes  []hsm.Node
 	// weak is true where the user has not the role Operator.
 	weak bool
+	// tried are the passphrases that it was to be unlocked with.
+	tried []string
 }
 
 // addNetHSM puts a NetHSM into the rack.
@@ -53,7 +56,10 @@ func (m *mount) addNetHSM(url string) *testNetHSM {
 }
 
 // openNetHSM is a device.Opener. It does no I/O, as the provider's does not.
-func (r *rack) openNetHSM(_ context.Context, _ string, config device.Config, secrets device.Secrets) (hsm.Device, error) {
+func (r *rack) openNetHSM(ctx context.Context, _ string, config device.Config, secrets device.Secrets) (hsm.Device, error) {
+	if r.opening != nil {
+		r.opening(ctx)
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	found := r.netHSMs[config.URLs[0]]
@@ -88,6 +94,9 @@ func (d *netHSMDevice) Nodes(context.Context) []hsm.Node {
 }
 
 func (d *netHSMDevice) Unlock(_ context.Context, passphrase []byte) error {
+	d.hsm.mu.Lock()
+	d.hsm.tried = append(d.hsm.tried, string(passphrase))
+	d.hsm.mu.Unlock()
 	if string(passphrase) != netPassphrase {
 		return &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "the unlock passphrase is wrong (403)"}
 	}
@@ -357,6 +366,32 @@ func TestNetHSMIsUnlockedWithThePassphraseGivenOrConfigured(t *testing.T) {
 
 	m.write("devices/net", fields{"admin_username": "", "admin_password": "", "password": netPassword, "unlock_passphrase": netPassphrase}).ok(t)
 	m.write("devices/net/lock", nil).want(t, http.StatusBadRequest).says(t, "only an Administrator of the root namespace may", "admin_username")
+}
+
+// The device is written anew while it is being unlocked: what was configured for one NetHSM must not reach the other.
+func TestAConfiguredPassphraseStaysWithItsNetHSM(t *testing.T) {
+	const evilURL = "https://evil.example"
+	m := newMount(t)
+	m.addNetHSM(netURL)
+	evil := m.addNetHSM(evilURL)
+	m.write("devices/net", netHSMFieldsWith(nil)).ok(t)
+	var writing sync.WaitGroup
+	var begun atomic.Bool
+	m.rack.opening = func(context.Context) {
+		if !begun.CompareAndSwap(false, true) {
+			return
+		}
+		before, _ := m.devices.find("net")
+		writing.Go(func() {
+			m.write("devices/net", netHSMFieldsWith(fields{"urls": evilURL, "unlock_passphrase": "the passphrase of evil"})).ok(t)
+		})
+		await(t, "the device to be written", func() bool { now, _ := m.devices.find("net"); return now != before })
+	}
+	m.write("devices/net/unlock", nil)
+	writing.Wait()
+	if !begun.Load() || slices.Contains(evil.tried, netPassphrase) {
+		t.Errorf("the other NetHSM was sent %q", evil.tried)
+	}
 }
 
 // A node that does not answer is left as it is. Who locks a NetHSM because something is wrong must not believe it locked.
