@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"time"
 	"unicode/utf8"
 )
 
@@ -96,18 +97,65 @@ func appendString(body, text []byte) []byte {
 	return append(body, '"')
 }
 
-// outgoing is the body of one request. The transport may read it for a while after it gave the answer, so whoever wants to
-// wipe the bytes waits for it to be closed.
-type outgoing struct {
-	io.Reader
-	once sync.Once
-	done func()
+// payload is the body of a call. Package net/http may go on reading it after it has given the answer or an error, so whoever
+// wants to wipe the bytes must know when it has done. It is told by hooks, not by a reader of our own: only bytes that
+// net/http knows to be in memory are sent together with the headers. A node that sees the headers alone may answer and close
+// before the rest has come, and its answer would be lost.
+type payload struct {
+	bytes   []byte
+	mu      sync.Mutex
+	writing int           // requests that were begun and have not been written
+	idle    chan struct{} // closed when there are none; nil: nobody waits
 }
 
-// Close implements io.Closer.
-func (o *outgoing) Close() error {
-	o.once.Do(o.done)
-	return nil
+func (p *payload) begin() {
+	p.mu.Lock()
+	p.writing++
+	p.mu.Unlock()
+}
+
+func (p *payload) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.writing--; p.writing == 0 && p.idle != nil {
+		close(p.idle)
+		p.idle = nil
+	}
+}
+
+// idler is closed when the bytes are read no more; nil where that is so already.
+func (p *payload) idler() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.writing > 0 && p.idle == nil {
+		p.idle = make(chan struct{})
+	}
+	return p.idle
+}
+
+const (
+	writeTime = 100 * time.Millisecond // what a request that was given up gets to notice it
+	wipeTime  = time.Minute            // when it surely has
+)
+
+// wipe clears a body of ours once it is read no more: nearly always that is at once.
+func (p *pool) wipe(body *payload) {
+	idle := body.idler()
+	if idle == nil {
+		clear(body.bytes)
+		return
+	}
+	p.start(func() {
+		_ = p.sleep(p.ctx, wipeTime, idle)
+		clear(body.bytes)
+	})
+}
+
+// settle waits until a body of the caller's is read no more.
+func (p *pool) settle(body *payload) {
+	if idle := body.idler(); idle != nil && len(body.bytes) > 0 {
+		_ = p.sleep(p.ctx, writeTime, idle)
+	}
 }
 
 // errTooLarge says that an answer goes on beyond its limit.

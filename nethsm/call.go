@@ -87,7 +87,11 @@ func (c *Client) do(ctx context.Context, in call) (answer, error) {
 	if !in.public {
 		j.login = c.login
 	}
-	defer j.body.finish(in.body != nil)
+	if in.body != nil {
+		defer c.pool.wipe(j.body)
+	} else {
+		defer c.pool.settle(j.body)
+	}
 	defer cancel() // first: it ends what may still read the body
 	return j.run(limited)
 }

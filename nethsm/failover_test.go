@@ -690,3 +690,37 @@ func TestUnlockingIsTriedAgain(t *testing.T) {
 		}
 	})
 }
+
+// A node that was away for long and comes back Locked is unlocked as soon as a request finds it.
+func TestNodeThatReturnsLockedIsUnlockedAtOnce(t *testing.T) {
+	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {
+		t := s.T
+		s.client.pool.setUnlocker(func(ctx context.Context, at *Client) error {
+			return at.Unlock(ctx, []byte(nethsmtest.UnlockPassphrase))
+		})
+		s.network.stop(s.peers[0].address)
+		_ = ask(t.Context(), s.operator())
+		later(5 * time.Minute)
+		h.Node(0).SetState(nethsmtest.Locked)
+		s.network.start(s.peers[0].address, s.peers[0])
+		began := time.Now()
+		if err := ask(t.Context(), s.operator()); err != nil || time.Since(began) > time.Second {
+			t.Errorf("error %v after %v", err, time.Since(began))
+		}
+	})
+}
+
+// Who takes the passphrase back does not leave callers waiting for an unlocking that never comes.
+func TestUnlockingThatIsCalledOff(t *testing.T) {
+	within(t, Options{Timeout: time.Minute}, handlers(inState(StateLocked)), func(s *scene) {
+		t := s.T
+		s.client.pool.setUnlocker(func(context.Context, *Client) error { return hsm.ErrUnavailable })
+		_ = ask(t.Context(), s.client)
+		s.client.pool.setUnlocker(func(context.Context, *Client) error { return nil }) // announced, and due in a second
+		time.AfterFunc(100*time.Millisecond, func() { s.client.pool.setUnlocker(nil) })
+		began := time.Now()
+		if err := ask(t.Context(), s.client); !errors.Is(err, hsm.ErrLocked) || time.Since(began) > time.Second {
+			t.Errorf("error %v after %v", err, time.Since(began))
+		}
+	})
+}

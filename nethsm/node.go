@@ -144,6 +144,20 @@ func (n *node) fails(cause error, brief bool) bool {
 	return true
 }
 
+// pause is how long the node is left alone before the next probe.
+func (n *node) pause() time.Duration {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return backoff[min(n.level, len(backoff)-1)]
+}
+
+// longer makes the next pause longer.
+func (n *node) longer() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.level++
+}
+
 // probeSoon makes the next probe of a resting node come at once.
 func (n *node) probeSoon() {
 	n.mu.Lock()

@@ -337,6 +337,22 @@ func TestForgottenPasswordIsNotTriedForEver(t *testing.T) {
 	})
 }
 
+// A try that is overdue is made, whatever the real clock has done meanwhile.
+func TestOverdueTryIsMade(t *testing.T) {
+	client := reach(t, Options{}, "http://127.0.0.1:1")
+	s := client.login.standing[0]
+	done := make(chan bool, 1)
+	go func() { done <- s.sleep(time.Now().Add(-time.Second)) }()
+	select {
+	case went := <-done:
+		if !went {
+			t.Error("it was given up")
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("it sleeps on")
+	}
+}
+
 func TestTooManyRequests(t *testing.T) {
 	// limiting answers 429 so many times.
 	limiting := func(times int) http.HandlerFunc {

@@ -246,7 +246,7 @@ func (p *pool) returning(nodes []*node, tried set, login *login, resting bool) c
 		}
 		best.left++
 		if best.node == nil {
-			best.node, best.trial = n, true
+			best.node, best.trial = n, !resting
 		}
 	}
 	return best
@@ -275,13 +275,10 @@ func (p *pool) probe(n *node) {
 			return
 		}
 		if !p.unlock(n) { // after unlocking it is asked at once
-			n.mu.Lock()
-			pause := backoff[min(n.level, len(backoff)-1)]
-			n.level++
-			n.mu.Unlock()
-			timer := time.NewTimer(jittered(pause))
+			timer := time.NewTimer(jittered(n.pause()))
 			select {
 			case <-timer.C:
+				n.longer()
 			case <-resting.kick:
 				timer.Stop()
 			case <-resting.over:

@@ -155,10 +155,12 @@ func (n *node) exchange(ctx context.Context, over *http.Transport, in *call, bod
 	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
 			so.connected, so.reused = true, info.Reused
+			body.begin()
 			if connected != nil {
 				connected()
 			}
 		},
+		WroteRequest:         func(httptrace.WroteRequestInfo) { body.end() },
 		GotFirstResponseByte: func() { so.began.Store(true) },
 	})
 	request, err := n.request(traced, in, body, authorization)
@@ -196,16 +198,12 @@ func (n *node) request(ctx context.Context, in *call, body *payload, authorizati
 	if len(in.query) > 0 {
 		address += "?" + in.query.Encode()
 	}
-	request, err := http.NewRequestWithContext(ctx, in.method, address, nil)
+	request, err := http.NewRequestWithContext(ctx, in.method, address, bytes.NewReader(body.bytes))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", in.op, err)
 	}
-	if len(body.bytes) > 0 {
-		request.Body = body.open()
-		request.ContentLength = int64(len(body.bytes))
-		if !in.creates {
-			request.GetBody = func() (io.ReadCloser, error) { return body.open(), nil }
-		}
+	if in.creates {
+		request.GetBody = nil // net/http cannot send it again
 	}
 	request.Header["User-Agent"] = n.userAgent
 	if in.contentType != "" {
@@ -285,24 +283,4 @@ func (n *node) failed(ctx context.Context, in *call, so *progress, began time.Ti
 		f.stale = so.reused && !in.creates
 	}
 	return f
-}
-
-// payload is the body of a call. Each of its requests reads the bytes anew.
-type payload struct {
-	bytes   []byte
-	readers sync.WaitGroup
-}
-
-func (p *payload) open() io.ReadCloser {
-	p.readers.Add(1)
-	return &outgoing{Reader: bytes.NewReader(p.bytes), done: p.readers.Done}
-}
-
-// finish waits until no request reads the bytes any more, which is soon after the last one ended, and clears them where they
-// are ours.
-func (p *payload) finish(wipe bool) {
-	p.readers.Wait()
-	if wipe {
-		clear(p.bytes)
-	}
 }

@@ -198,6 +198,43 @@ func TestWhatIsOnTheWire(t *testing.T) {
 	}
 }
 
+// Headers and body come in one piece: a node that saw the headers alone could answer and close before the rest has come, and
+// what it said would be lost.
+func TestRequestComesInOnePiece(t *testing.T) {
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	pieces := make(chan string, 8)
+	var all sync.WaitGroup
+	defer all.Wait()
+	client := reach(t, Options{}, "http://"+listener.Addr().String())
+	for name, in := range map[string]call{
+		"an object":       {op: "sending", method: http.MethodPost, path: "/x", body: map[string]string{"a": "sesame"}},
+		"a secret object": {op: "sending", method: http.MethodPost, path: "/x", body: passphraseBody{secret("sesame")}, creates: true},
+		"bytes":           {op: "sending", method: http.MethodPut, path: "/x", raw: []byte("sesame"), contentType: "a/b", creates: true},
+	} {
+		all.Go(func() {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			piece := make([]byte, 4096)
+			n, _ := conn.Read(piece)
+			pieces <- string(piece[:n])
+			_, _ = io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+		})
+		_, _ = client.do(t.Context(), call{
+			op: in.op, method: in.method, path: in.path, body: in.body, raw: in.raw, contentType: in.contentType, creates: in.creates, public: true,
+		})
+		if piece := <-pieces; !strings.Contains(piece, "sesame") {
+			t.Errorf("%s: the first piece ends before the body:\n%s", name, piece)
+		}
+	}
+}
+
 // A kept connection that the node has closed meanwhile: what changes nothing goes once more on a new one, with a method that
 // net/http does not repeat as well.
 func TestStaleConnectionIsReplacedForReads(t *testing.T) {

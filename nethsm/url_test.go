@@ -2,6 +2,7 @@ package nethsm
 
 import (
 	"errors"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -73,4 +74,28 @@ func TestOptionsThatCannotWork(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Whatever is given, a URL that is taken is https, or http to this machine, and is taken as it is the second time.
+func FuzzURL(f *testing.F) {
+	for _, seed := range []string{"https://hsm.example:8443/api/v1", "http://[::1]", "http://127.0.0.1.example", "https://a:b@c", "https://%41/"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		base, err := parseURL(text)
+		if err != nil {
+			if !errors.Is(err, ErrConfig) {
+				t.Errorf("error = %v, want ErrConfig", err)
+			}
+			return
+		}
+		again, err := parseURL(base)
+		if err != nil || again != base {
+			t.Errorf("%q became %q, and that %q, %v", text, base, again, err)
+		}
+		parsed, err := url.Parse(base)
+		if err != nil || parsed.Scheme != "https" && !loopback(parsed.Hostname()) || parsed.User != nil {
+			t.Errorf("%q became %q, %v", text, base, err)
+		}
+	})
 }
