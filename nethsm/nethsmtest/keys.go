@@ -104,11 +104,13 @@ func validID(id string) string {
 	return ""
 }
 
-// key is the key of the path in the caller's namespace; nil for none.
+// key is the key of the path in the caller's namespace; nil for none. A request sees one version of it, even when another
+// deletes it meanwhile.
 func (x *exchange) key() *keyRecord {
-	var k *keyRecord
-	x.hsm.store.read(func(r *record) { k = r.Keys[x.keyName()] })
-	return k
+	if x.k == nil {
+		x.hsm.store.read(func(r *record) { x.k = r.Keys[x.keyName()] })
+	}
+	return x.k
 }
 
 func (x *exchange) keyName() string { return keyName(x.user.namespace, x.path["id"]) }
@@ -535,7 +537,7 @@ func putLabel(x *exchange) answer {
 	if len(label) > 32 {
 		return refuse(http.StatusBadRequest, "Label cannot be longer than 32 bytes.")
 	}
-	if x.key().Label == label {
+	if k := x.key(); k != nil && k.Label == label {
 		return empty(http.StatusNotModified)
 	}
 	return x.changed(x.changeKey(func(k *keyRecord) { k.Label = label }))

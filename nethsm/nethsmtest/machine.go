@@ -58,6 +58,8 @@ type exchange struct {
 	path   map[string]string // the {names} of the route
 	name   string            // the user name that was sent
 	user   *user             // who it turned out to be
+	k      *keyRecord        // the key of the path, as it was when the request looked for it
+	u      *user             // the user of the path, likewise
 	client string            // the address, for rate limits
 	header http.Header       // to be sent with whatever answer
 }

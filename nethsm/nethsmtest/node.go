@@ -149,6 +149,13 @@ func (n *Node) State() State {
 	}
 }
 
+// startedAt is when the node was started last.
+func (n *Node) startedAt() time.Time {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.started
+}
+
 // blind says whether the node's etcd is away.
 func (n *Node) blind() bool {
 	n.mu.Lock()

@@ -33,8 +33,9 @@ func (x *exchange) usable(mechanism, encoded, purpose string) (*keyRecord, []byt
 		a = refuse(http.StatusForbidden, "tags restriction not met")
 		return nil, nil, &a
 	}
-	data, err := base64.StdEncoding.DecodeString(strings.ReplaceAll(encoded, "\n", ""))
-	if err != nil {
+	data, err := base64.StdEncoding.DecodeString(encoded) // which skips newlines, as the original does
+	if err != nil || strings.Contains(encoded, "\r") {    // and carriage returns, which the original does not
+
 		a = refuse(http.StatusBadRequest, "Couldn't decode data from base64: Wrong padding.")
 		return nil, nil, &a
 	}
@@ -68,11 +69,18 @@ func (x *exchange) finish(k *keyRecord, err error, result any) answer {
 	return jsonAnswer(result)
 }
 
-// private runs a private-key operation in the node's engine.
+// private runs a private-key operation in the node's engine and counts it, failed or not, once it has begun.
 func (x *exchange) private(work func()) {
-	x.node.operations.Add(1)
+	x.engine(func() {
+		x.node.operations.Add(1)
+		work()
+	})
+}
+
+// engine runs work in the node's engine; the exchange ends where the client leaves before that is done.
+func (x *exchange) engine(work func()) {
 	if !x.node.operate(x.r.Context(), work) {
-		panic(http.ErrAbortHandler) // the client left
+		panic(http.ErrAbortHandler)
 	}
 }
 
@@ -91,8 +99,10 @@ func decryptKey(x *exchange) answer {
 		return *refused
 	}
 	var plain []byte
-	x.node.decrypts.Add(1)
-	x.private(func() { plain, err = k.decrypt(mode, data, iv) })
+	x.private(func() {
+		x.node.decrypts.Add(1)
+		plain, err = k.decrypt(mode, data, iv)
+	})
 	return x.finish(k, err, struct {
 		Decrypted string `json:"decrypted"`
 	}{b64(plain)})
@@ -205,9 +215,7 @@ func encryptKey(x *exchange) answer {
 		return refuse(http.StatusBadRequest, "Encryption only supported for Generic keys.")
 	}
 	var encrypted, used []byte
-	if !x.node.operate(x.r.Context(), func() { encrypted, used, err = k.cbc(data, iv, "Encryption") }) {
-		panic(http.ErrAbortHandler)
-	}
+	x.engine(func() { encrypted, used, err = k.cbc(data, iv, "Encryption") })
 	return x.finish(k, err, struct {
 		Encrypted string `json:"encrypted"`
 		IV        string `json:"iv"`
@@ -284,9 +292,7 @@ func randomBytes(x *exchange) answer {
 		return refuse(http.StatusBadRequest, "Invalid data for JSON schema: length must be between 1 and 1024.")
 	}
 	var bytes []byte
-	if !x.node.operate(x.r.Context(), func() { bytes = random(length) }) {
-		panic(http.ErrAbortHandler)
-	}
+	x.engine(func() { bytes = random(length) })
 	return jsonAnswer(struct {
 		Random string `json:"random"`
 	}{b64(bytes)})

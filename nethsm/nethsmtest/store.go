@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 )
 
@@ -61,6 +62,9 @@ func openStore(dir string) (*store, error) {
 		return nil, err
 	}
 	s.path = filepath.Join(dir, databaseFile)
+	if err := s.sweep(); err != nil {
+		return nil, err
+	}
 	data, err := os.ReadFile(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
@@ -85,6 +89,18 @@ func emptyRecord() *record {
 		Namespaces: map[string]bool{},
 		Keys:       map[string]*keyRecord{},
 	}
+}
+
+// sweep removes what a process that was killed while it wrote has left beside the database.
+func (s *store) sweep() error {
+	dir := filepath.Dir(s.path)
+	files, err := os.ReadDir(dir)
+	for _, f := range files {
+		if strings.HasPrefix(f.Name(), databaseFile+".") {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, f.Name())))
+		}
+	}
+	return err
 }
 
 // read gives a look at the record.

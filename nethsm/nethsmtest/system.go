@@ -119,7 +119,7 @@ func getMetrics(x *exchange) answer {
 		statuses[r.Status]++
 	}
 	metrics := map[string]string{
-		"uptime":       strconv.Itoa(int(x.hsm.now().Sub(x.node.started).Seconds())),
+		"uptime":       strconv.Itoa(int(x.hsm.now().Sub(x.node.startedAt()).Seconds())),
 		"key generate": strconv.FormatInt(x.node.generated.Load(), 10),
 		"key decrypt":  strconv.Itoa(x.node.Decrypts()),
 		"key sign":     strconv.Itoa(x.node.Operations() - x.node.Decrypts()),

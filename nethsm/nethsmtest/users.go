@@ -90,11 +90,12 @@ func (x *exchange) userID() (string, *answer) {
 	return name, nil
 }
 
-// target is the user of the path; nil for none.
+// target is the user of the path; nil for none. As with keys, a request sees one version.
 func (x *exchange) target() *user {
-	var u *user
-	x.hsm.store.read(func(r *record) { u = r.Users[x.path["id"]].clone() })
-	return u
+	if x.u == nil {
+		x.hsm.store.read(func(r *record) { x.u = r.Users[x.path["id"]].clone() })
+	}
+	return x.u
 }
 
 // userOrPrefixExists is userExists for /users/{id} itself, where POST takes the prefix of a namespace.
@@ -112,10 +113,16 @@ func userExists(x *exchange) (bool, *answer) {
 	return x.target() != nil, nil
 }
 
-// otherNamespace says whether the path's user lies outside the caller's namespace.
-func (x *exchange) otherNamespace() bool {
+// outOfReach says whether the path's user is none of the caller's business: it lies in another namespace. The root looks
+// after the users of a namespace until that exists, and then no more.
+func (x *exchange) outOfReach() bool {
 	namespace, _ := splitName(x.path["id"])
-	return namespace != x.user.namespace
+	if namespace == x.user.namespace {
+		return false
+	}
+	exists := true
+	x.hsm.store.read(func(r *record) { exists = r.Namespaces[namespace] })
+	return exists || x.user.namespace != ""
 }
 
 // mayNotUser guards /users/{id}: administrators of the namespace, and operators reading about themselves. The root
@@ -123,32 +130,32 @@ func (x *exchange) otherNamespace() bool {
 func mayNotUser(x *exchange) bool {
 	switch x.r.Method {
 	case http.MethodGet:
-		if x.otherNamespace() && x.user.namespace != "" {
+		if x.user.namespace != "" && x.outOfReach() {
 			return true
 		}
 		self := x.user.Role == roleOperator && x.user.id == x.path["id"]
 		return x.user.Role != roleAdministrator && !self
 	case http.MethodDelete:
-		return x.user.Role != roleAdministrator || x.otherNamespace()
+		return x.user.Role != roleAdministrator || x.outOfReach()
 	default: // whom a PUT or POST would make is judged with its body
 		return x.user.Role != roleAdministrator
 	}
 }
 
-// mayNotSelf guards the passphrase: an administrator of the same namespace, or an operator about itself.
+// mayNotSelf guards the passphrase: an administrator within reach, or an operator about itself.
 func mayNotSelf(x *exchange) bool {
 	self := x.user.Role == roleOperator && x.user.id == x.path["id"]
-	return x.otherNamespace() || (x.user.Role != roleAdministrator && !self)
+	return x.outOfReach() || (x.user.Role != roleAdministrator && !self)
 }
 
 // mayNotTags is mayNotSelf, but the root namespace may look into the others.
 func mayNotTags(x *exchange) bool {
 	self := x.user.Role == roleOperator && x.user.id == x.path["id"]
-	return (x.otherNamespace() && x.user.namespace != "") || (x.user.Role != roleAdministrator && !self)
+	return (x.user.namespace != "" && x.outOfReach()) || (x.user.Role != roleAdministrator && !self)
 }
 
-// mayNotTag: administrators of the same namespace only.
-func mayNotTag(x *exchange) bool { return x.user.Role != roleAdministrator || x.otherNamespace() }
+// mayNotTag: administrators within reach only.
+func mayNotTag(x *exchange) bool { return x.user.Role != roleAdministrator || x.outOfReach() }
 
 func listUsers(x *exchange) answer {
 	type item struct {
