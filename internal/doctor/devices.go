@@ -38,21 +38,18 @@ func (d *doctor) netHSM(ctx context.Context, f chart, configured config.Device) 
 	}
 	trust(f, configured)
 	status := handle.Status(ctx)
-	for _, node := range status.Nodes {
-		d.node(f, node)
-	}
 	if status.Err != nil {
 		f.problem("round trip", "the error says what the NetHSM answered; docs/nethsm.md has a table of what each answer means", "%v", status.Err)
 	} else {
 		d.notes(f, status.Info)
 		roundTrip(f, configured.Name, status)
 	}
-	opened, err := handle.Device(ctx)
-	if err != nil {
-		return // reported above
-	}
-	if client, ok := opened.(*nethsm.Device); ok {
+	opened, err := handle.Device(ctx) // an error was reported above
+	if client, ok := opened.(*nethsm.Device); ok && err == nil {
 		d.roles(ctx, f, configured, client)
+	}
+	for _, node := range status.Nodes {
+		d.node(f, node)
 	}
 }
 
@@ -78,7 +75,7 @@ func (d *doctor) node(f chart, node hsm.Node) {
 	}
 	switch {
 	case node.State == hsm.StateOperational && node.Err == nil:
-		f.ok("state", "operational, answered in %v", node.RoundTrip.Round(time.Millisecond))
+		f.ok("state", "operational, answered in %v", node.RoundTrip.Round(100*time.Microsecond))
 	case node.State == hsm.StateLocked:
 		f.problem("state", "nitroseal nethsm unlock; with unlock_passphrase_file it is unlocked whenever it is found locked, with unattended boot it "+
 			"never locks by a restart", "locked: it serves nobody")
@@ -87,7 +84,7 @@ func (d *doctor) node(f chart, node hsm.Node) {
 	case node.State == hsm.StateFailed:
 		f.problem("state", "see whether its database (etcd) is there; it recovers by itself when that returns", "failed")
 	default:
-		f.problem("state", "where the sentence does not say what to do: see whether it is switched on, and whether a firewall is in between", "%v", node.Err)
+		f.problem("state", "see whether it is switched on, whether a firewall is in between, and whether its certificate is the one that is trusted here", "%v", node.Err)
 	}
 }
 

@@ -86,7 +86,7 @@ func (d *doctor) notes(f chart, info hsm.Info) {
 func roundTrip(f chart, name string, status device.Status) {
 	switch {
 	case status.CanOpen():
-		f.ok("round trip", "one of %d keys decrypted what was encrypted to it, in %v", len(status.Keys), status.RoundTrip.Round(time.Millisecond))
+		f.ok("round trip", "one of %d keys decrypted what was encrypted to it, in %v", len(status.Keys), status.RoundTrip.Round(100*time.Microsecond))
 	case len(status.Keys) == 0:
 		f.warning("round trip", fmt.Sprintf("make one: nitroseal key generate NAME --device %s", name), "there is no key that could open an envelope")
 	default:
