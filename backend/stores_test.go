@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	vaultstore "vault-plugin-secrets-nitrokey/internal/store/vault"
 )
 
 // plantedKey is no key; nothing here connects to an etcd.
@@ -152,6 +153,17 @@ func TestCheckedStoreIsStoredOnlyWhereItWorks(t *testing.T) {
 	m.write("stores/full", fields{"type": "object", "device": "card", "check": true}).want(t, http.StatusInsufficientStorage)
 	if names := m.list("stores").text("keys"); names != "[files objects]" {
 		t.Errorf("stores = %s", names)
+	}
+}
+
+// A store that is just being opened may have read where its device was before: it must not be kept.
+func TestStoreThatWasBegunBeforeItsDeviceChangedIsNotKept(t *testing.T) {
+	m := newMount(t)
+	m.addDevice("card")
+	drops := m.stores.drops
+	m.write("devices/card", fields{"parallel": 2}).ok(t)
+	if m.stores.keep("objects", openStore{vaultstore.New(m.storage, "kept/s/", m.stores.locks), "card"}, drops) {
+		t.Error("it is kept")
 	}
 }
 
