@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdh"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -133,6 +134,13 @@ func netHSMFieldsWith(changes fields) fields {
 		}
 	}
 	return whole
+}
+
+// both are the fields of two maps.
+func both(one, two fields) fields {
+	all := maps.Clone(one)
+	maps.Copy(all, two)
+	return all
 }
 
 func TestNetHSMIsReadWithoutItsSecrets(t *testing.T) {
@@ -525,6 +533,21 @@ func TestObjectStoreOnANetHSM(t *testing.T) {
 	other.write("stores/objects", fields{"type": "object", "device": "net", "check": true}).want(t, http.StatusBadRequest).
 		says(t, "belongs to another mount")
 	other.write("stores/objects", fields{"type": "object", "device": "net", "application": "other", "check": true}).ok(t)
+
+	// The same cluster, named by some of its nodes only.
+	const second, third = "https://b.example", "https://c.example"
+	m.rack.netHSMs[second], m.rack.netHSMs[third] = m.rack.netHSMs[netURL], m.rack.netHSMs[netURL]
+	secrets := fields{"password": netPassword, "admin_password": netAdmin, "unlock_passphrase": netPassphrase}
+	m.write("devices/net", both(fields{"urls": netURL + "," + second}, secrets)).ok(t)
+	m.write("material/eu/shares", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "objects"}).ok(t)
+	other.write("devices/net", both(fields{"urls": third + "," + second}, secrets)).ok(t)
+	store := fields{"type": "object", "device": "net", "application": "nitroseal"}
+	other.write("stores/objects", both(store, fields{"check": true})).want(t, http.StatusBadRequest).says(t, "belongs to another mount", "take_over")
+	m.write("devices/net", both(fields{"urls": third + "," + netURL}, secrets)).ok(t)
+	m.write("material/eu/shares", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "objects"}).ok(t)
+	other.write("stores/objects", both(store, fields{"take_over": true})).ok(t)
+	m.write("material/eu/shares", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "objects"}).want(t, http.StatusBadRequest).
+		says(t, "belongs to another mount")
 }
 
 func TestSecretsOfANetHSMReachTheOpenerFromFiles(t *testing.T) {

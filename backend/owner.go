@@ -107,21 +107,46 @@ func machineError(err error) error {
 	return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 }
 
+// owners are the notes of one store: one for each node of a NetHSM, because mounts may name other nodes of one cluster.
+type owners []*owner
+
+func (o owners) check() error {
+	for _, one := range o {
+		if err := one.check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// claim claims all, or none that was not ours where one belongs to another mount.
+func (o owners) claim(takeOver bool) error {
+	if err := o.check(); err != nil && !(takeOver && errors.Is(err, errOthers)) {
+		return err
+	}
+	for _, one := range o {
+		if err := one.claim(takeOver); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // ownedStore is a store that belongs to one mount. Each write looks whether it still does.
 type ownedStore struct {
 	store.Store
-	owner *owner
+	owners owners
 }
 
 func (s *ownedStore) Put(ctx context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
-	if err := s.owner.claim(false); err != nil {
+	if err := s.owners.claim(false); err != nil {
 		return store.NoRevision, err
 	}
 	return s.Store.Put(ctx, name, value, expected)
 }
 
 func (s *ownedStore) Delete(ctx context.Context, name string, expected store.Revision) error {
-	if err := s.owner.claim(false); err != nil {
+	if err := s.owners.claim(false); err != nil {
 		return err
 	}
 	return s.Store.Delete(ctx, name, expected)

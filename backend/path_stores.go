@@ -360,10 +360,10 @@ func (b *backend) tryStore(ctx context.Context, name string, record *storeRecord
 	defer b.closeStore(name, opened)
 	tried := opened
 	if owned, ok := opened.(*ownedStore); ok {
-		if err := owned.owner.check(); err != nil && !(takeOver && errors.Is(err, errOthers)) {
+		if err := owned.owners.check(); err != nil && !(takeOver && errors.Is(err, errOthers)) {
 			return nil, err
 		}
-		claim = func() error { return owned.owner.claim(takeOver) }
+		claim = func() error { return owned.owners.claim(takeOver) }
 		tried = owned.Store // a check leaves no note
 	}
 	if !check {

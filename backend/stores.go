@@ -101,7 +101,7 @@ func (b *backend) Store(ctx context.Context, name string) (store.Store, error) {
 			return nil, fmt.Errorf("store %q: %w", name, err)
 		}
 		if owned, ok := opened.(*ownedStore); ok {
-			if err := owned.owner.claim(false); err != nil {
+			if err := owned.owners.claim(false); err != nil {
 				b.closeStore(name, opened)
 				return nil, fmt.Errorf("store %q: %w", name, err)
 			}
@@ -141,6 +141,7 @@ func (b *backend) dropStore(name string) {
 // dropStores closes the stores that lie on a device; all stores where device is empty.
 func (b *backend) dropStores(device string) {
 	b.stores.mu.Lock()
+	b.stores.drops++ // also for one that is just being opened
 	var names []string
 	for name, opened := range b.stores.open {
 		if device == "" || opened.device == device {
@@ -216,20 +217,20 @@ func (b *backend) openStore(ctx context.Context, name string, record *storeRecor
 		if err != nil {
 			return nil, err
 		}
-		return b.owned(opened, filepath.Join(dir, ownerFile), "the directory "+dir), nil
+		return &ownedStore{opened, owners{b.owner(filepath.Join(dir, ownerFile), "the directory "+dir)}}, nil
 	default:
 		return nil, mistake("type %q is not known; use one of %s", record.Type, strings.Join(storeTypes, ", "))
 	}
 }
 
-// owned is a store that belongs to one mount.
-func (b *backend) owned(opened store.Store, path, what string) store.Store {
-	return &ownedStore{opened, &owner{path: path, what: what, mount: b.mount, logger: b.logger}}
+// owner is the note that something belongs to this mount.
+func (b *backend) owner(path, what string) *owner {
+	return &owner{path: path, what: what, mount: b.mount, logger: b.logger}
 }
 
 // openObjects opens the data objects of a device.
 func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.Store, error) {
-	serial, err := b.serialOf(ctx, record.Device)
+	serial, parts, err := b.serialOf(ctx, record.Device)
 	if err != nil {
 		return nil, err
 	}
@@ -248,32 +249,36 @@ func (b *backend) openObjects(ctx context.Context, record *storeRecord) (store.S
 	if err != nil {
 		return nil, machineError(err) // the rest of it was checked when the store was written
 	}
-	what := fmt.Sprintf("the application %q on the HSM %s", record.Application, serial)
-	return b.owned(kept, objectOwnerPath(b.options.StateDir, serial, record.Application), what), nil
+	owned := &ownedStore{Store: kept}
+	for _, part := range parts {
+		what := fmt.Sprintf("the application %q on the HSM %s", record.Application, part)
+		owned.owners = append(owned.owners, b.owner(objectOwnerPath(b.options.StateDir, part, record.Application), what))
+	}
+	return owned, nil
 }
 
-// serialOf names the HSM of a device for the lock file and the note of the owner: a token by its serial number, which it is
-// asked for; a NetHSM, each of whose nodes has another one, by its nodes and namespace.
-func (b *backend) serialOf(ctx context.Context, name string) (string, error) {
+// serialOf names the HSM of a device for the lock file, and its parts for the notes of the owner: a token by its serial number,
+// which it is asked for; a NetHSM, each of whose nodes has another one, by its nodes and namespace.
+func (b *backend) serialOf(ctx context.Context, name string) (serial string, parts []string, err error) {
 	record, err := b.readDevice(ctx, name)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	if record != nil && record.Config.Type == device.TypeNetHSM {
-		return record.Config.Place(), nil
+		return record.Config.Place(), record.Config.Places(), nil
 	}
 	opened, err := b.Device(ctx, name)
 	if err != nil {
-		return "", fmt.Errorf("device %q: %w", name, err)
+		return "", nil, fmt.Errorf("device %q: %w", name, err)
 	}
 	info, err := opened.Info(ctx)
 	if err != nil {
-		return "", fmt.Errorf("asking device %q for its serial number: %w", name, err)
+		return "", nil, fmt.Errorf("asking device %q for its serial number: %w", name, err)
 	}
 	if info.Serial == "" {
-		return "", mistake("device %q tells no serial number, which data objects need for their lock file; use another kind of store", name)
+		return "", nil, mistake("device %q tells no serial number, which data objects need for their lock file; use another kind of store", name)
 	}
-	return info.Serial, nil
+	return info.Serial, []string{info.Serial}, nil
 }
 
 // fileStoreDir returns the directory of a file store. It lies under -state-dir, links resolved: whoever may write a

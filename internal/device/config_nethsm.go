@@ -194,9 +194,20 @@ func (c Config) validateTrust() error {
 
 // Place names a NetHSM by its nodes and the namespace of the user, whichever node answers and in whatever order they are
 // written: a cluster has no serial number of its own. It holds nothing but letters, digits and "-".
-func (c Config) Place() string {
-	var nodes []string
+func (c Config) Place() string { return c.place(c.URLs...) }
+
+// Places names each node, with the namespace, as [Config.Place] does all: two configurations that share a node share its name.
+func (c Config) Places() []string {
+	var places []string
 	for _, text := range c.URLs {
+		places = append(places, c.place(text))
+	}
+	return places
+}
+
+func (c Config) place(urls ...string) string {
+	var nodes []string
+	for _, text := range urls {
 		node, err := parseNode(text)
 		if err != nil {
 			node = text // not a valid configuration, and one more name

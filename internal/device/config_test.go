@@ -306,6 +306,11 @@ func TestPlaceNamesAClusterAndANamespace(t *testing.T) {
 			}
 		})
 	}
+	some := base
+	some.URLs = []string{"https://c.example", "https://B.example:8443/"}
+	if places := base.Places(); len(places) != 2 || places[0] == places[1] || some.Places()[1] != places[1] || some.Places()[0] == places[0] {
+		t.Errorf("the places of the nodes: %q and %q", places, some.Places())
+	}
 	if place := base.Place(); !strings.HasPrefix(place, "nethsm-") || len(place) != len("nethsm-")+16 {
 		t.Errorf("Place = %q", place)
 	}
