@@ -2,6 +2,7 @@ package nethsm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,6 +59,9 @@ type shared struct {
 
 	mu         sync.Mutex // guards what follows
 	passphrase []byte     // of the automatic unlocking; nil for none
+	unlocks    bool       // nodes that are found locked are unlocked by themselves
+	unlocking  map[*node]chan struct{}
+	wrong      map[*node]error // what nodes said of the passphrase: it is not sent there again
 }
 
 func newShared(config DeviceConfig) (*shared, error) {
@@ -65,7 +69,10 @@ func newShared(config DeviceConfig) (*shared, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &shared{client: client, operator: client.As(config.Operator), operatorName: config.Operator.Username}
+	s := &shared{
+		client: client, operator: client.As(config.Operator), operatorName: config.Operator.Username,
+		unlocking: map[*node]chan struct{}{}, wrong: map[*node]error{},
+	}
 	if config.Administrator != nil {
 		s.administrator = client.As(*config.Administrator)
 	}
@@ -252,6 +259,9 @@ func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 		state, err := node.State(ctx)
 		if err == nil && state == StateLocked {
 			err = node.Unlock(ctx, passphrase)
+			if answer, is := errors.AsType[*Error](err); is && answer.State == StateOperational {
+				err = nil // somebody else was faster
+			}
 		} else if err == nil && state != StateOperational {
 			err = fmt.Errorf("%w: it is not locked, it is %s", hsm.ErrUnavailable, strings.ToLower(string(state)))
 		}
@@ -261,6 +271,9 @@ func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 		return err
 	})
 	if err == nil {
+		d.shared.mu.Lock()
+		clear(d.shared.wrong)
+		d.shared.mu.Unlock()
 		d.shared.unlockByItself(true)
 	}
 	return err
@@ -281,8 +294,8 @@ func (n *node) returns(ctx context.Context) {
 	}
 }
 
-// Lock implements [hsm.Unlocker]. Nodes then stay locked until Unlock: this process unlocks them no more by itself. Another
-// one that was told to, does.
+// Lock implements [hsm.Unlocker]. Nodes then stay locked until Unlock: this device, and those that share its client, unlock
+// them no more by themselves. Others with an unlock passphrase do, in this process or another one.
 func (d *Device) Lock(ctx context.Context) error {
 	if err := d.begin(ctx); err != nil {
 		return fmt.Errorf("locking %s: %w", d.name, err)
@@ -292,18 +305,24 @@ func (d *Device) Lock(ctx context.Context) error {
 		return fmt.Errorf("locking %s: %w", d.name, err)
 	}
 	var locked atomic.Bool
-	d.shared.unlockByItself(false)
+	before := d.shared.unlockByItself(false)
 	err = d.each(ctx, administrator, "locking", func(node *Client) error {
+		if err := d.shared.settle(ctx, node.only); err != nil {
+			return err
+		}
 		state, err := node.State(ctx)
 		if err == nil && state != StateLocked {
 			err = node.Lock(ctx)
+		}
+		if errors.Is(err, hsm.ErrLocked) {
+			err = nil // somebody else was faster
 		}
 		if err == nil {
 			locked.Store(true)
 		}
 		return err
 	})
-	if !locked.Load() {
+	if before && !locked.Load() {
 		d.shared.unlockByItself(true)
 	}
 	return err
@@ -402,21 +421,62 @@ func (s *shared) unlockPassphrase() []byte {
 	return bytes.Clone(s.passphrase)
 }
 
-// unlockByItself lets nodes that are found locked be unlocked, where there is a passphrase for that, or not.
-func (s *shared) unlockByItself(yes bool) {
-	passphrase := s.unlockPassphrase()
-	defer clear(passphrase)
-	if !yes || passphrase == nil {
+// unlockByItself lets nodes that are found locked be unlocked, where there is a passphrase for that, or not. It tells how it
+// was before.
+func (s *shared) unlockByItself(yes bool) (before bool) {
+	s.mu.Lock()
+	before, s.unlocks = s.unlocks, yes && s.passphrase != nil
+	now := s.unlocks
+	s.mu.Unlock()
+	if now {
+		s.client.pool.setUnlocker(s.unlock)
+	} else {
 		s.client.pool.setUnlocker(nil)
-		return
 	}
-	s.client.pool.setUnlocker(func(ctx context.Context, at *Client) error {
-		passphrase := s.unlockPassphrase()
-		defer clear(passphrase)
-		err := at.Unlock(ctx, passphrase)
-		if err == nil {
-			s.client.pool.logger.Info("a node of the NetHSM was unlocked by itself", "node", at.only.host)
-		}
-		return err // the pool logs it
-	})
+	return before
+}
+
+// errKeptLocked is why a node is not unlocked by itself that was locked meanwhile.
+var errKeptLocked = fmt.Errorf("it was locked on purpose: %w", hsm.ErrLocked)
+
+// unlock unlocks a node that was found locked. The pool logs the error, and asks for one node once at a time.
+func (s *shared) unlock(ctx context.Context, at *Client) error {
+	s.mu.Lock()
+	if wrong := s.wrong[at.only]; wrong != nil || !s.unlocks {
+		s.mu.Unlock()
+		return cmp.Or(wrong, errKeptLocked)
+	}
+	passphrase, over := bytes.Clone(s.passphrase), make(chan struct{})
+	s.unlocking[at.only] = over
+	s.mu.Unlock()
+	defer clear(passphrase)
+	defer close(over)
+
+	err := at.Unlock(ctx, passphrase)
+	s.mu.Lock()
+	delete(s.unlocking, at.only)
+	if _, is := errors.AsType[*hsm.PINError](err); is {
+		s.wrong[at.only] = err
+	}
+	s.mu.Unlock()
+	if err == nil {
+		s.client.pool.logger.Info("a node of the NetHSM was unlocked by itself", "node", at.only.host)
+	}
+	return err
+}
+
+// settle waits for the end of an unlocking that is on its way.
+func (s *shared) settle(ctx context.Context, n *node) error {
+	s.mu.Lock()
+	over := s.unlocking[n]
+	s.mu.Unlock()
+	if over == nil {
+		return nil
+	}
+	select {
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for an unlocking that is on its way: %w", ctx.Err())
+	}
 }
