@@ -464,12 +464,25 @@ func readLimited(path string) ([]byte, error) {
 }
 
 // RestoreBackup restores a backup to one node and returns the state that it is in afterwards. See [Client.Restore] for what that does to
-// the node, and who may.
+// the node, and who may. Where the answer is lost the node is asked: a new one that has become Locked was restored.
 func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []byte) (State, error) {
-	if err := c.Restore(ctx, Restoration{Backup: bytes.NewReader(backup.content), Passphrase: passphrase}); err != nil {
+	before, err := c.State(ctx)
+	if err != nil {
 		return "", err
 	}
-	return c.State(ctx)
+	err = c.Restore(ctx, Restoration{Backup: bytes.NewReader(backup.content), Passphrase: passphrase})
+	if err != nil && !errors.Is(err, hsm.ErrMayHaveHappened) {
+		return before, err
+	}
+	after, asked := c.State(ctx)
+	switch {
+	case err == nil, before == StateUnprovisioned && after == StateLocked:
+		return after, asked
+	case asked != nil:
+		return "", errors.Join(err, asked)
+	default:
+		return after, fmt.Errorf("%w; the node is %s now; look at its users and keys, and restore again where they are not those of the backup", err, after)
+	}
 }
 
 // SaveBackup makes a backup into a new file with mode 0600 and returns what it holds. The view must have the credentials of

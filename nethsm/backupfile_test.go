@@ -399,9 +399,6 @@ func TestABackupIsBegunToSeeWhetherThePassphraseOpensIt(t *testing.T) {
 	if set, err := saver.backupOpens(t.Context(), []byte(nethsmtest.BackupFilePassphrase)); !set || err != nil {
 		t.Errorf("the right passphrase: %v, %v", set, err)
 	}
-	if set, err := saver.backupOpens(t.Context(), []byte("WrongPassphrase")); !set || !errors.As(err, new(*hsm.PINError)) {
-		t.Errorf("a wrong passphrase: %v, %v", set, err)
-	}
 	full := errors.New("the disk is full")
 	if err := saver.backupTo(t.Context(), writerFunc(func([]byte) (int, error) { return 0, full })); !errors.Is(err, full) || errors.Is(err, hsm.ErrUnavailable) {
 		t.Errorf("a full disk: %v", err)
@@ -414,3 +411,36 @@ func TestABackupIsBegunToSeeWhetherThePassphraseOpensIt(t *testing.T) {
 type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// TestALostAnswerOfARestoreIsFoundOut: a new node that has become Locked was restored.
+func TestALostAnswerOfARestoreIsFoundOut(t *testing.T) {
+	source := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
+	admin := setupClient(t, source).As(Credentials{Username: nethsmtest.AdminUser, Password: []byte(nethsmtest.AdminPassphrase)})
+	if err := admin.SetBackupPassphrase(t.Context(), nil, goldenPassphrase); err != nil {
+		t.Fatal(err)
+	}
+	saver := admin.As(Credentials{Username: nethsmtest.BackupUser, Password: []byte(nethsmtest.BackupPassphrase)})
+	path := filepath.Join(t.TempDir(), "backup")
+	if _, err := saver.SaveBackup(t.Context(), path, nil); err != nil {
+		t.Fatal(err)
+	}
+	backup, err := LoadBackup(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	target := unprovisioned(t)
+	client := setupClient(t, target)
+	target.Node(0).Inject(nethsmtest.Fault{Path: "/system/restore", Drop: true, Times: 2})
+	if state, err := client.RestoreBackup(t.Context(), backup, goldenPassphrase); err == nil {
+		t.Errorf("a restore that never arrived: %s", state)
+	}
+	target.Node(0).ClearFaults()
+	target.Node(0).Inject(nethsmtest.Fault{Path: "/system/restore", Cut: true, After: -1, Times: 1})
+	if state, err := client.RestoreBackup(t.Context(), backup, goldenPassphrase); err != nil || state != StateLocked {
+		t.Errorf("a restore whose answer was lost: %s, %v", state, err)
+	}
+	if err := client.Unlock(t.Context(), []byte(nethsmtest.UnlockPassphrase)); err != nil {
+		t.Error(err)
+	}
+}

@@ -49,6 +49,7 @@ func (t *nethsmTarget) add(cmd *cobra.Command, oneNode bool) {
 	cmd.MarkFlagsMutuallyExclusive("insecure", "ca-cert")
 	cmd.MarkFlagsMutuallyExclusive("insecure", "pin")
 	_ = cmd.MarkFlagFilename("ca-cert")
+	_ = cmd.RegisterFlagCompletionFunc("device", t.app.completeDevices)
 }
 
 // open returns a client without credentials; it does not touch the NetHSM but to look at certificates that nothing given
