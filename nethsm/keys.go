@@ -60,7 +60,7 @@ const (
 // maxLabel is the longest label in bytes.
 const maxLabel = 32
 
-// generating is the deadline of making a key: an appliance looks for long primes for a while.
+// generating is the deadline of making an RSA key: an appliance looks for long primes for a while.
 const generating = 5 * time.Minute
 
 // Key describes a key.
@@ -176,8 +176,12 @@ func (c *Client) GenerateKey(ctx context.Context, key NewKey) (string, error) {
 	if err := checkNewKey(op, key.ID, key.Label, key.Mechanisms, key.Tags); err != nil {
 		return "", err
 	}
+	var timeout time.Duration // that of other calls
+	if key.Type == TypeRSA {
+		timeout = generating
+	}
 	return c.create(ctx, call{
-		op: op, method: http.MethodPost, path: "/keys/generate", timeout: generating,
+		op: op, method: http.MethodPost, path: "/keys/generate", timeout: timeout,
 		body: struct {
 			Mechanisms   []Mechanism   `json:"mechanisms"`
 			Type         KeyType       `json:"type"`
