@@ -50,7 +50,7 @@ func (b *backend) deviceUnlock(ctx context.Context, req *logical.Request, data *
 	defer clear(passphrase)
 	defer locked.handle.ForgetStatus()
 	err = locked.Unlock(ctx, passphrase)
-	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) {
+	if pinError := (*hsm.PINError)(nil); errors.As(err, &pinError) || errors.Is(err, device.ErrRequest) {
 		return nil, mistake("unlocking device %q: %w", locked.name, err)
 	}
 	if err != nil {

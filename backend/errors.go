@@ -92,7 +92,7 @@ var statuses = []struct {
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
 	{http.StatusBadRequest, []error{
-		errNoStore, device.ErrConfig, device.ErrRequest, transit.ErrMalformed,
+		errNoStore, device.ErrConfig, transit.ErrMalformed,
 		envelope.ErrMalformed, envelope.ErrContext, envelope.ErrNotAuthentic, envelope.ErrDecrypt, envelope.ErrNotRecipient,
 		envelope.ErrTooLarge, envelope.ErrInvalid,
 		hsm.ErrCiphertext, hsm.ErrExists,
@@ -103,10 +103,10 @@ var statuses = []struct {
 		keyring.ErrTooLarge,
 		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
 	}},
-	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, is locked, or does not
-	// let the configured user do what it did before. It is not 403, which says that Vault's own policy forbids the request.
+	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, is locked, does not let
+	// the configured user do what it did before, or something else answers in its place and understands no request. It is not 403, which says that Vault's own policy forbids the request.
 	{http.StatusServiceUnavailable, []error{
-		hsm.ErrLocked, hsm.ErrForbidden, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
+		hsm.ErrLocked, hsm.ErrForbidden, device.ErrRequest, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 		store.ErrDenied, keyring.ErrNoDevice,
 	}},
 }

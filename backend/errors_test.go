@@ -22,7 +22,7 @@ import (
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	for want, errs := range map[int][]error{
 		http.StatusBadRequest: {
-			device.ErrConfig, device.ErrRequest, transit.ErrMalformed,
+			device.ErrConfig, transit.ErrMalformed,
 			envelope.ErrMalformed, envelope.ErrContext, &envelope.ContextError{Field: "use"}, envelope.ErrNotRecipient, envelope.ErrDecrypt,
 			envelope.ErrNotAuthentic, envelope.ErrTooLarge, envelope.ErrInvalid,
 			hsm.ErrCiphertext, store.ErrConflict, store.ErrInvalidName, store.ErrTooLarge,
@@ -34,7 +34,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 		},
 		http.StatusNotFound: {keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound, absent("x")},
 		http.StatusServiceUnavailable: {
-			hsm.ErrUnavailable, hsm.ErrMayHaveHappened, hsm.ErrLocked, hsm.ErrForbidden, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
+			hsm.ErrUnavailable, hsm.ErrMayHaveHappened, hsm.ErrLocked, hsm.ErrForbidden, device.ErrRequest, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 			store.ErrUnavailable, store.ErrDenied, device.ErrClosed, keyring.ErrGenerating, keyring.ErrNoDevice,
 			context.DeadlineExceeded, context.Canceled,
 			&hsm.PINError{TriesLeft: 2}, &hsm.PINError{TriesLeft: 0}, &hsm.PINError{TriesLeft: -1, Barred: true},

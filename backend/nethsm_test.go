@@ -98,6 +98,9 @@ func (d *netHSMDevice) Unlock(_ context.Context, passphrase []byte) error {
 	d.hsm.mu.Lock()
 	d.hsm.tried = append(d.hsm.tried, string(passphrase))
 	d.hsm.mu.Unlock()
+	if len(passphrase) < 10 {
+		return fmt.Errorf("a passphrase has 10 to 200 bytes: %w", device.ErrRequest)
+	}
 	if string(passphrase) != netPassphrase {
 		return &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "the unlock passphrase is wrong (403)"}
 	}
@@ -433,6 +436,21 @@ func TestNetHSMHasNoPIN(t *testing.T) {
 	if strings.Contains(m.stored()["devices/net"], "735591") {
 		t.Error("the PIN was stored")
 	}
+}
+
+// What answers in a NetHSM's place may call every request wrong, a proxy for example: that is no mistake of who unwraps.
+func TestARequestThatTheNetHSMRefusesIsOnlyWhereItIsMadeAMistake(t *testing.T) {
+	m := newMount(t)
+	netHSM := m.addNetHSM(netURL)
+	netHSM.AddRSA(t, "k", "k", 2048)
+	m.write("devices/net", netHSMFieldsWith(nil)).ok(t)
+	m.write("keys/prod", fields{"device": "net", "key_id": "k"}).ok(t)
+	wrapped := m.write("wrap/prod", fields{"plaintext": "YQ=="}).ok(t).data["ciphertext"]
+	netHSM.SetError(fmt.Errorf("decrypting (400): %w", device.ErrRequest))
+	m.write("unwrap/prod", fields{"ciphertext": wrapped}).want(t, http.StatusServiceUnavailable)
+	m.list("devices/net/keys").want(t, http.StatusServiceUnavailable)
+	m.write("keys/other", fields{"device": "net", "key_id": "k"}).want(t, http.StatusBadRequest)
+	m.write("devices/net/unlock", fields{"passphrase": "short"}).want(t, http.StatusBadRequest).says(t, "10 to 200")
 }
 
 func TestRandomBytesComeFromANetHSM(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -283,7 +284,9 @@ func readSource(req *logical.Request, data *framework.FieldData) (*keyring.Rotat
 // adoptionError makes a mistake of the user what elsewhere is trouble with an HSM: no such key, two of that name, or one
 // that the device's user may not use or delete.
 func adoptionError(err error) error {
-	for _, sentinel := range []error{hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, hsm.ErrForbidden, keyring.ErrNoDevice} {
+	for _, sentinel := range []error{
+		hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrUnsupported, hsm.ErrForbidden, keyring.ErrNoDevice, device.ErrRequest,
+	} {
 		if errors.Is(err, sentinel) && status(err) == http.StatusServiceUnavailable && !errors.Is(err, hsm.ErrUnavailable) {
 			return &statusError{http.StatusBadRequest, err}
 		}
