@@ -353,6 +353,40 @@ func TestLockedNodeDoesNotHideTheOthers(t *testing.T) {
 	})
 }
 
+// Many requests that meet a Locked node at one time ask it for its state once.
+func TestStateIsAskedOnceForMany(t *testing.T) {
+	var ready atomic.Bool
+	slowly := func(w http.ResponseWriter, r *http.Request) {
+		if ready.Load() {
+			later(50 * time.Millisecond)
+			inState(StateLocked)(w, r)
+			return
+		}
+		healthy(w, r)
+	}
+	within(t, Options{}, handlers(slowly, healthy), func(s *scene) {
+		t := s.T
+		for range 2 {
+			if err := ask(t.Context(), s.client); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ready.Store(true)
+		var all sync.WaitGroup
+		for range 32 {
+			all.Go(func() {
+				if err := ask(t.Context(), s.client); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if n := len(s.peers[0].saw("/health/state")); n != 1 {
+			t.Errorf("it was asked %d times", n)
+		}
+	})
+}
+
 // A condition that does not hold is 412 as well, and says nothing about the node.
 func TestConditionThatDoesNotHold(t *testing.T) {
 	withDouble(t, 2, func(s *scene, _ *nethsmtest.HSM) {

@@ -1,9 +1,11 @@
 package nethsm
 
 import (
+	"context"
 	"crypto/x509"
 	"log/slog"
 	"net/http"
+	"net/http/httptrace"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,12 +45,19 @@ type node struct {
 
 	mu       sync.Mutex
 	inFlight int
-	rest     *rest // nil: it serves
-	level    int   // of backoff; 0 again after a request was served
+	rest     *rest     // nil: it serves
+	level    int       // of backoff; 0 again after a request was served
+	question *question // the state is just asked for; nil: it is not
 
 	unlockTried  time.Time
 	unlockBusy   bool // it is just tried
 	unlockBarred bool // the passphrase was wrong
+}
+
+// question is a question for a node's state.
+type question struct {
+	answered chan struct{} // closed with the answer
+	state    State         // empty: it did not say
 }
 
 // rest is the rest of a node.
@@ -169,4 +178,16 @@ func (n *node) probeSoon() {
 	case n.rest.kick <- struct{}{}:
 	default:
 	}
+}
+
+// measure asks for the state and how long that takes on a connection that is there.
+func (n *node) measure(ctx context.Context) (State, time.Duration, error) {
+	var got struct {
+		State State `json:"state"`
+	}
+	in := call{op: "asking for the state", method: http.MethodGet, path: "/health/state", into: &got}
+	var connected time.Time
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = time.Now() }})
+	_, err := n.exchange(traced, n.fresh, &in, &payload{}, "", nil)
+	return got.State, time.Since(connected), err
 }

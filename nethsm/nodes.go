@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"net/http/httptrace"
 	"net/url"
 	"strings"
 	"sync"
@@ -74,18 +73,6 @@ func (c *Client) identify(ctx context.Context, n *node, out *hsm.Node) error {
 	}
 	_, err := c.login.refusal(n, "asking how it fares")
 	return err
-}
-
-// measure asks for the state and how long that takes on a connection that is there.
-func (n *node) measure(ctx context.Context) (State, time.Duration, error) {
-	var got struct {
-		State State `json:"state"`
-	}
-	in := call{op: "asking for the state", method: http.MethodGet, path: "/health/state", into: &got}
-	var connected time.Time
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = time.Now() }})
-	_, err := n.exchange(traced, n.fresh, &in, &payload{}, "", nil)
-	return got.State, time.Since(connected), err
 }
 
 // administers is true where the view's user is an Administrator of the root namespace, as the NetHSM says. It is asked once.

@@ -23,6 +23,7 @@ const (
 	defaultUserAgent   = "nitroseal"
 	maxNodes           = 64
 	probeTimeout       = 5 * time.Second
+	stateTimeout       = 2 * time.Second
 	unlockTimeout      = 30 * time.Second // it takes about 2 s
 )
 
@@ -312,18 +313,31 @@ func (p *pool) ready(n *node) error {
 	return err
 }
 
-// askState asks a node for its state: empty where it does not say.
+// askState asks a node for its state: empty where it does not say. Requests that want to know at one time ask once.
 func (n *node) askState(ctx context.Context) State {
-	var got struct {
-		State State `json:"state"`
+	n.mu.Lock()
+	if asked := n.question; asked != nil {
+		n.mu.Unlock()
+		select {
+		case <-asked.answered:
+			return asked.state
+		case <-ctx.Done():
+			return ""
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	mine := &question{answered: make(chan struct{})}
+	n.question = mine
+	n.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(ctx, stateTimeout)
 	defer cancel()
-	in := call{op: "asking for the state", method: http.MethodGet, path: "/health/state", into: &got}
-	if _, err := n.exchange(ctx, n.fresh, &in, &payload{}, "", nil); err != nil {
-		return ""
-	}
-	return got.State
+	mine.state, _, _ = n.measure(ctx)
+
+	n.mu.Lock()
+	n.question = nil
+	n.mu.Unlock()
+	close(mine.answered)
+	return mine.state
 }
 
 // announceUnlock notes that a Locked node is about to be unlocked by itself, so that requests can wait for it; true where that
