@@ -109,26 +109,41 @@ func (a *app) device(ctx context.Context, name string) (hsm.Device, error) {
 	return set.Device(ctx, name)
 }
 
-// checkSecrets reads the secrets of all devices and forgets them.
+// checkSecrets reads the secrets of all devices, of etcd and of Vault, and forgets them. What etcd's client finds wrong with
+// its part of the configuration comes out as well; nothing is connected.
 func (a *app) checkSecrets(c *config.Config) error {
 	set, err := a.devices()
 	if err != nil {
 		return err
 	}
-	var complaints []string
-	for _, configured := range c.Devices {
-		complete, err := configured.WithEnvironment(os.LookupEnv)
-		if err == nil {
-			err = set.registry.Check(complete)
-		}
+	var complaints []config.Complaint
+	complain := func(err error) {
 		if err != nil {
-			complaints = append(complaints, fmt.Sprintf("device %q: %v", configured.Name, err))
+			text := strings.TrimPrefix(err.Error(), config.ErrInvalid.Error()+": ") // the whole begins with it
+			complaints = append(complaints, config.Complaint{File: c.Path, Text: text})
 		}
 	}
+	for _, configured := range c.Devices {
+		complete, err := configured.WithEnvironment(os.LookupEnv)
+		if err != nil {
+			complain(err)
+		} else if err := set.registry.Check(complete); err != nil {
+			complain(fmt.Errorf("device %q: %w", configured.Name, err))
+		}
+	}
+	for _, configured := range c.Stores {
+		if configured.Type == config.StoreEtcd {
+			_, err := a.etcdStore(c, configured)
+			complain(err)
+		}
+	}
+	token, err := vaultToken(c)
+	clear(token)
+	complain(err)
 	if complaints == nil {
 		return nil
 	}
-	return fmt.Errorf("%w: %s", config.ErrInvalid, strings.Join(complaints, "\n  "))
+	return &config.Error{Complaints: complaints}
 }
 
 func deviceNames(c *config.Config) []string {

@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -32,9 +34,8 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Made here, it might lie where a volume should be mounted, and its keys would seem lost.
-	if _, err := os.Stat(c.StateDir); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: the state directory %s does not exist; make it with: install -d -m 700 %s", config.ErrInvalid, c.StateDir, c.StateDir)
+	if err := checkStateDir(c.StateDir); err != nil {
+		return nil, fmt.Errorf("%w: the state directory %s %w", config.ErrInvalid, c.StateDir, err)
 	}
 	records, err := file.Open(filepath.Join(c.StateDir, keyringDir))
 	if err != nil {
@@ -46,6 +47,26 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 		Words: &words,
 		Lock:  func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
 	}), nil
+}
+
+// checkStateDir refuses a state directory that is not there: made here, it might lie where a volume should be mounted, and
+// its keys would seem lost. It refuses one of another user as well, who could not use afterwards what this one leaves.
+func checkStateDir(dir string) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("does not exist; make it with: install -d -m 700 %s", dir)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot be used: %w", pathless(err))
+	}
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
+		name := fmt.Sprintf("#%d", owner.Uid)
+		if known, err := user.LookupId(strconv.FormatUint(uint64(owner.Uid), 10)); err == nil {
+			name = known.Username
+		}
+		return fmt.Errorf("belongs to another user; run the command as that one: sudo -u '%s' nitroseal …", name)
+	}
+	return nil
 }
 
 // words are how the keyring's sentences name what an operator types.

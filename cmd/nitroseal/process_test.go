@@ -270,3 +270,24 @@ func TestCtrlCAtAPromptGivesTheTerminalItsEchoBack(t *testing.T) {
 	}
 	must(t, configuration, "device", "keys", "one") // nothing was changed
 }
+
+func TestAStateDirectoryOfAnotherUserIsRefused(t *testing.T) {
+	state := "/" // root's
+	if os.Geteuid() == 0 {
+		state = t.TempDir()
+		if err := os.Chown(state, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+	}
+	configuration := filepath.Join(t.TempDir(), "nitroseal.hcl")
+	if err := os.WriteFile(configuration, fmt.Appendf(nil, "state_dir = %q\n", state), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := command(t, configuration, "key", "list").CombinedOutput()
+	if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitUsage || !strings.Contains(string(out), "sudo -u '") {
+		t.Errorf("it ended with %v\n%s", err, out)
+	}
+	if _, err := os.Stat(filepath.Join(state, keyringDir)); err == nil {
+		t.Error("something was left in it")
+	}
+}

@@ -103,6 +103,7 @@ func addKeys(t *testing.T, token *pkcs11test.Token) {
 
 // setup puts a configuration and its secrets into the script's folder; a script may bring its own files instead.
 func (s *stage) setup(env *testscript.Env) error {
+	env.Setenv("GORACE", quickEnd)
 	env.Setenv("NITROSEAL_CONFIG", filepath.Join(env.WorkDir, "nitroseal.hcl"))
 	for _, name := range []string{"SOFTHSM2_CONF", "CARD_CONTROL"} {
 		env.Setenv(name, os.Getenv(name))
