@@ -18,6 +18,11 @@ import (
 // openNetHSM opens a double as a device that keeps objects.
 func openNetHSM(t *testing.T, h *nethsmtest.HSM) *nethsm.Device {
 	t.Helper()
+	return openNetHSMWith(t, nethsm.Options{URLs: h.URLs(), TLS: nethsm.TLS{CA: h.CA()}})
+}
+
+func openNetHSMWith(t *testing.T, options nethsm.Options) *nethsm.Device {
+	t.Helper()
 	manager := nethsm.NewManager(nil)
 	t.Cleanup(func() {
 		if err := manager.Close(); err != nil {
@@ -25,7 +30,7 @@ func openNetHSM(t *testing.T, h *nethsmtest.HSM) *nethsm.Device {
 		}
 	})
 	device, err := manager.Open(nethsm.DeviceConfig{
-		Options:       nethsm.Options{URLs: h.URLs(), TLS: nethsm.TLS{CA: h.CA()}},
+		Options:       options,
 		Operator:      nethsm.Credentials{Username: nethsmtest.OperatorUser, Password: []byte(nethsmtest.OperatorPassphrase)},
 		Administrator: &nethsm.Credentials{Username: nethsmtest.AdminUser, Password: []byte(nethsmtest.AdminPassphrase)},
 		Objects:       true,
