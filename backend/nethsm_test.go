@@ -190,7 +190,7 @@ func TestNetHSMWritesThatAreRefused(t *testing.T) {
 		"with half an Administrator":  {fields{"admin_password": nil}, "without its password"},
 		"with password and file":      {fields{"password_file": "p"}, "keep one"},
 		"with a file that is missing": {fields{"admin_password": nil, "admin_password_file": "p"}, "cannot be read"},
-		"with a file outside":         {fields{"unlock_passphrase": nil, "unlock_passphrase_file": "/etc/passwd"}, "-secrets-dir"},
+		"with a file outside":         {fields{"unlock_passphrase": nil, "unlock_passphrase_file": "/etc/passwd"}, "secrets directory"},
 		"with a field of a token":     {fields{"pin": rightPIN}, `"pin" belongs to devices of type "pkcs11"`},
 		"insecure with pins":          {fields{"tls_insecure": true, "tls_pins": strings.Repeat("ab", 32)}, "check nothing"},
 		"with an endless timeout":     {fields{"request_timeout": "10m"}, "out of range"},

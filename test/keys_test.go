@@ -181,7 +181,7 @@ func TestBadRequestsAreAnsweredWithWhatToDo(t *testing.T) {
 		"another context":         {"unwrap/prod", vaulttest.Fields{"ciphertext": wrapped, "context": "b3RoZXI="}, http.StatusBadRequest, []string{"context"}},
 		"the wrong entrance":      {"decrypt/prod", vaulttest.Fields{"ciphertext": "vault:v1:" + vaulttest.Base64(wrapped)}, http.StatusBadRequest, nil},
 		"no such path":            {"wrapp/prod", vaulttest.Fields{"plaintext": "aGk="}, http.StatusNotFound, []string{"wrap"}},
-		"a PIN file outside":      {"devices/other", vaulttest.Fields{"type": "pkcs11", "module": site.Token.Module, "token_label": "x", "pin_file": "/etc/passwd"}, http.StatusBadRequest, []string{"-secrets-dir"}},
+		"a PIN file outside":      {"devices/other", vaulttest.Fields{"type": "pkcs11", "module": site.Token.Module, "token_label": "x", "pin_file": "/etc/passwd"}, http.StatusBadRequest, []string{"secrets directory"}},
 		"another module, no PIN":  {"devices/hsm", vaulttest.Fields{"token_label": "elsewhere"}, http.StatusBadRequest, []string{"token_label"}},
 		"an HSM key not there":    {"keys/other", vaulttest.Fields{"device": "hsm", "key_label": "nowhere"}, http.StatusBadRequest, []string{"nowhere"}},
 		"a module not allowed": {

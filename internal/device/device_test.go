@@ -104,6 +104,18 @@ func registry(secrets string, open Opener) *Registry {
 	return New(Options{Openers: map[string]Opener{TypePKCS11: open}, Secrets: SecretFiles{Dir: secrets}})
 }
 
+// The plugin and the command say the same sentences; where there is a directory, they fit both.
+func TestSentencesAboutSecretFilesFitEveryProgram(t *testing.T) {
+	dir := t.TempDir()
+	for _, files := range []SecretFiles{{Dir: dir}, {Dir: filepath.Join(dir, "none")}} {
+		for _, path := range []string{"/etc/passwd", "../pin", "missing"} {
+			if _, err := files.Read(path); !errors.Is(err, ErrConfig) || strings.Contains(err.Error(), "plugin") {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+	}
+}
+
 func TestDeviceIsOpenedOnceByManyCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var opens atomic.Int32

@@ -57,12 +57,12 @@ func (s SecretFiles) open(path string) (*os.File, error) {
 	}
 	root, err := os.OpenRoot(s.Dir)
 	if err != nil {
-		return nil, complain(`the secrets directory %s cannot be opened (%v); it must exist and be readable by the plugin's user`, s.Dir, pathless(err))
+		return nil, complain(`the secrets directory %s cannot be opened (%v); it must exist and be readable by the user of this program`, s.Dir, pathless(err))
 	}
 	defer root.Close()
 	file, err := root.Open(relative)
 	if err != nil {
-		return nil, complain(`the secret file %s cannot be read (%v); it must exist, be readable by the plugin's user and lie, with what its links point to, under %s`, path, pathless(err), s.Dir)
+		return nil, complain(`the secret file %s cannot be read (%v); it must exist, be readable by the user of this program and lie, with what its links point to, under %s`, path, pathless(err), s.Dir)
 	}
 	info, err := file.Stat()
 	switch {
@@ -139,7 +139,7 @@ func (s SecretFiles) relative(path string) (string, error) {
 			return relative, nil
 		}
 	}
-	return "", complain(`the file %s does not lie under the plugin's -secrets-dir %s`, path, s.Dir)
+	return "", complain(`the file %s does not lie under the secrets directory %s`, path, s.Dir)
 }
 
 // pathless drops the path that os errors carry: the sentence around it names the one that the user gave.
