@@ -131,8 +131,8 @@ func TestOneOfThreeDown(t *testing.T) {
 		if took := time.Since(began); took > 0 {
 			t.Errorf("it took %v", took)
 		}
-		// The load is shared by those that are up.
-		if a, b := len(s.peers[0].saw("/keys")), len(s.peers[2].saw("/keys")); a < 30 || b < 30 {
+		// The load is shared by those that are up, the one that is faster at the moment getting more.
+		if a, b := len(s.peers[0].saw("/keys")), len(s.peers[2].saw("/keys")); a < 15 || b < 15 {
 			t.Errorf("the nodes that are up served %d and %d", a, b)
 		}
 	})
