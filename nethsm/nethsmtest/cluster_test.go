@@ -23,8 +23,11 @@ func TestNodesShareTheirDataAndNothingElse(t *testing.T) {
 	// The unlock passphrase belongs to a node.
 	c.must(204, "PUT", at(2, "config/unlock-passphrase"), adminLogin,
 		`{"newPassphrase":"AnotherPassphrase","currentPassphrase":"`+UnlockPassphrase+`"}`)
-	c.must(403, "PUT", at(2, "config/unlock-passphrase"), adminLogin,
-		`{"newPassphrase":"AnotherPassphrase","currentPassphrase":"`+UnlockPassphrase+`"}`)
+	if got := c.must(403, "PUT", at(2, "config/unlock-passphrase"), adminLogin,
+		`{"newPassphrase":"AnotherPassphrase","currentPassphrase":"`+UnlockPassphrase+`"}`); got !=
+		`{"message":"unlock passphrase is incorrect."}` {
+		t.Errorf("with the former passphrase: %s", got)
+	}
 	c.must(204, "POST", at(1, "unlock"), "", `{"passphrase":"`+UnlockPassphrase+`"}`)
 	c.must(204, "POST", at(2, "lock"), adminLogin, "")
 	c.must(403, "POST", at(2, "unlock"), "", `{"passphrase":"`+UnlockPassphrase+`"}`)

@@ -19,10 +19,12 @@ import (
 	"maps"
 	"net/http"
 	"os"
+	"os/signal"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -80,19 +82,30 @@ type replay struct {
 	t      *testing.T
 	base   string // https://host:port
 	client *http.Client
+	// context ends with the test, or when somebody interrupts it.
+	context func() context.Context
 	// waiting lets the rate limit pass; reboots lets the server come back.
 	waiting func()
 	reboots func()
-	// prefix is put before the ids of the recording on a NetHSM in use; login replaces admin there.
-	prefix string
-	login  string
+	// prefix is put before the ids of the recording on a NetHSM in use; login replaces admin there, and passphrase the one
+	// of the recording's operators, which everybody knows.
+	prefix     string
+	login      string
+	passphrase string
 
 	// actual maps recorded values (ids made by the server, ciphertexts) to those of this run.
-	actual map[string]string
-	etags  map[string]string // likewise, kept apart: they only have to be consistent
-	made   []string          // ids made by the server
-	places []string          // and where they are, below /api/v1/
+	actual  map[string]string
+	etags   map[string]string // likewise, kept apart: they only have to be consistent
+	made    []string          // ids made by the server
+	checked int               // lines
+	ours    bool              // this run provisioned the NetHSM
 }
+
+// lines is how many exchanges the recording has.
+const lines = 151
+
+// mark is the label of keys, and the real name of users, to which a NetHSM in use gave ids of its own.
+const mark = "nitroseal-test"
 
 func recording(t *testing.T) []exchange {
 	t.Helper()
@@ -102,17 +115,20 @@ func recording(t *testing.T) []exchange {
 	}
 	defer func() { _ = file.Close() }()
 	var all []exchange
-	lines := bufio.NewScanner(file)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
+	scanner := bufio.NewScanner(file)
+	scanner.Buffer(nil, 1<<20)
+	for scanner.Scan() {
 		var e exchange
-		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
+		if err := json.Unmarshal(scanner.Bytes(), &e); err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, e)
 	}
-	if err := lines.Err(); err != nil {
+	if err := scanner.Err(); err != nil {
 		t.Fatal(err)
+	}
+	if len(all) != lines { // the table of hidden steps counts on it
+		t.Fatalf("the recording has %d lines, not %d", len(all), lines)
 	}
 	return all
 }
@@ -126,11 +142,14 @@ func TestConformance(t *testing.T) {
 		r.waiting = func() { clock.advance(1100 * time.Millisecond) }
 		r.reboots = func() {}
 		r.run(nil)
+		if r.checked != lines {
+			t.Errorf("%d of %d exchanges were compared", r.checked, lines)
+		}
 		return
 	}
 	r := realServer(t, url)
 	if os.Getenv("NITROSEAL_NETHSM_MAY_ERASE") == "yes" {
-		r.run(nil)
+		r.wholly()
 		return
 	}
 	user, passphrase := os.Getenv("NITROSEAL_NETHSM_USER"), os.Getenv("NITROSEAL_NETHSM_PASSPHRASE")
@@ -171,7 +190,9 @@ func TestTheHarmlessPartLeavesNothingBehind(t *testing.T) {
 
 func newReplay(t *testing.T, base string, client *http.Client) *replay {
 	t.Helper()
-	return &replay{t: t, base: base, client: client, actual: map[string]string{}, etags: map[string]string{}}
+	return &replay{
+		t: t, base: base, client: client, context: t.Context, actual: map[string]string{}, etags: map[string]string{},
+	}
 }
 
 // trusting is a client that trusts a CA, or one certificate by its hash.
@@ -196,11 +217,17 @@ func trusting(t *testing.T, ca []byte, pin string) *http.Client {
 	}
 	transport := &http.Transport{TLSClientConfig: config}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &http.Client{Transport: transport, Timeout: 2 * time.Minute}
+	return &http.Client{
+		Transport: transport, Timeout: 2 * time.Minute,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 }
 
 func realServer(t *testing.T, url string) *replay {
 	t.Helper()
+	if !strings.HasPrefix(url, "https://") {
+		t.Fatalf("NITROSEAL_NETHSM_URL is %q: passphrases are sent there, so it has to begin with https://", url)
+	}
 	var ca []byte
 	if file := os.Getenv("NITROSEAL_NETHSM_CA"); file != "" {
 		var err error
@@ -209,11 +236,11 @@ func realServer(t *testing.T, url string) *replay {
 		}
 	}
 	r := newReplay(t, strings.TrimSuffix(url, "/"), trusting(t, ca, os.Getenv("NITROSEAL_NETHSM_PIN")))
-	r.waiting = func() { pause(t, 1100*time.Millisecond) }
+	r.waiting = func() { r.pause(1100 * time.Millisecond) }
 	r.reboots = func() {
-		pause(t, 5*time.Second) // it goes on answering for a moment
-		for deadline := time.Now().Add(10 * time.Minute); time.Now().Before(deadline); pause(t, time.Second) {
-			if r.alive() {
+		r.pause(5 * time.Second) // it goes on answering for a moment
+		for deadline := time.Now().Add(10 * time.Minute); time.Now().Before(deadline); r.pause(time.Second) {
+			if r.state() != "" {
 				return
 			}
 		}
@@ -222,29 +249,25 @@ func realServer(t *testing.T, url string) *replay {
 	return r
 }
 
-func pause(t *testing.T, d time.Duration) {
-	t.Helper()
+func (r *replay) pause(d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-t.Context().Done():
+	case <-r.context().Done():
+		r.t.Fatal("interrupted")
 	}
 }
 
-func (r *replay) alive() bool {
-	ctx, cancel := context.WithTimeout(r.t.Context(), 3*time.Second)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, r.base+"/api/v1/health/state", http.NoBody)
-	if err != nil {
-		r.t.Fatal(err)
+// state is what the server says of itself; empty where it does not answer.
+func (r *replay) state() string {
+	r.t.Helper()
+	a, err := r.try(http.MethodGet, "/api/v1/health/state", "", nil, "")
+	var s struct{ State string }
+	if err != nil || json.Unmarshal([]byte(a.body), &s) != nil {
+		return ""
 	}
-	answer, err := r.client.Do(request)
-	if err != nil {
-		return false
-	}
-	defer func() { _ = answer.Body.Close() }()
-	return answer.StatusCode == http.StatusOK
+	return s.State
 }
 
 // clock is a clock that only the test moves.
@@ -287,29 +310,108 @@ func (r *replay) run(sections []string) {
 // harmlessly replays what harms nobody on a NetHSM in use, and cleans up.
 func (r *replay) harmlessly(user, passphrase string) {
 	r.t.Helper()
-	r.prefix, r.login = "nitroseal-test-", user+":"+passphrase
-	r.cleanUp() // what a run that was interrupted left
+	r.prefix, r.login, r.passphrase = mark+"-", user+":"+passphrase, rand.Text()
+	r.cleanUp() // what a run that was killed left
+	if r.t.Failed() {
+		r.t.Fatal("nothing was begun")
+	}
 	defer r.cleanUp()
+	defer r.interruptible()()
 	r.run(harmless)
 }
 
-// cleanUp removes what the harmless part makes.
+// wholly replays all on a NetHSM that has nothing to lose, and leaves it as it was.
+func (r *replay) wholly() {
+	r.t.Helper()
+	if state := r.state(); state != "Unprovisioned" {
+		r.t.Fatalf("the NetHSM is %q. The whole recording is for one that is Unprovisioned; nothing was changed", state)
+	}
+	defer r.reset()
+	defer r.interruptible()()
+	r.run(nil)
+}
+
+// interruptible lets Ctrl-C end the run at the next request, so that what is deferred before it cleans up. After stop a
+// second Ctrl-C ends the process at once.
+func (r *replay) interruptible() (stop func()) {
+	ctx, cancel := signal.NotifyContext(r.t.Context(), os.Interrupt, syscall.SIGTERM)
+	r.context = func() context.Context { return ctx }
+	return func() {
+		cancel()
+		r.context = r.t.Context
+	}
+}
+
+// reset takes back a provisioning of this run, whose passphrases everybody knows.
+func (r *replay) reset() {
+	r.t.Helper()
+	if !r.ours || r.state() == "Unprovisioned" {
+		return
+	}
+	r.waiting()
+	if r.state() == "Locked" {
+		_, _ = r.try(http.MethodPost, "/api/v1/unlock", "", nil, `{"passphrase":"UnlockPassphrase"}`) // the next line tells
+	}
+	a, err := r.try(http.MethodPost, "/api/v1/system/factory-reset", "admin:Administrator", nil, "")
+	if err != nil || a.status != http.StatusNoContent {
+		r.t.Errorf("resetting the NetHSM: HTTP %d %s (%v). RESET IT BY HAND: its passphrases are known to everybody",
+			a.status, a.body, err)
+	}
+}
+
+// generated is an id that a NetHSM made up.
+var generated = regexp.MustCompile(`^[0-9a-f]{20}$`)
+
+// cleanUp removes what the harmless part makes, of this run and of one that was killed: what has the prefix, and under an
+// id of the NetHSM's choice what bears the mark. It reads each of those itself: a filter that an older server does not know
+// would list them all.
 func (r *replay) cleanUp() {
 	r.t.Helper()
-	for _, place := range r.places {
-		r.remove(place)
+	for _, id := range r.list("keys") {
+		if strings.HasPrefix(id, r.prefix) {
+			r.remove("keys/" + id)
+		}
 	}
-	for _, id := range []string{"rsa1", "aes1", "ec1", "ed1"} {
-		r.remove("keys/" + r.prefix + id)
+	for _, id := range r.list("keys?label=" + mark) {
+		if generated.MatchString(id) && r.marked("keys/"+id) {
+			r.remove("keys/" + id)
+		}
 	}
-	r.remove("users/" + r.namespace() + r.prefix + "operator")
+	for _, name := range r.list("users") {
+		id, own := strings.CutPrefix(name, r.namespace())
+		if own && (strings.HasPrefix(id, r.prefix) || (generated.MatchString(id) && r.marked("users/"+name))) {
+			r.remove("users/" + name)
+		}
+	}
+}
+
+// list is the ids, or user names, of a list.
+func (r *replay) list(path string) []string {
+	r.t.Helper()
+	a, err := r.try(http.MethodGet, "/api/v1/"+path, r.login, nil, "")
+	var items []struct{ ID, User string }
+	if err != nil || json.Unmarshal([]byte(a.body), &items) != nil {
+		r.t.Errorf("looking for what has to be removed again: %s: HTTP %d %s (%v)", path, a.status, a.body, err)
+	}
+	var all []string
+	for _, item := range items {
+		all = append(all, item.ID+item.User)
+	}
+	return all
+}
+
+func (r *replay) marked(path string) bool {
+	r.t.Helper()
+	a, err := r.try(http.MethodGet, "/api/v1/"+path, r.login, nil, "")
+	var thing struct{ Label, RealName string }
+	return err == nil && json.Unmarshal([]byte(a.body), &thing) == nil && thing.Label+thing.RealName == mark
 }
 
 func (r *replay) remove(path string) {
 	r.t.Helper()
-	a := r.send(http.MethodDelete, "/api/v1/"+path, r.login, nil, "")
-	if a.status != http.StatusNoContent && a.status != http.StatusNotFound {
-		r.t.Errorf("removing %s: HTTP %d %s", path, a.status, a.body)
+	a, err := r.try(http.MethodDelete, "/api/v1/"+path, r.login, nil, "")
+	if err != nil || a.status != http.StatusNoContent {
+		r.t.Errorf("removing %s: HTTP %d %s (%v). Remove it by hand", path, a.status, a.body, err)
 	}
 }
 
@@ -327,11 +429,20 @@ type received struct {
 	body   string
 }
 
+// send is try where an answer has to come.
 func (r *replay) send(method, path, login string, headers map[string]string, body string) received {
 	r.t.Helper()
-	request, err := http.NewRequestWithContext(r.t.Context(), method, r.base+path, strings.NewReader(body))
+	a, err := r.try(method, path, login, headers, body)
 	if err != nil {
-		r.t.Fatal(err)
+		r.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return a
+}
+
+func (r *replay) try(method, path, login string, headers map[string]string, body string) (received, error) {
+	request, err := http.NewRequestWithContext(r.context(), method, r.base+path, strings.NewReader(body))
+	if err != nil {
+		return received{}, err
 	}
 	for name, value := range headers {
 		request.Header.Set(name, value)
@@ -342,14 +453,11 @@ func (r *replay) send(method, path, login string, headers map[string]string, bod
 	}
 	answer, err := r.client.Do(request)
 	if err != nil {
-		r.t.Fatalf("%s %s: %v", method, path, err)
+		return received{}, err
 	}
 	defer func() { _ = answer.Body.Close() }()
 	data, err := io.ReadAll(answer.Body)
-	if err != nil {
-		r.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return received{answer.StatusCode, answer.Header, string(data)}
+	return received{answer.StatusCode, answer.Header, string(data)}, err
 }
 
 // names are the ids of the recording that get the prefix.
@@ -364,6 +472,11 @@ func (r *replay) translate(text string) string {
 		text = userNames.ReplaceAllString(text, r.namespace()+r.prefix+"$1")
 		text = keyNames.ReplaceAllString(text, r.prefix+"$1")
 		text = strings.ReplaceAll(text, "/users/bad%20id!", "/users/"+r.namespace()+"bad%20id!")
+		text = strings.ReplaceAll(text, "OperatorPassphrase", r.passphrase)
+		text = strings.ReplaceAll(text, `"realName":"Op"`, `"realName":"`+mark+`"`)
+		if left, ok := strings.CutSuffix(text, `"type":"RSA","length":2048}`); ok { // the one without an id
+			text = left + `"type":"RSA","length":2048,"label":"` + mark + `"}`
+		}
 	}
 	for _, old := range slices.Sorted(maps.Keys(r.actual)) {
 		text = strings.ReplaceAll(text, old, r.actual[old])
@@ -379,7 +492,7 @@ func (r *replay) credentials(recorded string) string {
 	if user, _, _ := strings.Cut(recorded, ":"); user == "admin" {
 		return r.login
 	}
-	return r.namespace() + r.prefix + recorded
+	return r.namespace() + r.prefix + strings.ReplaceAll(recorded, "OperatorPassphrase", r.passphrase)
 }
 
 func (r *replay) check(line int, e exchange) {
@@ -390,8 +503,15 @@ func (r *replay) check(line int, e exchange) {
 		r.t.Helper()
 		r.t.Errorf("line %d, %s %s (%s): %s", line, q.Method, q.Path, e.Section, fmt.Sprintf(format, args...))
 	}
+	r.checked++
+	if q.Path == "/api/v1/provision" && got.status == http.StatusNoContent {
+		r.ours = true
+	}
 	if got.status != e.Response.Status {
 		fail("status %d %q, want %d", got.status, got.body, e.Response.Status)
+		if q.Path == "/api/v1/provision" {
+			r.t.FailNow() // what follows is for a NetHSM of this run
+		}
 		return
 	}
 	r.learn(e, got)
@@ -448,19 +568,20 @@ func (r *replay) learn(e exchange, got received) {
 		r.actual[old] = fresh
 		if name == "id" {
 			r.made = append(r.made, fresh)
-			r.places = append(r.places, strings.TrimPrefix(got.header.Get("Location"), "/api/v1/"))
 		}
 	}
 }
 
-// volatile are members whose value differs from run to run; only its kind and length are compared.
+// volatile are members whose value differs from run to run; only its kind and length are compared, unless the request
+// brought the value.
 var volatile = []string{"modulus", "data", "signature", "random", "encrypted", "iv", "softwareBuild", "softwareVersion"}
 
 func (r *replay) compare(e exchange, got string) string {
 	want := r.translate(e.Response.Body)
 	var wanted, actual any
 	if json.Unmarshal([]byte(want), &wanted) == nil && json.Unmarshal([]byte(got), &actual) == nil {
-		return cmp.Diff(r.normal(wanted), r.normal(actual))
+		sent := r.translate(e.Request.Body)
+		return cmp.Diff(inOrder(r.normal(wanted, sent)), r.normal(actual, sent))
 	}
 	if block, _ := pem.Decode([]byte(want)); block != nil {
 		other, rest := pem.Decode([]byte(got))
@@ -473,39 +594,46 @@ func (r *replay) compare(e exchange, got string) string {
 	return cmp.Diff(want, got)
 }
 
-// normal replaces what varies: volatile values by their length, lists by sorted ones without what is not the test's.
-func (r *replay) normal(value any) any {
+// normal replaces what varies: volatile values that were not sent by their length, lists by what is this run's.
+func (r *replay) normal(value any, sent string) any {
 	switch v := value.(type) {
 	case map[string]any:
 		for name, inner := range v {
 			text, isText := inner.(string)
-			if isText && slices.Contains(volatile, name) {
+			if isText && slices.Contains(volatile, name) && !strings.Contains(sent, text) {
 				v[name] = fmt.Sprintf("%d bytes", len(text))
 				continue
 			}
-			v[name] = r.normal(inner)
+			v[name] = r.normal(inner, sent)
 		}
 		return v
 	case []any:
-		var items []string
+		items := []string{}
 		for _, item := range v {
 			encoded, err := json.Marshal(item)
 			if err != nil {
 				r.t.Fatal(err)
 			}
-			if r.ours(item) {
+			if r.own(item) {
 				items = append(items, string(encoded))
 			}
 		}
-		slices.Sort(items)
 		return items
 	default:
 		return v
 	}
 }
 
-// ours says whether an item of a list was made by this run; on a NetHSM in use there are others.
-func (r *replay) ours(item any) bool {
+// inOrder sorts a recorded list of things by their ids, as a NetHSM does: of its own ids each run has others.
+func inOrder(value any) any {
+	if items, ok := value.([]string); ok && len(items) > 0 && items[0][0] == '{' {
+		slices.Sort(items)
+	}
+	return value
+}
+
+// own says whether an item of a list was made by this run; on a NetHSM in use there are others.
+func (r *replay) own(item any) bool {
 	entry, isEntry := item.(map[string]any)
 	if r.prefix == "" || !isEntry {
 		return true

@@ -26,10 +26,14 @@
 //
 //	NITROSEAL_NETHSM_USER, NITROSEAL_NETHSM_PASSPHRASE
 //	    an Administrator of a NetHSM in use, of a namespace at best. What harms nobody is replayed, under ids that begin
-//	    with "nitroseal-test-" and such that the NetHSM makes up, and all of it is removed again.
+//	    with "nitroseal-test-" and such that the NetHSM makes up, by a user with a random passphrase, and all of it is
+//	    removed again, after Ctrl-C as well. What a run that was killed has left is removed by the next.
 //	NITROSEAL_NETHSM_MAY_ERASE=yes
-//	    the whole recording. The NetHSM must be Unprovisioned; it is provisioned, used, rebooted twice, and RESET TO
-//	    FACTORY SETTINGS at the end.
+//	    the whole recording. The NetHSM must be Unprovisioned, else nothing is sent to it; it is provisioned with
+//	    passphrases that everybody knows, used, rebooted twice, and RESET TO FACTORY SETTINGS at the end and after Ctrl-C.
+//	    A run that was killed leaves it provisioned: reset it by hand.
+//
+// A real reboot takes minutes: give go test a -timeout of an hour.
 package nethsmtest
 
 import (

@@ -20,6 +20,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// patience is for scrypt with the race detector on a busy machine.
+const patience = time.Minute
+
 // caller talks to a double over TLS.
 type caller struct {
 	t      *testing.T
@@ -32,13 +35,13 @@ func newCaller(t *testing.T, h *HSM) *caller {
 	roots.AppendCertsFromPEM(h.CA())
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &caller{t, &http.Client{Transport: transport, Timeout: 10 * time.Second}}
+	return &caller{t, &http.Client{Transport: transport, Timeout: patience}}
 }
 
 // try sends a request; credentials are "user:passphrase" or empty.
 func (c *caller) try(method, url, credentials, body string) (int, string, error) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 	if err != nil {

@@ -251,11 +251,11 @@ func TestAnOperationThatNeverBeganIsNotCounted(t *testing.T) {
 	go ask(waiting, second)
 	until(t, active(2))
 	leave()
-	<-second
+	_ = <-second // interrupted
 	until(t, active(1))
 	if n.Operations() != 1 || n.Decrypts() != 1 {
 		t.Errorf("one operation began, counted are %d and %d", n.Operations(), n.Decrypts())
 	}
 	cancel()
-	<-first
+	_ = <-first // interrupted
 }
