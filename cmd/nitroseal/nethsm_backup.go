@@ -49,8 +49,11 @@ To restore one needs the backup passphrase and the unlock passphrase of the time
 			}
 			working, cancel := a.within(ctx, dataTimeout)
 			defer cancel()
+			if client, err = a.logIn(working, client, nethsm.Credentials{Username: user, Password: secret}); err != nil {
+				return err
+			}
 			a.progress("Making a backup …")
-			info, err := client.As(nethsm.Credentials{Username: user, Password: secret}).SaveBackup(working, args[0], opens)
+			info, err := client.SaveBackup(working, args[0], opens)
 			if err != nil {
 				return err
 			}
@@ -174,8 +177,8 @@ restores half a file as well. What then happens is said and has to be confirmed,
 // restorable says what a restore does to the node, and returns the node with the credentials that it needs.
 func (a *app) restorable(ctx context.Context, file string, node *nethsm.Client, admin *nethsmAdministrator, target *nethsmTarget) (*nethsm.Client, error) {
 	asking, cancel := a.within(ctx, ordinaryTimeout)
-	defer cancel()
 	state, err := node.State(asking)
+	cancel()
 	if err != nil {
 		return nil, err
 	}
@@ -189,7 +192,11 @@ func (a *app) restorable(ctx context.Context, file string, node *nethsm.Client, 
 		if err != nil {
 			return nil, err
 		}
-		node = node.As(login)
+		proving, cancel := a.within(ctx, loginTimeout)
+		defer cancel()
+		if node, err = a.logIn(proving, node, login); err != nil {
+			return nil, err
+		}
 	}
 	a.say(restoreWarning, file, url, state, warning)
 	return node, nil

@@ -96,6 +96,9 @@ func (v *setupVerb) run(cmd *cobra.Command) error {
 	}
 	working, cancel := v.app.within(ctx, setupTimeout)
 	defer cancel()
+	if _, err := v.app.logIn(working, client, setup.Administrator); err != nil && !errors.Is(err, nethsm.ErrState) {
+		return err // in another state than Operational the setup itself says what to do
+	}
 	if v.dryRun {
 		steps, err := setup.Plan(working, client)
 		if err != nil {
@@ -220,10 +223,14 @@ type setupStep struct {
 // print prints the steps, and after a success how the NetHSM is used.
 func (v *setupVerb) print(steps []nethsm.Step, failure error) error {
 	result := setupResult{DryRun: v.dryRun, Steps: []setupStep{}, Proved: v.proved}
-	toDo := 0
+	toDo, differs := 0, 0
 	for _, step := range steps {
 		result.Steps = append(result.Steps, setupStep{step.What, string(step.State), step.Found, step.Changed})
-		if step.State != nethsm.StepDone {
+		switch step.State {
+		case nethsm.StepDone:
+		case nethsm.StepDiffers:
+			differs++
+		default:
 			toDo++
 		}
 	}
@@ -242,6 +249,9 @@ func (v *setupVerb) print(steps []nethsm.Step, failure error) error {
 			t.row(state, step.What, step.Found)
 		}
 		switch {
+		case v.dryRun && differs > 0:
+			t.row("")
+			t.row("Nothing was changed, and without --dry-run nothing would be: what differs is for a person to decide.")
 		case v.dryRun && toDo > 0:
 			t.row("")
 			t.row("Nothing was changed; without --dry-run the steps that are to do are done.")

@@ -197,6 +197,13 @@ func (l *nethsmAdministrator) credentials(ctx context.Context, t *nethsmTarget) 
 	return nethsm.Credentials{Username: username, Password: password}, nil
 }
 
+// logIn returns a view of the client with these credentials, when they were found to be right. A wrong password takes more than a
+// minute to tell from a NetHSM that lost its database; meanwhile the log says what is waited for.
+func (a *app) logIn(ctx context.Context, client *nethsm.Client, login nethsm.Credentials) (*nethsm.Client, error) {
+	view := client.As(login)
+	return view, view.LogIn(ctx)
+}
+
 // wipeAtEnd overwrites a secret when the command ends.
 func (a *app) wipeAtEnd(secret []byte) {
 	a.onClose(func() error {

@@ -28,7 +28,7 @@ passphrase. The passphrase comes from the flags, else from the configuration, el
 				return err
 			}
 			var secret []byte
-			if locked, err := a.anyLocked(ctx, client); err != nil {
+			if locked, err := a.anyIn(ctx, client, nethsm.StateLocked); err != nil {
 				return err
 			} else if locked {
 				if secret, err = target.unlockPassphrase(ctx, &passphrase); err != nil {
@@ -45,8 +45,8 @@ passphrase. The passphrase comes from the flags, else from the configuration, el
 	return cmd
 }
 
-// anyLocked tells whether a passphrase will be needed; a node that does not answer says so when its turn comes.
-func (a *app) anyLocked(ctx context.Context, client *nethsm.Client) (bool, error) {
+// anyIn tells whether any node is in a state, so that a secret will be needed; one that does not answer says so when its turn comes.
+func (a *app) anyIn(ctx context.Context, client *nethsm.Client, wanted nethsm.State) (bool, error) {
 	ctx, cancel := a.within(ctx, ordinaryTimeout)
 	defer cancel()
 	for _, url := range client.URLs() {
@@ -54,7 +54,7 @@ func (a *app) anyLocked(ctx context.Context, client *nethsm.Client) (bool, error
 		if err != nil {
 			return false, err
 		}
-		if state, err := node.State(ctx); err == nil && state == nethsm.StateLocked {
+		if state, err := node.State(ctx); err == nil && state == wanted {
 			return true, nil
 		}
 	}
@@ -96,7 +96,14 @@ namespace.`,
 			}
 			working, cancel := a.within(ctx, loginTimeout)
 			defer cancel()
-			return a.printNodes(client.As(login).LockNodes(working), "locked", "was locked already")
+			if needed, err := a.anyIn(working, client, nethsm.StateOperational); err != nil {
+				return err
+			} else if needed {
+				if client, err = a.logIn(working, client, login); err != nil {
+					return err
+				}
+			}
+			return a.printNodes(client.LockNodes(working), "locked", "was locked already")
 		},
 	}
 	target.add(cmd, false)
