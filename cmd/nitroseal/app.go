@@ -30,7 +30,9 @@ type app struct {
 	configuration *config.Config
 	set           *deviceSet
 	closers       []func() error
-	begun         bool // a verb began its work
+	begun         bool          // a verb began its work
+	limit         time.Duration // that within gave it, 0 for none
+	late          func() bool   // whether that time is up
 	stdinTaken    bool
 	warnings      waitingWarnings
 }
@@ -73,7 +75,9 @@ func (a *app) within(ctx context.Context, usual time.Duration) (context.Context,
 	if a.timeout > 0 {
 		usual = a.timeout
 	}
-	return context.WithTimeout(ctx, usual)
+	ctx, cancel := context.WithTimeout(ctx, usual)
+	a.limit, a.late = usual, func() bool { return errors.Is(context.Cause(ctx), context.DeadlineExceeded) }
+	return ctx, cancel
 }
 
 // onClose remembers something to be closed at the end, the last one first.
@@ -97,6 +101,11 @@ func (a *app) report(err error) int {
 	case exitOK:
 	case exitInterrupted:
 		a.say("nitroseal: interrupted: %v", err)
+	case exitUnavailable:
+		if a.late != nil && a.late() {
+			err = fmt.Errorf("%w (not done within %v; --timeout gives it longer)", err, a.limit)
+		}
+		fallthrough
 	default:
 		a.say("nitroseal: %v", err)
 	}
