@@ -251,11 +251,15 @@ func TestAnOperationThatNeverBeganIsNotCounted(t *testing.T) {
 	go ask(waiting, second)
 	until(t, active(2))
 	leave()
-	_ = <-second // interrupted
+	if err := <-second; err == nil {
+		t.Error("an answer came to a client that had left")
+	}
 	until(t, active(1))
 	if n.Operations() != 1 || n.Decrypts() != 1 {
 		t.Errorf("one operation began, counted are %d and %d", n.Operations(), n.Decrypts())
 	}
 	cancel()
-	_ = <-first // interrupted
+	if err := <-first; err == nil {
+		t.Error("an answer came an hour early")
+	}
 }
