@@ -85,6 +85,17 @@ func TestADeviceThatIsANetHSMTellsItsStatus(t *testing.T) {
 			t.Errorf("node %d = %+v", i, node)
 		}
 	}
+	config.CACert, config.Insecure = "", true
+	insecure, err := registry.Open("mount", "insecure", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if notes := insecure.Status(t.Context()).Info.Notes; len(notes) != 1 || !strings.Contains(notes[0], "tls_insecure") {
+		t.Errorf("the notes about one that takes any certificate are %q", notes)
+	}
+	if err := insecure.Close(); err != nil {
+		t.Error(err)
+	}
 	for _, node := range double.Nodes() {
 		node.SetState(nethsmtest.Locked)
 	}

@@ -139,10 +139,6 @@ func TestStatusOfSeveralNodes(t *testing.T) {
 		"there is no key yet": {
 			cluster: &fakeCluster{nodes: inState(up)}, state: up,
 		},
-		"any certificate is accepted": {
-			cluster: &fakeCluster{fakeDevice: fakeDevice{keys: []hsm.Key{opens}}, nodes: inState(up)},
-			config:  func(c *Config) { c.Insecure = true }, canOpen: true, state: up, says: []string{"tls_insecure"},
-		},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

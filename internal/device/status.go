@@ -99,9 +99,6 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	if err != nil {
 		return Status{Err: err}
 	}
-	if h.config.Insecure {
-		defer func() { status.Info.Notes = append(status.Info.Notes, insecureNote) }()
-	}
 	if cluster, ok := device.(hsm.Clustered); ok {
 		nodes := make(chan []hsm.Node, 1)
 		go func() { nodes <- cluster.Nodes(ctx) }() // ends before check does
@@ -122,8 +119,6 @@ func (h *Handle) check(ctx context.Context) (status Status) {
 	}
 	return status
 }
-
-const insecureNote = "tls_insecure: any certificate is accepted, so nobody knows whether this is the NetHSM, and who else reads along"
 
 // prove performs the private-key operation with the first key that can. An HSM may hold keys that are not ours, for
 // signing for example, or ones for other users: those say nothing about ours.
