@@ -242,8 +242,8 @@ func (d *Device) Random(ctx context.Context, n int) ([]byte, error) {
 	return random, nil
 }
 
-// Unlock implements [hsm.Unlocker]. Without a passphrase it takes the one of the configuration. From then on nodes that are
-// found locked are unlocked by themselves again, where the configuration says so.
+// Unlock implements [hsm.Unlocker]. Without a passphrase it takes the one of the configuration. Where a node is open then, those
+// that are found locked are unlocked by themselves again, where the configuration says so.
 func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 	if err := d.begin(ctx); err != nil {
 		return fmt.Errorf("unlocking %s: %w", d.name, err)
@@ -255,6 +255,7 @@ func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 	if len(passphrase) == 0 {
 		return fmt.Errorf("unlocking %s: %w: no passphrase was given, and none is configured", d.name, hsm.ErrLocked)
 	}
+	var opened atomic.Bool
 	err := d.each(ctx, d.shared.client, "unlocking", func(node *Client) error {
 		state, err := node.State(ctx)
 		if err == nil && state == StateLocked {
@@ -266,11 +267,12 @@ func (d *Device) Unlock(ctx context.Context, passphrase []byte) error {
 			err = fmt.Errorf("%w: it is not locked, it is %s", hsm.ErrUnavailable, strings.ToLower(string(state)))
 		}
 		if err == nil {
+			opened.Store(true)
 			node.only.returns(ctx)
 		}
 		return err
 	})
-	if err == nil {
+	if opened.Load() {
 		d.shared.mu.Lock()
 		clear(d.shared.wrong)
 		d.shared.mu.Unlock()

@@ -107,3 +107,27 @@ func TestNodeThatSomebodyElseUnlockedIsOpen(t *testing.T) {
 		t.Errorf("Unlock of a node that has just been opened = %v", err)
 	}
 }
+
+// One node is Failed when a person unlocks the others: those are unlocked by themselves again after their next restart.
+func TestUnlockOfSomeNodesResumesUnlockingByItself(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Nodes: 2, Provisioned: true})
+	config := deviceOn(h)
+	config.UnlockPassphrase = []byte(nethsmtest.UnlockPassphrase)
+	device := openDevice(t, config)
+	key := generate(t, device, "seal")
+	if err := device.Lock(shortly(t)); err != nil {
+		t.Fatal(err)
+	}
+	h.Node(1).SetState(nethsmtest.Failed)
+	if err := device.Unlock(shortly(t), nil); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("Unlock with a failed node = %v, want ErrUnavailable", err)
+	}
+	decrypts(t, key)
+	if err := h.Node(0).Restart(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "unlocking it by itself", func() bool {
+		_, err := key.DecryptOAEP(shortly(t), crypto.SHA256, encrypted(t, key))
+		return err == nil
+	})
+}
