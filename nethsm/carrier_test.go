@@ -79,6 +79,31 @@ func TestCertificatesBeginWithTheName(t *testing.T) {
 	}
 }
 
+// Every pair of short names of characters that mean something in an id, or that differ in case only, has an id of its own.
+func TestNamesThatLookAlikeHaveCarriersOfTheirOwn(t *testing.T) {
+	texts := []string{""}
+	for begin := 0; len(texts) < 400; {
+		end := len(texts)
+		for _, text := range texts[begin:end] {
+			for _, c := range ".-_/#x2aA" {
+				texts = append(texts, text+string(c))
+			}
+		}
+		begin = end
+	}
+	carried := map[string]hsm.ObjectRef{}
+	for _, application := range texts[:91] { // of two characters at most
+		for _, label := range texts {
+			ref := hsm.ObjectRef{Application: application, Label: label}
+			id := carrierID(ref)
+			if other, taken := carried[id]; taken {
+				t.Fatalf("%+v and %+v have the carrier %q", ref, other, id)
+			}
+			carried[id] = ref
+		}
+	}
+}
+
 // Two names never share a carrier, and a name always comes back.
 func FuzzCarrier(f *testing.F) {
 	f.Add("nitroseal", "material/prod/unseal#7", "nitroseal", "material/prod/unseal#8", []byte("value"))

@@ -225,21 +225,10 @@ func (d *Device) Nodes(ctx context.Context) []hsm.Node {
 
 // Random implements [hsm.Randomer].
 func (d *Device) Random(ctx context.Context, n int) ([]byte, error) {
-	if n < 1 || n > 1024 {
-		return nil, fmt.Errorf("%d random bytes are out of range: ask for 1 to 1024", n)
-	}
 	if err := d.begin(ctx); err != nil {
 		return nil, fmt.Errorf("making random bytes on %s: %w", d.name, err)
 	}
-	random, err := d.shared.operator.Random(ctx, n)
-	if err != nil {
-		return nil, err
-	}
-	if len(random) != n {
-		clear(random)
-		return nil, fmt.Errorf("making random bytes on %s: %w: it gave %d bytes, not %d", d.name, hsm.ErrUnavailable, len(random), n)
-	}
-	return random, nil
+	return d.shared.operator.Random(ctx, n)
 }
 
 // Unlock implements [hsm.Unlocker]. Without a passphrase it takes the one of the configuration. Where a node is open then, those
