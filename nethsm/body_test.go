@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
+	"time"
 	"unsafe"
 )
 
@@ -168,6 +170,51 @@ func TestOutgrownBuffersAreWiped(t *testing.T) {
 			t.Errorf("a buffer of %d bytes still holds the answer", n)
 		}
 	}
+}
+
+// A body that a transport may still read is cleared when it has done, and not before.
+func TestBodyIsClearedWhenItIsReadNoMore(t *testing.T) {
+	within(t, Options{}, handlers(healthy), func(s *scene) {
+		t, p := s.T, s.client.pool
+		unread := &payload{bytes: []byte("secret")}
+		p.wipe(unread)
+		if string(unread.bytes) == "secret" {
+			t.Error("a body that nobody reads was left")
+		}
+
+		body := &payload{bytes: []byte("secret")}
+		body.begin()
+		body.begin()
+		body.end()
+		p.wipe(body)
+		synctest.Wait()
+		if string(body.bytes) != "secret" {
+			t.Error("it was cleared while it was read")
+		}
+		body.end()
+		synctest.Wait()
+		if string(body.bytes) == "secret" {
+			t.Error("it was left")
+		}
+
+		never := &payload{bytes: []byte("secret")} // a connection that ended before it looked at the request
+		never.begin()
+		p.wipe(never)
+		later(wipeTime)
+		synctest.Wait()
+		if string(never.bytes) == "secret" {
+			t.Error("a body that was never written was left")
+		}
+
+		theirs := &payload{bytes: []byte("theirs")}
+		theirs.begin()
+		time.AfterFunc(writeTime/2, theirs.end)
+		began := time.Now()
+		p.settle(theirs)
+		if took := time.Since(began); took != writeTime/2 {
+			t.Errorf("the caller's body was waited for %v, want until it was written", took)
+		}
+	})
 }
 
 func TestMessage(t *testing.T) {

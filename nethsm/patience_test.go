@@ -163,6 +163,23 @@ func TestWrongPasswordIsCalledWrongAfterMoreThanAMinute(t *testing.T) {
 	})
 }
 
+// One database has all users: what one node finally says of a password holds for the others, even for one that is away.
+func TestVerdictOfOneNodeIsTold(t *testing.T) {
+	withDouble(t, 2, func(s *scene, _ *nethsmtest.HSM) {
+		t := s.T
+		wrong := s.client.As(Credentials{Username: nethsmtest.OperatorUser, Password: []byte("not the password")})
+		s.network.stop(s.peers[1].address)
+		for range 90 {
+			_ = ask(t.Context(), wrong)
+			later(time.Second)
+		}
+		err := ask(t.Context(), wrong)
+		if verdict, is := errors.AsType[*hsm.PINError](err); !is || !verdict.Wrong || !strings.Contains(err.Error(), "connection refused") {
+			t.Errorf("error = %v, want the verdict, and what keeps the other node from serving", err)
+		}
+	})
+}
+
 // The verdict is taken back when the node turns out to have lost its database.
 func TestTroubleInBetweenBeginsTheMinuteAnew(t *testing.T) {
 	withDouble(t, 1, func(s *scene, h *nethsmtest.HSM) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
@@ -260,5 +261,27 @@ func TestHandshakeThatHangs(t *testing.T) {
 	}
 	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("it took %v", took)
+	}
+}
+
+func TestProblemsOfCertificates(t *testing.T) {
+	leaf := &x509.Certificate{NotBefore: time.Now().Add(time.Hour), NotAfter: time.Now().Add(2 * time.Hour), Raw: []byte("x")}
+	tests := []struct {
+		err  error
+		want CertificateProblem
+		says string
+	}{
+		{x509.CertificateInvalidError{Cert: leaf, Reason: x509.Expired}, CertificateNotYetValid, "begins on"},
+		{x509.CertificateInvalidError{Cert: leaf, Reason: x509.IncompatibleUsage}, CertificateUnusable, "cannot be used"},
+		{x509.HostnameError{Certificate: leaf, Host: "h"}, CertificateWrongName, "no name at all"},
+		{x509.UnknownAuthorityError{Cert: leaf}, CertificateUnknown, "SHA-256"},
+	}
+	for _, test := range tests {
+		t.Run(string(test.want), func(t *testing.T) {
+			problem := problemOf(test.err, leaf)
+			if err := newCertificateError("h:1", problem, leaf, test.err); problem != test.want || !strings.Contains(err.Error(), test.says) {
+				t.Errorf("%s: %v", problem, err)
+			}
+		})
 	}
 }
