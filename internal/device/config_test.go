@@ -420,5 +420,14 @@ func FuzzURLOfANode(f *testing.F) {
 		if again, err := parseNode(node); err != nil || again != node {
 			t.Errorf("%q is taken for %q, and that for %q, %v", text, node, again, err)
 		}
+		// What was allowed is what is asked.
+		client, err := nethsm.New(nethsm.Options{URLs: []string{text}})
+		if err != nil {
+			return
+		}
+		if asked := client.URLs(); len(asked) != 1 || asked[0] != node {
+			t.Errorf("%q is allowed as %q, and the client asks %q", text, node, asked)
+		}
+		must(t, client.Close())
 	})
 }
