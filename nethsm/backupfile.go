@@ -66,9 +66,10 @@ type BackupInfo struct {
 	Users, Keys, Namespaces int
 }
 
-// ReadBackup reads a backup from its beginning to its end and says what it holds. It fails with [ErrBackup] where that is not
-// a whole backup. With a passphrase everything in it is decrypted too: a wrong one is an *hsm.PINError, a damaged byte
-// anywhere is [ErrBackup]. Without one only the structure is checked. Never more than one field is in memory, 16 MiB at most.
+// ReadBackup reads a backup from its beginning to its end and says what it holds. It fails with [ErrBackup] where
+// that is not a whole backup. With a passphrase everything in it is decrypted too: a wrong one is an *hsm.PINError, a
+// damaged byte anywhere is [ErrBackup]. Without one only the structure is checked. Never more than one field is in
+// memory, 16 MiB at most.
 func ReadBackup(r io.Reader, passphrase []byte) (BackupInfo, error) {
 	return readBackup(r, passphrase, backupKey)
 }
@@ -125,7 +126,8 @@ func (b *backupReader) header() (BackupInfo, error) {
 		return BackupInfo{}, err
 	}
 	if string(magic) != backupMagic {
-		return BackupInfo{}, fmt.Errorf("reading the backup: %w: it does not begin with %s; is it the right file?", ErrBackup, backupMagic)
+		return BackupInfo{}, fmt.Errorf("reading the backup: %w: it does not begin with %s; is it the right file?",
+			ErrBackup, backupMagic)
 	}
 	format, err := b.take(1, "its format")
 	if err != nil {
@@ -133,7 +135,8 @@ func (b *backupReader) header() (BackupInfo, error) {
 	}
 	b.format = format[0]
 	if b.format > 1 {
-		return BackupInfo{}, fmt.Errorf("reading the backup: %w of a format that is known here: it has format %d, and 0 and 1 are known; use a newer version of this program",
+		return BackupInfo{}, fmt.Errorf("reading the backup: %w of a format that is known here: it has format %d, and 0 "+
+			"and 1 are known; use a newer version of this program",
 			ErrBackup, b.format)
 	}
 	if b.salt, err = b.field("the salt"); err != nil {
@@ -194,7 +197,8 @@ func (b *backupReader) unlock(passphrase []byte, derive deriveKey) error {
 	version, err := b.decrypt("backup-version", b.version)
 	if err != nil {
 		// The first field that the key opens: what fails here is far more likely the passphrase than the file.
-		return &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "reading the backup: the backup passphrase does not open it; give the one that the NetHSM had when the backup was made"}
+		return &hsm.PINError{TriesLeft: -1, Wrong: true, Detail: "reading the backup: the backup passphrase does not " +
+			"open it; give the one that the NetHSM had when the backup was made"}
 	}
 	if len(version) != 1 || version[0] != b.format {
 		return b.damaged("its format is %d outside and another one inside", b.format)
@@ -326,7 +330,8 @@ func (b *backupReader) take(n int, what string) ([]byte, error) {
 	b.offset += read
 	switch {
 	case errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("reading the backup: %w: it ends after %d bytes, in the middle of %s; make another one", ErrBackup, b.offset, what)
+		return nil, fmt.Errorf("reading the backup: %w: it ends after %d bytes, in the middle of %s; make another one",
+			ErrBackup, b.offset, what)
 	case err != nil:
 		return nil, fmt.Errorf("reading the backup: %w", err)
 	}
@@ -343,7 +348,8 @@ func (b *backupReader) decrypt(name string, sealed []byte) ([]byte, error) {
 }
 
 // backupOpens tells whether the NetHSM has a backup passphrase, and whether it is this one: it begins a backup, which
-// changes nothing, and reads its first bytes. Another one is an *hsm.PINError. The view is that of a user with the role Backup.
+// changes nothing, and reads its first bytes. Another one is an *hsm.PINError. The view is that of a user with the
+// role Backup.
 func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, err error) {
 	var beginning beginning
 	err = c.backupTo(ctx, &beginning)
@@ -411,7 +417,8 @@ func (b *beginning) Write(p []byte) (int, error) {
 }
 
 func (b *backupReader) damaged(format string, args ...any) error {
-	return fmt.Errorf("reading the backup: %w: before byte %d "+format+"; make another one", append([]any{ErrBackup, b.offset}, args...)...)
+	return fmt.Errorf("reading the backup: %w: before byte %d "+format+"; make another one",
+		append([]any{ErrBackup, b.offset}, args...)...)
 }
 
 // fieldSize reads the length of a field; b has at least three bytes.
@@ -433,8 +440,8 @@ type Backup struct {
 	content []byte
 }
 
-// LoadBackup reads a backup file, checks it as [ReadBackup] does, and keeps it, so that what was checked is what will be restored. A
-// file larger than [MaxBackup] is [ErrBackup].
+// LoadBackup reads a backup file, checks it as [ReadBackup] does, and keeps it, so that what was checked is what will
+// be restored. A file larger than [MaxBackup] is [ErrBackup].
 func LoadBackup(path string, passphrase []byte) (Backup, error) {
 	content, err := readLimited(path)
 	if err != nil {
@@ -463,8 +470,9 @@ func readLimited(path string) ([]byte, error) {
 	return content, nil
 }
 
-// RestoreBackup restores a backup to one node and returns the state that it is in afterwards. See [Client.Restore] for what that does to
-// the node, and who may. Where the answer is lost the node is asked: a new one that has become Locked was restored.
+// RestoreBackup restores a backup to one node and returns the state that it is in afterwards. See [Client.Restore]
+// for what that does to the node, and who may. Where the answer is lost the node is asked: a new one that has become
+// Locked was restored.
 func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []byte) (State, error) {
 	before, err := c.State(ctx)
 	if err != nil {
@@ -481,7 +489,8 @@ func (c *Client) RestoreBackup(ctx context.Context, backup Backup, passphrase []
 	case asked != nil:
 		return "", errors.Join(err, asked)
 	default:
-		return after, fmt.Errorf("%w; the node is %s now; look at its users and keys, and restore again where they are not those of the backup", err, after)
+		return after, fmt.Errorf("%w; the node is %s now; look at its users and keys, and restore again where they are "+
+			"not those of the backup", err, after)
 	}
 }
 

@@ -90,7 +90,8 @@ func TestAWrongBackupPassphraseIsToldApartFromADamagedFile(t *testing.T) {
 	}
 }
 
-// TestEveryCutBackupIsRefused cuts the file at every byte of the header, at both ends of every entry and at some bytes between.
+// TestEveryCutBackupIsRefused cuts the file at every byte of the header, at both ends of every entry and at some
+// bytes between.
 func TestEveryCutBackupIsRefused(t *testing.T) {
 	for _, name := range []string{"v0.backup", "v1.backup"} {
 		whole := golden(t, name)

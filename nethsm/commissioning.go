@@ -27,13 +27,14 @@ type ShownCertificate struct {
 	Subject, Issuer string
 	// SelfSigned is true for the certificate that a NetHSM makes for itself until it gets another one.
 	SelfSigned bool
-	// Verified is true where an authority that this machine trusts signed it, for this name and this time: then it needs no pin.
+	// Verified is true where an authority that this machine trusts signed it, for this name and this time: then it needs
+	// no pin.
 	Verified            bool
 	NotBefore, NotAfter time.Time
 }
 
-// ShowCertificate asks the node at a URL for its certificate and trusts it in nothing: no request is sent. A person compares
-// the pin with what the node's own console, or whoever set it up, says.
+// ShowCertificate asks the node at a URL for its certificate and trusts it in nothing: no request is sent. A person
+// compares the pin with what the node's own console, or whoever set it up, says.
 func ShowCertificate(ctx context.Context, nodeURL, serverName string) (ShownCertificate, error) {
 	base, err := parseURL(nodeURL)
 	if err != nil {
@@ -58,7 +59,8 @@ func ShowCertificate(ctx context.Context, nodeURL, serverName string) (ShownCert
 	defer conn.Close()
 	secured, ok := conn.(*tls.Conn)
 	if !ok || len(secured.ConnectionState().PeerCertificates) == 0 {
-		return ShownCertificate{}, fmt.Errorf("looking at the certificate of %s: it shows none: %w", parsed.Host, hsm.ErrUnavailable)
+		return ShownCertificate{}, fmt.Errorf("looking at the certificate of %s: it shows none: %w",
+			parsed.Host, hsm.ErrUnavailable)
 	}
 	return shown(secured.ConnectionState().PeerCertificates, serverName), nil
 }
@@ -91,19 +93,22 @@ func (c *Client) Provisionable(ctx context.Context) error {
 	case StateUnprovisioned:
 		return nil
 	case StateLocked:
-		return fmt.Errorf("%s: %w: %s is provisioned already, and Locked; unlock it, or reset it to its factory settings, which destroys its keys: %w",
+		return fmt.Errorf("%s: %w: %s is provisioned already, and Locked; unlock it, or reset it to its factory "+
+			"settings, which destroys its keys: %w",
 			op, ErrState, node, hsm.ErrExists)
 	case StateOperational:
-		return fmt.Errorf("%s: %w: %s is provisioned already, and Operational; only a reset to its factory settings, which destroys its keys, would change that: %w",
+		return fmt.Errorf("%s: %w: %s is provisioned already, and Operational; only a reset to its factory settings, "+
+			"which destroys its keys, would change that: %w",
 			op, ErrState, node, hsm.ErrExists)
 	default:
-		return fmt.Errorf("%s: %w: %s is %s; most often its database (etcd) is away: %w", op, ErrState, node, state, hsm.ErrUnavailable)
+		return fmt.Errorf("%s: %w: %s is %s; most often its database (etcd) is away: %w",
+			op, ErrState, node, state, hsm.ErrUnavailable)
 	}
 }
 
-// Commission provisions a node that is new, or was reset, and returns when it is Operational. A node in another state is
-// [ErrState] and gets no passphrase. Where the answer is lost the node is asked: one that has become Operational and knows the
-// new password of admin was provisioned by this.
+// Commission provisions a node that is new, or was reset, and returns when it is Operational. A node in another state
+// is [ErrState] and gets no passphrase. Where the answer is lost the node is asked: one that has become Operational
+// and knows the new password of admin was provisioned by this.
 func (c *Client) Commission(ctx context.Context, p Provisioning) error {
 	if err := c.Provisionable(ctx); err != nil {
 		return err
@@ -157,8 +162,9 @@ type NodeResult struct {
 // Changed tells whether the node's state was changed.
 func (r NodeResult) Changed() bool { return r.Err == nil && r.Before != r.After }
 
-// UnlockNodes unlocks every node of the view that is Locked, all at one time, and leaves the others alone: an Operational one
-// gets no passphrase. Every node has an unlock passphrase of its own, so a wrong one at one node is no reason to spare the others.
+// UnlockNodes unlocks every node of the view that is Locked, all at one time, and leaves the others alone: an
+// Operational one gets no passphrase. Every node has an unlock passphrase of its own, so a wrong one at one node is
+// no reason to spare the others.
 func (c *Client) UnlockNodes(ctx context.Context, passphrase []byte) []NodeResult {
 	return c.eachNode(func(node *Client, result *NodeResult) {
 		if result.Before, result.Err = node.State(ctx); result.Err != nil {
@@ -170,10 +176,12 @@ func (c *Client) UnlockNodes(ctx context.Context, passphrase []byte) []NodeResul
 			return
 		case StateLocked:
 		case StateUnprovisioned:
-			result.Err = fmt.Errorf("unlocking: %w: %s is Unprovisioned, so it has no passphrase yet; provision it, or restore a backup", ErrState, result.URL)
+			result.Err = fmt.Errorf("unlocking: %w: %s is Unprovisioned, so it has no passphrase yet; provision it, or "+
+				"restore a backup", ErrState, result.URL)
 			return
 		default:
-			result.Err = fmt.Errorf("unlocking: %w: %s is %s; most often its database (etcd) is away: %w", ErrState, result.URL, result.Before, hsm.ErrUnavailable)
+			result.Err = fmt.Errorf("unlocking: %w: %s is %s; most often its database (etcd) is away: %w",
+				ErrState, result.URL, result.Before, hsm.ErrUnavailable)
 			return
 		}
 		result.Err = node.Unlock(ctx, passphrase)
@@ -204,7 +212,8 @@ func (c *Client) LockNodes(ctx context.Context) []NodeResult {
 				result.After = StateLocked
 			}
 		default:
-			result.Err = fmt.Errorf("locking: %w: %s is %s, and only an Operational one can be locked", ErrState, result.URL, result.Before)
+			result.Err = fmt.Errorf("locking: %w: %s is %s, and only an Operational one can be locked",
+				ErrState, result.URL, result.Before)
 		}
 	})
 }
@@ -228,8 +237,8 @@ func (c *Client) eachNode(do func(node *Client, result *NodeResult)) []NodeResul
 	return results
 }
 
-// LogIn finds out whether the password of the view is right. A wrong one is an [*hsm.PINError], and finding that out takes more than a
-// minute: a NetHSM that lost its database refuses right ones too. ctx bounds the patience.
+// LogIn finds out whether the password of the view is right. A wrong one is an [*hsm.PINError], and finding that out
+// takes more than a minute: a NetHSM that lost its database refuses right ones too. ctx bounds the patience.
 func (c *Client) LogIn(ctx context.Context) error {
 	for {
 		_, err := c.User(ctx, c.login.username)

@@ -14,12 +14,14 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm"
 )
 
-// Setup takes a provisioned NetHSM to where wrapping keys can live on it: an Operator, a key that can do the one thing that is
-// wanted of it, a tag that lets this Operator alone use it, and on request a namespace, unattended boot and backups.
+// Setup takes a provisioned NetHSM to where wrapping keys can live on it: an Operator, a key that can do the one
+// thing that is wanted of it, a tag that lets this Operator alone use it, and on request a namespace, unattended boot
+// and backups.
 //
-// [Setup.Plan] reads what is there and changes nothing. [Setup.Apply] does what is still to do, one step after the other, and
-// stops where one fails. Running it again goes on from there: a step is known by what it leaves on the NetHSM, not by a
-// record of ours, so it does not matter how the last run ended. What is there and differs is reported, never changed.
+// [Setup.Plan] reads what is there and changes nothing. [Setup.Apply] does what is still to do, one step after the
+// other, and stops where one fails. Running it again goes on from there: a step is known by what it leaves on the
+// NetHSM, not by a record of ours, so it does not matter how the last run ended. What is there and differs is
+// reported, never changed.
 type Setup struct {
 	// Administrator is one of the root namespace. Where all of it happens in a namespace that exists, one of that will do:
 	// then Namespace is his, and NamespaceAdministrator, UnattendedBoot and Backup stay empty.
@@ -127,9 +129,11 @@ func (s *Setup) check() error {
 	case !slices.Contains(keyLengths, s.Key.Length):
 		return complain("a key of %d bits cannot be a wrapping key; take 2048, 3072 or 4096", s.Key.Length)
 	case namespaced && namespace != s.Namespace:
-		return complain("%s is an administrator of the namespace %s and cannot set up another one", s.Administrator.Username, namespace)
+		return complain("%s is an administrator of the namespace %s and cannot set up another one",
+			s.Administrator.Username, namespace)
 	case namespaced && s.NamespaceAdministrator.Username != "":
-		return complain("only an administrator of the root namespace makes one for a namespace; give his credentials, or leave the namespace's out")
+		return complain("only an administrator of the root namespace makes one for a namespace; give his credentials, " +
+			"or leave the namespace's out")
 	case namespaced && (s.UnattendedBoot != nil || s.Backup.Username != ""):
 		return complain("unattended boot and backups belong to the root namespace; an administrator of that is needed for them")
 	case s.Namespace != "" && !namespaced && s.NamespaceAdministrator.Username == "":
@@ -209,9 +213,9 @@ func (s *Setup) Plan(ctx context.Context, client *Client) ([]Step, error) {
 	return plan, nil
 }
 
-// Apply does what [Setup.Plan] finds to do, and returns what is there afterwards; each step is reported as soon as it is
-// known to be there. Where anything differs it changes nothing and the error is [ErrDiffers]. Otherwise it stops at the first step
-// that fails, with a [*SetupError].
+// Apply does what [Setup.Plan] finds to do, and returns what is there afterwards; each step is reported as soon as it
+// is known to be there. Where anything differs it changes nothing and the error is [ErrDiffers]. Otherwise it stops
+// at the first step that fails, with a [*SetupError].
 func (s *Setup) Apply(ctx context.Context, client *Client, report func(Step)) ([]Step, error) {
 	if err := s.checkSecrets(); err != nil {
 		return nil, err
@@ -291,7 +295,8 @@ func operational(ctx context.Context, client *Client) error {
 		case err != nil:
 			return fmt.Errorf("setting up the NetHSM: %w", err)
 		case state == StateUnprovisioned:
-			return fmt.Errorf("setting up the NetHSM: %w: %s is Unprovisioned; provision it first, or restore a backup", ErrState, url)
+			return fmt.Errorf("setting up the NetHSM: %w: %s is Unprovisioned; provision it first, or restore a backup",
+				ErrState, url)
 		case state == StateLocked:
 			return fmt.Errorf("setting up the NetHSM: %w: %s is Locked; unlock it first: %w", ErrState, url, hsm.ErrLocked)
 		case state != StateOperational:
@@ -363,7 +368,8 @@ func (s *Setup) namespaceAdministrator(v setupViews) *step {
 			exists, err := s.namespaceExists(ctx, v)
 			if err == nil && exists {
 				state, found = StepDiffers, fmt.Sprintf(
-					"the namespace %s exists and this user does not, and only its own administrators can make one; give the name and passphrase of one that it has", s.Namespace)
+					"the namespace %s exists and this user does not, and only its own administrators can make one; give "+
+						"the name and passphrase of one that it has", s.Namespace)
 			}
 			return state, found, err
 		},
@@ -480,15 +486,19 @@ func (s *Setup) differs(key Key) string {
 	case bits != s.Key.Length:
 		return fmt.Sprintf("it has %d bits, and %d are wanted; ask for %[1]d, or choose another key id", bits, s.Key.Length)
 	case len(key.Tags) == 0:
-		return fmt.Sprintf("it has no tag, so that every operator may use it; PUT /keys/%s/restrictions/tags/%s restricts it", s.Key.ID, s.Tag)
+		return fmt.Sprintf("it has no tag, so that every operator may use it; PUT /keys/%s/restrictions/tags/%s "+
+			"restricts it", s.Key.ID, s.Tag)
 	case !slices.Contains(key.Tags, s.Tag):
-		return fmt.Sprintf("its tags are %s and %s is not among them; PUT /keys/%s/restrictions/tags/%[2]s adds it, or choose another key id",
+		return fmt.Sprintf("its tags are %s and %s is not among them; PUT /keys/%s/restrictions/tags/%[2]s adds it, or "+
+			"choose another key id",
 			strings.Join(key.Tags, ", "), s.Tag, s.Key.ID)
 	case len(key.Tags) > 1:
-		return fmt.Sprintf("its tags are %s, so that operators with another one of them may use it too; delete those with DELETE /keys/%s/restrictions/tags/…, or choose another key id",
+		return fmt.Sprintf("its tags are %s, so that operators with another one of them may use it too; delete those "+
+			"with DELETE /keys/%s/restrictions/tags/…, or choose another key id",
 			strings.Join(key.Tags, ", "), s.Key.ID)
 	case s.Key.Label != "" && key.Label != s.Key.Label:
-		return fmt.Sprintf("its label is %q, and %q is wanted; ask for that one, or PUT /keys/%s/label", key.Label, s.Key.Label, s.Key.ID)
+		return fmt.Sprintf("its label is %q, and %q is wanted; ask for that one, or PUT /keys/%s/label",
+			key.Label, s.Key.Label, s.Key.ID)
 	default:
 		return ""
 	}
@@ -548,7 +558,8 @@ func (s *Setup) backupPassphrase(v setupViews) *step {
 			switch set, err := backup.backupOpens(ctx, s.BackupPassphrase); {
 			case err != nil:
 				if _, wrong := errors.AsType[*hsm.PINError](err); wrong && set {
-					return fmt.Errorf("%w: the NetHSM has another backup passphrase; give that one, or change it with PUT /config/backup-passphrase", ErrDiffers)
+					return fmt.Errorf("%w: the NetHSM has another backup passphrase; give that one, or change it with "+
+						"PUT /config/backup-passphrase", ErrDiffers)
 				}
 				return err
 			case set:
@@ -569,9 +580,11 @@ func lookAtUser(ctx context.Context, v setupViews, id string, role Role, account
 	case err != nil:
 		return "", "", err
 	case user.Role != role:
-		return StepDiffers, fmt.Sprintf("it is a user with the role %s, and a user has one role; choose another name", user.Role), nil
+		return StepDiffers, fmt.Sprintf("it is a user with the role %s, and a user has one role; choose another name",
+			user.Role), nil
 	case len(account.Passphrase) == 0 && account.NewPassphrase != nil:
-		return StepDiffers, "the user exists, and its password is not known here; give the one that it has, or delete the user and run this again", nil
+		return StepDiffers, "the user exists, and its password is not known here; give the one that it has, or delete " +
+			"the user and run this again", nil
 	case len(account.Passphrase) == 0:
 		return StepDone, "its password was not given, so it was not checked", nil
 	}
@@ -594,12 +607,13 @@ func makeUser(ctx context.Context, admin *Client, id string, role Role, account 
 		}
 		account.Passphrase = passphrase
 	}
-	_, err := admin.AddUser(ctx, id, NewUser{RealName: "nitroseal " + strings.ToLower(string(role)), Role: role, Passphrase: account.Passphrase})
+	name := "nitroseal " + strings.ToLower(string(role))
+	_, err := admin.AddUser(ctx, id, NewUser{RealName: name, Role: role, Passphrase: account.Passphrase})
 	return err
 }
 
-// Prove lets the operator open what was sealed to the key in software: then all of it fits together. It costs one private-key
-// operation and changes nothing but the key's count of uses. The operator's passphrase must be known.
+// Prove lets the operator open what was sealed to the key in software: then all of it fits together. It costs one
+// private-key operation and changes nothing but the key's count of uses. The operator's passphrase must be known.
 func (s *Setup) Prove(ctx context.Context, client *Client) error {
 	const op = "proving the setup"
 	operator := client.As(Credentials{Username: s.nid(s.Operator.Username), Password: s.Operator.Passphrase})

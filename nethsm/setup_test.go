@@ -182,8 +182,8 @@ func TestWhatASetupMakesIsAsTightAsItShouldBe(t *testing.T) {
 	}
 }
 
-// TestASetupInterruptedAnywhereIsFinishedByTheNextRun lets every changing request fail once, in each of the ways in which one can, and
-// then runs the setup again.
+// TestASetupInterruptedAnywhereIsFinishedByTheNextRun lets every changing request fail once, in each of the ways in
+// which one can, and then runs the setup again.
 func TestASetupInterruptedAnywhereIsFinishedByTheNextRun(t *testing.T) {
 	ways := map[string]nethsmtest.Fault{
 		"the answer is lost":   {Cut: true, After: -1, Times: 1},

@@ -19,13 +19,15 @@ func newNetHSMBackupCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "backup FILE",
 		Short: "Save a backup of a NetHSM to a new file",
-		Long: `Save a backup of the whole NetHSM to a new file: keys, users, namespaces and settings, encrypted with the backup passphrase. The file gets its
-name only when it was read again and found whole, and when the passphrase opened every entry. An existing file is never replaced.
+		Long: `Save a backup of the whole NetHSM to a new file: keys, users, namespaces and settings, encrypted with the backup
+passphrase. The file gets its name only when it was read again and found whole, and when the passphrase opened
+every entry. An existing file is never replaced.
 
-A machine that should not know the backup passphrase takes --structure-only: then a file that is whole, but encrypted with another
-passphrase than you think, is not noticed.
+A machine that should not know the backup passphrase takes --structure-only: then a file that is whole, but
+encrypted with another passphrase than you think, is not noticed.
 
-To restore one needs the backup passphrase and the unlock passphrase of the time of the backup. Try it before you need it.`,
+To restore one needs the backup passphrase and the unlock passphrase of the time of the backup. Try it before
+you need it.`,
 		Example: `  nitroseal nethsm backup nethsm-2026-11-22.backup --device hsm --password-file /run/secrets/backup
   nitroseal nethsm backup /mnt/stick/nethsm.backup --device hsm --structure-only`,
 		Args: arguments("FILE"),
@@ -112,10 +114,12 @@ const restoreWarning = `Restoring %s to %s, which is %s:
 
 // The warnings for each state that a backup can be restored in.
 var restoreWarnings = map[nethsm.State]string{
-	nethsm.StateUnprovisioned: `  - it becomes what the backup was made of, with its users, keys, settings and TLS certificate: its pin may change
+	nethsm.StateUnprovisioned: `  - it becomes what the backup was made of, with its users, keys, settings and TLS certificate:
+    its pin may change
   - it ends Locked`,
 	nethsm.StateOperational: `  - its users and keys are replaced by those of the backup; those that are not in the backup are gone
-  - unattended boot is switched off and it ends Locked, unless the backup was made of this very NetHSM under the same unlock passphrase
+  - unattended boot is switched off and it ends Locked, unless the backup was made of this very NetHSM under the
+    same unlock passphrase
   - the administrator's password is the one in the backup`,
 }
 
@@ -126,15 +130,18 @@ func newNetHSMRestoreCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "restore FILE",
 		Short: "Restore a backup to a NetHSM",
-		Long: `Restore a backup to a NetHSM that is new, or to one that is Operational. The file is read and decrypted first, to its end: a NetHSM
-restores half a file as well. What then happens is said and has to be confirmed, by a person or with --yes.`,
+		Long: `Restore a backup to a NetHSM that is new, or to one that is Operational. The file is read and decrypted first,
+to its end: a NetHSM restores half a file as well. What then happens is said and has to be confirmed, by a
+person or with --yes.`,
 		Example: `  nitroseal nethsm restore nethsm-2026-11-22.backup --url https://10.0.0.9 --pin 3f…9a
-  nitroseal nethsm restore nethsm-2026-11-22.backup --device hsm --node https://10.0.0.6 --yes --passphrase-file /root/backup-passphrase`,
+  nitroseal nethsm restore nethsm-2026-11-22.backup --device hsm --node https://10.0.0.6 --yes \
+    --passphrase-file /root/backup-passphrase`,
 		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			if target.insecure {
-				return usage("passphrases are not sent to whoever answers; leave --insecure out and confirm the certificate, or give --pin")
+				return usage("passphrases are not sent to whoever answers; leave --insecure out and confirm the " +
+					"certificate, or give --pin")
 			}
 			node, err := target.openOne(ctx)
 			if err != nil {
@@ -175,7 +182,9 @@ restores half a file as well. What then happens is said and has to be confirmed,
 }
 
 // restorable says what a restore does to the node, and returns the node with the credentials that it needs.
-func (a *app) restorable(ctx context.Context, file string, node *nethsm.Client, admin *nethsmAdministrator, target *nethsmTarget) (*nethsm.Client, error) {
+func (a *app) restorable(
+	ctx context.Context, file string, node *nethsm.Client, admin *nethsmAdministrator, target *nethsmTarget,
+) (*nethsm.Client, error) {
 	asking, cancel := a.within(ctx, ordinaryTimeout)
 	state, err := node.State(asking)
 	cancel()
@@ -185,7 +194,8 @@ func (a *app) restorable(ctx context.Context, file string, node *nethsm.Client, 
 	url := node.URLs()[0]
 	warning, possible := restoreWarnings[state]
 	if !possible {
-		return nil, fmt.Errorf("restoring a backup: %w: %s is %s; unlock it, or reset it to its factory settings", nethsm.ErrState, url, state)
+		return nil, fmt.Errorf("restoring a backup: %w: %s is %s; unlock it, or reset it to its factory settings",
+			nethsm.ErrState, url, state)
 	}
 	if state == nethsm.StateOperational {
 		login, err := admin.credentials(ctx, target)

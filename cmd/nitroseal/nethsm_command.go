@@ -19,9 +19,9 @@ const (
 
 const nethsmHelp = `Make a NetHSM ready and look after it: an appliance, or the software container.
 
-A NetHSM of the configuration is named with --device; one that is not there yet is described with --url and what proves
-its certificate: --ca-cert or --pin. Where neither is given and the certificate is the NetHSM's own, its SHA-256 is shown
-and a person has to confirm it before anything secret is sent.
+A NetHSM of the configuration is named with --device; one that is not there yet is described with --url and what
+proves its certificate: --ca-cert or --pin. Where neither is given and the certificate is the NetHSM's own, its
+SHA-256 is shown and a person has to confirm it before anything secret is sent.
 
 The usual way of a new NetHSM:
   nitroseal nethsm provision --url https://10.0.0.5   its passphrases and clock; once
@@ -47,7 +47,8 @@ func newNetHSMCommand(a *app) *cobra.Command {
 
 // mistake makes a usage error of what package nethsm refused to send: a passphrase that is too short, a name that is none.
 func mistake(err error) error {
-	if _, answered := errors.AsType[*nethsm.Error](err); !answered && (errors.Is(err, nethsm.ErrRequest) || errors.Is(err, nethsm.ErrConfig)) {
+	_, answered := errors.AsType[*nethsm.Error](err)
+	if !answered && (errors.Is(err, nethsm.ErrRequest) || errors.Is(err, nethsm.ErrConfig)) {
 		return &usageError{err}
 	}
 	return err

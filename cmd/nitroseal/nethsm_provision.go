@@ -14,11 +14,11 @@ func newNetHSMProvisionCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "provision",
 		Short: "Give a new NetHSM its passphrases and its clock",
-		Long: `Give a new NetHSM, or one that was reset, its unlock passphrase, the password of its first user "admin" and the time of this
-machine, and wait until it is Operational. One that is provisioned already is left alone.
+		Long: `Give a new NetHSM, or one that was reset, its unlock passphrase, the password of its first user "admin" and the
+time of this machine, and wait until it is Operational. One that is provisioned already is left alone.
 
-Keep both passphrases where you find them in years: without the unlock passphrase the keys are lost at the next start. Both
-have 10 to 200 characters.`,
+Keep both passphrases where you find them in years: without the unlock passphrase the keys are lost at the next
+start. Both have 10 to 200 characters.`,
 		Example: `  nitroseal nethsm provision --url https://10.0.0.5
   nitroseal nethsm provision --url https://10.0.0.5 --pin 3f…9a --generate \
     --unlock-passphrase-file /root/nethsm-unlock --admin-password-file /root/nethsm-admin`,
@@ -26,7 +26,8 @@ have 10 to 200 characters.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
 			if target.insecure {
-				return usage("the passphrases of a NetHSM are not sent to whoever answers; leave --insecure out and confirm its certificate, or give --pin")
+				return usage("the passphrases of a NetHSM are not sent to whoever answers; leave --insecure out and " +
+					"confirm its certificate, or give --pin")
 			}
 			node, err := target.openOne(ctx)
 			if err != nil {
@@ -52,11 +53,13 @@ have 10 to 200 characters.`,
 			if err := node.Commission(working, wanted); err != nil {
 				return err
 			}
-			return a.print(provisioned{URL: node.URLs()[0], State: string(nethsm.StateOperational), Administrator: "admin", Pins: target.trusted},
-				func(t *table) {
-					t.row(node.URLs()[0] + " is provisioned and Operational; its administrator is \"admin\"")
-					t.row(`"nitroseal nethsm setup" makes it ready for wrapping keys`)
-				})
+			result := provisioned{
+				URL: node.URLs()[0], State: string(nethsm.StateOperational), Administrator: "admin", Pins: target.trusted,
+			}
+			return a.print(result, func(t *table) {
+				t.row(result.URL + " is provisioned and Operational; its administrator is \"admin\"")
+				t.row(`"nitroseal nethsm setup" makes it ready for wrapping keys`)
+			})
 		},
 	}
 	target.add(cmd, true)

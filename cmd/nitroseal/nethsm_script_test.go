@@ -20,8 +20,8 @@ import (
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 )
 
-// TestNetHSMStories runs the command as an operator would, against doubles of a NetHSM: testdata/script/nethsm_*.txtar. The commands
-// of those scripts besides testscript's own are in netHSMCommands.
+// TestNetHSMStories runs the command as an operator would, against doubles of a NetHSM:
+// testdata/script/nethsm_*.txtar. The commands of those scripts besides testscript's own are in netHSMCommands.
 func TestNetHSMStories(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join("testdata", "script", "nethsm_*.txtar"))
 	if err != nil || files == nil {
@@ -147,8 +147,8 @@ func awaitRequest(ts *testscript.TestScript, h *nethsmtest.HSM, method, path str
 	}
 }
 
-// argumentsCommand looks at the arguments of all processes, as everybody on a machine can: arguments PRESENT SECRET… fails where there is
-// no process with the first text among its arguments, or any with one of the others.
+// argumentsCommand looks at the arguments of all processes, as everybody on a machine can: arguments PRESENT SECRET…
+// fails where there is no process with the first text among its arguments, or any with one of the others.
 func argumentsCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: arguments PRESENT SECRET…")
@@ -277,8 +277,9 @@ func expandCommand(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[1]), []byte(content), 0o600))
 }
 
-// runCommand runs nitroseal, which must end with that exit code and show no secret: run CODE ARG …. Secrets are what lies in the files
-// that its flags name, whether they were there before or not, and the passphrases that every double has.
+// runCommand runs nitroseal, which must end with that exit code and show no secret: run CODE ARG …. Secrets are what
+// lies in the files that its flags name, whether they were there before or not, and the passphrases that every double
+// has.
 func runCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: run CODE ARG …")

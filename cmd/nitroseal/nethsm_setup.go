@@ -42,20 +42,24 @@ func newNetHSMSetupCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Make a provisioned NetHSM ready for wrapping keys",
-		Long: `Make a provisioned NetHSM ready for wrapping keys: a user with the role Operator, an RSA key that can do RSA_Decryption_OAEP_SHA256 and nothing
-else, and a tag that lets this operator alone use it. On request also a namespace of its own, unattended boot on or off, and a user
-and a passphrase for backups.
+		Long: `Make a provisioned NetHSM ready for wrapping keys: a user with the role Operator, an RSA key that can do
+RSA_Decryption_OAEP_SHA256 and nothing else, and a tag that lets this operator alone use it. On request also a
+namespace of its own, unattended boot on or off, and a user and a passphrase for backups.
 
-With --device the user name, its namespace, its password and the tag are those of the configuration where no flag says otherwise.
+With --device the user name, its namespace, its password and the tag are those of the configuration where no
+flag says otherwise.
 
-It can be run again at any time: what is there is left alone, what is missing is made, and what is there but differs is reported
-and never changed. --dry-run only says what it would do. At the end it prints the device for nitroseal.hcl and for Vault.
+It can be run again at any time: what is there is left alone, what is missing is made, and what is there but
+differs is reported and never changed. --dry-run only says what it would do. At the end it prints the device for
+nitroseal.hcl and for Vault.
 
-Unattended boot lets a NetHSM start without its unlock passphrase: then whoever has the NetHSM (of a container: its database and
-its device key) has the keys. Without --unattended-boot it stays as it is.`,
-		Example: `  nitroseal nethsm setup --url https://10.0.0.5 --generate --operator-password-file /etc/nitroseal/secrets/operator --dry-run
+Unattended boot lets a NetHSM start without its unlock passphrase: then whoever has the NetHSM (of a container:
+its database and its device key) has the keys. Without --unattended-boot it stays as it is.`,
+		Example: `  nitroseal nethsm setup --url https://10.0.0.5 --generate --dry-run \
+    --operator-password-file /etc/nitroseal/secrets/operator
   nitroseal nethsm setup --url https://10.0.0.5 --generate --operator-password-file /etc/nitroseal/secrets/operator \
-    --unattended-boot off --backup-user backup --backup-password-file /root/backup-user --backup-passphrase-file /root/backup-passphrase
+    --unattended-boot off \
+    --backup-user backup --backup-password-file /root/backup-user --backup-passphrase-file /root/backup-passphrase
   nitroseal nethsm setup --device hsm --namespace vault --namespace-admin admin --operator-password-env OPERATOR_PASSWORD`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error { return v.run(cmd) },
@@ -64,7 +68,8 @@ its device key) has the keys. Without --unattended-boot it stays as it is.`,
 	v.admin.add(cmd)
 	flags := cmd.Flags()
 	flags.StringVar(&v.name, "name", "", `name of the device in what is printed (default: --device, else "nethsm")`)
-	flags.StringVar(&v.namespace, "namespace", "", "namespace for operator and key; made where there is none (default: the root namespace)")
+	flags.StringVar(&v.namespace, "namespace", "", "namespace for operator and key; made where there is none (default: "+
+		"the root namespace)")
 	flags.StringVar(&v.namespaceAdmin, "namespace-admin", "admin", "administrator of the namespace, without the namespace's name")
 	flags.StringVar(&v.operator, "operator", "nitroseal", "name of the operator, without the namespace's name")
 	flags.StringVar(&v.key.ID, "key-id", "nitroseal", "id of the key")
@@ -79,7 +84,8 @@ its device key) has the keys. Without --unattended-boot it stays as it is.`,
 	v.backupPassword.add(cmd, "the backup user's password")
 	v.backupPassphrase.add(cmd, "the passphrase that backups are encrypted with")
 	v.generate.add(cmd)
-	_ = cmd.RegisterFlagCompletionFunc("unattended-boot", cobra.FixedCompletions([]cobra.Completion{"on", "off"}, cobra.ShellCompDirectiveNoFileComp))
+	onOff := cobra.FixedCompletions([]cobra.Completion{"on", "off"}, cobra.ShellCompDirectiveNoFileComp)
+	_ = cmd.RegisterFlagCompletionFunc("unattended-boot", onOff)
 	return cmd
 }
 
@@ -173,7 +179,8 @@ func (v *setupVerb) setup(ctx context.Context) (*nethsm.Setup, error) {
 		return nil, usage("--unattended-boot is on or off")
 	}
 	if v.backup == "" && (v.backupPassword.given() || v.backupPassphrase.given()) {
-		return nil, usage("a password or a passphrase for backups is given, and no user who makes them; name one with --backup-user")
+		return nil, usage("a password or a passphrase for backups is given, and no user who makes them; name one with " +
+			"--backup-user")
 	}
 	var err error
 	if setup.Administrator, err = v.admin.credentials(ctx, &v.target); err != nil {

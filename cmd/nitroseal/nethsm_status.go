@@ -19,10 +19,12 @@ func newNetHSMStatusCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show every node of a NetHSM",
-		Long: `Show the state of every node, its certificate and how fast it answers. With an administrator of the root namespace, from the flags or the
-configuration, also version, serial number and how far its clock is off; nobody is asked for a password.
+		Long: `Show the state of every node, its certificate and how fast it answers. With an administrator of the root
+namespace, from the flags or the configuration, also version, serial number and how far its clock is off; nobody
+is asked for a password.
 
-The exit code tells the worst: 0 where every node can serve, 3 where one does not answer or failed, 5 where one is locked.`,
+The exit code tells the worst: 0 where every node can serve, 3 where one does not answer or failed, 5 where one
+is locked.`,
 		Example: `  nitroseal nethsm status --device hsm
   nitroseal nethsm status --url https://10.0.0.5 --admin-password-file /run/secrets/admin -o json`,
 		Args: noArguments,

@@ -35,7 +35,8 @@ type nethsmTarget struct {
 func (t *nethsmTarget) add(cmd *cobra.Command, oneNode bool) {
 	flags := cmd.Flags()
 	flags.StringVar(&t.device, "device", "", "NetHSM of the configuration")
-	flags.StringArrayVar(&t.urls, "url", nil, "node of a NetHSM that is not in the configuration, https://host[:port]; again for each node of a cluster")
+	flags.StringArrayVar(&t.urls, "url", nil, "node of a NetHSM that is not in the configuration, https://host[:port]; "+
+		"again for each node of a cluster")
 	flags.StringVar(&t.caCertFile, "ca-cert", "", "file with the CA of the nodes' certificates, PEM")
 	flags.StringArrayVar(&t.pins, "pin", nil, "SHA-256 of a node's certificate, in hexadecimal; again for each certificate")
 	flags.StringVar(&t.serverName, "server-name", "", "name in the certificates, where it is not the host of the URL")
@@ -90,7 +91,8 @@ func (t *nethsmTarget) openOne(ctx context.Context) (*nethsm.Client, error) {
 		return nil, err
 	}
 	if urls := client.URLs(); len(urls) > 1 {
-		return nil, usage("this concerns one node, and there are %d; choose one with --node: %s", len(urls), strings.Join(urls, ", "))
+		return nil, usage("this concerns one node, and there are %d; choose one with --node: %s",
+			len(urls), strings.Join(urls, ", "))
 	}
 	return client, nil
 }
@@ -116,7 +118,8 @@ func (t *nethsmTarget) options() (nethsm.Options, error) {
 
 func (t *nethsmTarget) configuredOptions() (nethsm.Options, error) {
 	if t.caCertFile != "" || t.pins != nil || t.serverName != "" || t.insecure {
-		return nethsm.Options{}, usage("the configuration says how %q proves itself; change it there, or describe the NetHSM with --url", t.device)
+		return nethsm.Options{}, usage("the configuration says how %q proves itself; change it there, or describe the "+
+			"NetHSM with --url", t.device)
 	}
 	configured, err := t.app.deviceConfig(t.device)
 	if err != nil {
@@ -147,7 +150,8 @@ func (t *nethsmTarget) configuredSecret(file, env string) ([]byte, error) {
 	case env != "":
 		value := os.Getenv(env)
 		if value == "" {
-			return nil, fmt.Errorf("%w: device %q: the environment variable %s is not set; it holds a secret of the device", config.ErrInvalid, t.device, env)
+			return nil, fmt.Errorf("%w: device %q: the environment variable %s is not set; it holds a secret of the "+
+				"device", config.ErrInvalid, t.device, env)
 		}
 		return []byte(value), nil
 	default:
@@ -197,8 +201,8 @@ func (l *nethsmAdministrator) credentials(ctx context.Context, t *nethsmTarget) 
 	return nethsm.Credentials{Username: username, Password: password}, nil
 }
 
-// logIn returns a view of the client with these credentials, when they were found to be right. A wrong password takes more than a
-// minute to tell from a NetHSM that lost its database; meanwhile the log says what is waited for.
+// logIn returns a view of the client with these credentials, when they were found to be right. A wrong password takes
+// more than a minute to tell from a NetHSM that lost its database; meanwhile the log says what is waited for.
 func (a *app) logIn(ctx context.Context, client *nethsm.Client, login nethsm.Credentials) (*nethsm.Client, error) {
 	view := client.As(login)
 	return view, view.LogIn(ctx)

@@ -9,9 +9,9 @@ import (
 	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
-// trustOnFirstUse looks at the certificates of nodes that neither a CA nor a pin was given for. One that an authority of this
-// machine signed needs no more. Any other one is trusted only with a person's word; the result is the pins of those, nil where
-// there are none.
+// trustOnFirstUse looks at the certificates of nodes that neither a CA nor a pin was given for. One that an authority
+// of this machine signed needs no more. Any other one is trusted only with a person's word; the result is the pins of
+// those, nil where there are none.
 func (a *app) trustOnFirstUse(ctx context.Context, options nethsm.Options) ([]string, error) {
 	var pins []string
 	proved := 0
@@ -30,13 +30,15 @@ func (a *app) trustOnFirstUse(ctx context.Context, options nethsm.Options) ([]st
 			continue
 		}
 		a.describe(url, shown)
-		if err := a.confirm(ctx, "Is that the certificate of your NetHSM?", "run this again with --pin "+shown.Pin+" once you have compared it"); err != nil {
+		if err := a.confirm(ctx, "Is that the certificate of your NetHSM?",
+			"run this again with --pin "+shown.Pin+" once you have compared it"); err != nil {
 			return nil, err
 		}
 		pins = append(pins, shown.Pin)
 	}
 	if pins != nil && proved > 0 {
-		return nil, usage("some of the nodes' certificates are signed by an authority of this machine and others are not; give --ca-cert, or --pin for each")
+		return nil, usage("some of the nodes' certificates are signed by an authority of this machine and others are " +
+			"not; give --ca-cert, or --pin for each")
 	}
 	return pins, nil
 }
@@ -51,7 +53,8 @@ func (a *app) describe(url string, shown nethsm.ShownCertificate) {
 	a.say("  subject  %s (%s)", printable(shown.Subject), printable(kind))
 	a.say("  valid    %s to %s", stamp(shown.NotBefore), stamp(shown.NotAfter))
 	a.say("  SHA-256  %s", shown.Pin)
-	a.say("Compare the SHA-256 where nobody can sit in between: over a cable to the NetHSM, or on the machine that runs its container.")
+	a.say("Compare the SHA-256 where nobody can sit in between: over a cable to the NetHSM, or on the machine that runs " +
+		"its container.")
 }
 
 // confirm asks a person. Without a terminal, or with another answer than yes, it is a refusal that says what to do instead.

@@ -16,8 +16,9 @@ func newNetHSMUnlockCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "unlock",
 		Short: "Unlock the nodes of a NetHSM that are locked",
-		Long: `Unlock every node that is Locked, as each is after its start unless unattended boot is on. Nodes that are Operational get no
-passphrase. The passphrase comes from the flags, else from the configuration, else from a person.`,
+		Long: `Unlock every node that is Locked, as each is after its start unless unattended boot is on. Nodes that are
+Operational get no passphrase. The passphrase comes from the flags, else from the configuration, else from a
+person.`,
 		Example: `  nitroseal nethsm unlock --device hsm
   nitroseal nethsm unlock --device hsm --node https://10.0.0.6 --passphrase-file /run/secrets/unlock`,
 		Args: noArguments,
@@ -45,7 +46,8 @@ passphrase. The passphrase comes from the flags, else from the configuration, el
 	return cmd
 }
 
-// anyIn tells whether any node is in a state, so that a secret will be needed; one that does not answer says so when its turn comes.
+// anyIn tells whether any node is in a state, so that a secret will be needed; one that does not answer says so when
+// its turn comes.
 func (a *app) anyIn(ctx context.Context, client *nethsm.Client, wanted nethsm.State) (bool, error) {
 	ctx, cancel := a.within(ctx, ordinaryTimeout)
 	defer cancel()
@@ -80,8 +82,8 @@ func newNetHSMLockCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "lock",
 		Short: "Lock the nodes of a NetHSM",
-		Long: `Lock every node that is Operational: nothing that it holds can be used until somebody unlocks it. Needs an administrator of the root
-namespace.`,
+		Long: `Lock every node that is Operational: nothing that it holds can be used until somebody unlocks it. Needs an
+administrator of the root namespace.`,
 		Example: "  nitroseal nethsm lock --device hsm --node https://10.0.0.6",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
