@@ -143,7 +143,7 @@ func (d *Device) read(ctx context.Context, node *Client, id string) (hsm.ObjectR
 
 // WriteObject implements [hsm.ObjectStore]. First the carrier is made, then its certificate written, which a NetHSM does only
 // where there is none: of two writers one wins, also where they share a carrier because the first of them was interrupted.
-// Success means that the value was read back, by another node where there is one.
+// Success means that the value was read back, also from the other nodes.
 func (d *Device) WriteObject(ctx context.Context, ref hsm.ObjectRef, value []byte) error {
 	err := d.keeping(ctx, func(node *Client) error { return d.write(ctx, node, ref, value) })
 	if err != nil {
@@ -217,8 +217,9 @@ func (d *Device) put(ctx context.Context, node *Client, id string, certificate [
 	}
 }
 
-// spread waits until another node than the one that wrote shows a certificate, where another one answers. Nodes have
-// caches: one that looked at the carrier before may need its time.
+// spread waits until the other nodes show a certificate, those that answer. Nodes have caches: one that looked at the carrier
+// before may need its time, and whoever asks it meanwhile finds nothing. One that needs more does no harm where another one
+// shows it: its cache does not hold longer.
 func (d *Device) spread(ctx context.Context, wrote *Client, id string, certificate []byte) error {
 	var others []*node
 	for _, n := range wrote.pool.nodes {
@@ -236,14 +237,18 @@ func (d *Device) spread(ctx context.Context, wrote *Client, id string, certifica
 			shown <- shows(limited, &Client{pool: wrote.pool, login: wrote.login, only: n}, id, certificate)
 		})
 	}
+	var there bool
 	var behind error
 	for range others {
 		switch err := <-shown; {
 		case err == nil:
-			return nil
+			there = true
 		case errors.Is(err, errBehind):
 			behind = err
 		}
+	}
+	if there {
+		return nil
 	}
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("reading it from another node: %w: %w", hsm.ErrMayHaveHappened, err)

@@ -39,3 +39,18 @@ func TestNodeThatHangsOverWritesHoldsNobodyForMinutes(t *testing.T) {
 		}
 	}
 }
+
+// Whoever asks a node that still has the empty carrier in its cache would find nothing where the older value is deleted next.
+func TestWriteIsDoneWhenEveryNodeThatAnswersShowsIt(t *testing.T) {
+	h := nethsmtest.Start(t, nethsmtest.Options{Nodes: 4, Provisioned: true})
+	device := openDevice(t, deviceOn(h))
+	path := "/keys/" + unsealCarrier + "/cert"
+	h.Node(2).Inject(nethsmtest.Fault{Method: http.MethodGet, Path: path, Status: http.StatusNotFound, Times: 4})
+	h.Node(3).Stop()
+	if err := device.WriteObject(shortly(t), unsealObject, []byte("value")); err != nil {
+		t.Fatal(err)
+	}
+	if n := asked(h, http.MethodGet, path); n != 1+1+5 {
+		t.Errorf("the value was read %d times, want once where it was written, once at the next node, and five times where it came late", n)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -71,7 +72,13 @@ func TestANetHSMOfYourOwn(t *testing.T) {
 	})
 }
 
-// sweep deletes what the suite made.
+// made by the suite are the keys with such a label, and the objects of such an application.
+var (
+	suiteLabel   = regexp.MustCompile(`^suite-[0-9a-f]{16}$`)
+	suiteCarrier = regexp.MustCompile(`^nitroseal-object\.suite-[0-9a-f]{16}x?\.\.`)
+)
+
+// sweep deletes what the suite made, and nothing of the owner's that is called a little like it.
 func sweep(t *testing.T, config nethsm.DeviceConfig) {
 	t.Helper()
 	client, err := nethsm.New(config.Options)
@@ -92,7 +99,7 @@ func sweep(t *testing.T, config nethsm.DeviceConfig) {
 	}
 	for _, id := range ids {
 		key, err := admin.Key(ctx, id)
-		if err != nil || !strings.HasPrefix(key.Label, "suite-") && !strings.HasPrefix(id, "nitroseal-object.suite-") {
+		if err != nil || !suiteLabel.MatchString(key.Label) && !suiteCarrier.MatchString(id) {
 			continue
 		}
 		if err := admin.DeleteKey(ctx, id); err != nil {
