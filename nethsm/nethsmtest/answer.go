@@ -3,6 +3,7 @@ package nethsmtest
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"strconv"
 )
@@ -57,6 +58,20 @@ func crash(text string) answer {
 // databaseTrouble is the answer where etcd could not be asked; verb is "read from", "write to" or "connect to".
 func databaseTrouble(verb string) answer {
 	return refuse(http.StatusInternalServerError, "Could not "+verb+" database. Check logs.")
+}
+
+// stored is the answer to a change: 204, or 404 for what is gone, or what the caller says of a thing that exists already.
+func stored(err error, exists answer) answer {
+	switch {
+	case err == nil:
+		return empty(http.StatusNoContent)
+	case errors.Is(err, errGone):
+		return empty(http.StatusNotFound)
+	case errors.Is(err, errExists):
+		return exists
+	default: // it could not be written down
+		return databaseTrouble("write to")
+	}
 }
 
 // encode writes JSON as the original does: on one line, with no escapes for HTML.

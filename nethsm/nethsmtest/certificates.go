@@ -59,17 +59,18 @@ func putCertificate(x *exchange) answer {
 	if escapedSize(body)+recordSize > etcdLimit {
 		return databaseTrouble("write to")
 	}
-	if err := x.changeKey(func(k *keyRecord) { k.Certificate, k.HasCertificate = body, true }); err != nil {
-		return refuse(http.StatusNotFound, "keyID not found")
+	a := x.changeKey(func(k *keyRecord) { k.Certificate, k.HasCertificate = body, true })
+	if a.status == http.StatusNoContent {
+		a.status = http.StatusCreated
 	}
-	return empty(http.StatusCreated)
+	return a
 }
 
 func deleteCertificate(x *exchange) answer {
 	if !x.key().HasCertificate {
 		return refuse(http.StatusNotFound, "There is no certificate for this KeyID.")
 	}
-	return x.changed(x.changeKey(func(k *keyRecord) { k.Certificate, k.HasCertificate = nil, false }))
+	return x.changeKey(func(k *keyRecord) { k.Certificate, k.HasCertificate = nil, false })
 }
 
 // escapedSize is how many bytes a value takes as a JSON string: control characters six, quotes and backslashes two.

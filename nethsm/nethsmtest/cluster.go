@@ -164,10 +164,15 @@ func (x *exchange) changeMember(change func(*record, int)) answer {
 	if errors.Is(err, errGone) {
 		return refuse(http.StatusPreconditionFailed, "this member is a node of the double and cannot change")
 	}
-	return empty(http.StatusNoContent)
+	return stored(err, answer{})
 }
 
 func putMember(x *exchange) answer {
+	if found, refused := memberExists(x); refused != nil {
+		return *refused
+	} else if !found {
+		return empty(http.StatusNotFound)
+	}
 	urls, refused := memberURLs(x)
 	if refused != nil {
 		return *refused

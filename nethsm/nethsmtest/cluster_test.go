@@ -86,5 +86,6 @@ func TestMembers(t *testing.T) {
 	}
 	c.must(204, "DELETE", url+"cluster/members/"+learner.ID, adminLogin, "")
 	c.must(404, "DELETE", url+"cluster/members/"+learner.ID, adminLogin, "")
+	c.must(404, "PUT", url+"cluster/members/"+learner.ID, adminLogin, `{"urls":["https://192.168.1.10:2380"]}`)
 	c.must(400, "DELETE", url+"cluster/members/nothing", adminLogin, "")
 }

@@ -12,7 +12,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"maps"
 	"math/big"
@@ -133,16 +132,16 @@ func etag(version string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// changeKey replaces the key of the path.
-func (x *exchange) changeKey(change func(*keyRecord)) error {
-	return x.hsm.store.update(func(r *record) error {
+// changeKey replaces the key of the path: 204, or 404 where it is gone.
+func (x *exchange) changeKey(change func(*keyRecord)) answer {
+	return stored(x.hsm.store.update(func(r *record) error {
 		k := r.Keys[x.keyName()]
 		if k == nil {
 			return errGone
 		}
 		r.Keys[x.keyName()] = k.with(r.Revision+1, change)
 		return nil
-	})
+	}), answer{})
 }
 
 // ---- lists --------------------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ func (x *exchange) addKey(name string, q *keyRequest, k *keyRecord) *answer {
 		return nil
 	})
 	if err != nil {
-		a := refuse(http.StatusBadRequest, "Key with id "+q.id+" already exists")
+		a := stored(err, refuse(http.StatusBadRequest, "Key with id "+q.id+" already exists"))
 		return &a
 	}
 	return nil
@@ -467,17 +466,13 @@ func (k *keyRecord) public() any {
 }
 
 func deleteKey(x *exchange) answer {
-	err := x.hsm.store.update(func(r *record) error {
+	return stored(x.hsm.store.update(func(r *record) error {
 		if r.Keys[x.keyName()] == nil {
 			return errGone
 		}
 		delete(r.Keys, x.keyName())
 		return nil
-	})
-	if err != nil {
-		return empty(http.StatusNotFound)
-	}
-	return empty(http.StatusNoContent)
+	}), answer{})
 }
 
 func publicPEM(x *exchange) answer {
@@ -519,14 +514,10 @@ func moveKey(x *exchange) answer {
 		delete(r.Keys, x.keyName())
 		return nil
 	})
-	switch {
-	case err == nil:
-		return jsonAnswer(idItem{to})
-	case errors.Is(err, errExists):
-		return refuse(http.StatusConflict, fmt.Sprintf("Key '%s' already exists", to))
-	default:
-		return empty(http.StatusNotFound)
+	if err != nil {
+		return stored(err, refuse(http.StatusConflict, fmt.Sprintf("Key '%s' already exists", to)))
 	}
+	return jsonAnswer(idItem{to})
 }
 
 func putLabel(x *exchange) answer {
@@ -540,19 +531,11 @@ func putLabel(x *exchange) answer {
 	if k := x.key(); k != nil && k.Label == label {
 		return empty(http.StatusNotModified)
 	}
-	return x.changed(x.changeKey(func(k *keyRecord) { k.Label = label }))
+	return x.changeKey(func(k *keyRecord) { k.Label = label })
 }
 
 func deleteLabel(x *exchange) answer {
-	return x.changed(x.changeKey(func(k *keyRecord) { k.Label = "" }))
-}
-
-// changed is the answer to a change of a key.
-func (x *exchange) changed(err error) answer {
-	if err != nil {
-		return empty(http.StatusNotFound)
-	}
-	return empty(http.StatusNoContent)
+	return x.changeKey(func(k *keyRecord) { k.Label = "" })
 }
 
 func keyTagExists(x *exchange) (bool, *answer) {
@@ -576,14 +559,14 @@ func putKeyTag(x *exchange) answer {
 	if slices.Contains(k.Tags, tag) {
 		return empty(http.StatusNotModified)
 	}
-	return x.changed(x.changeKey(func(k *keyRecord) { k.Tags = sortedSet(append(k.Tags, tag)) }))
+	return x.changeKey(func(k *keyRecord) { k.Tags = sortedSet(append(k.Tags, tag)) })
 }
 
 func deleteKeyTag(x *exchange) answer {
 	tag := x.path["tag"]
-	return x.changed(x.changeKey(func(k *keyRecord) {
+	return x.changeKey(func(k *keyRecord) {
 		k.Tags = slices.DeleteFunc(k.Tags, func(t string) bool { return t == tag })
-	}))
+	})
 }
 
 // ---- shortcuts for tests ------------------------------------------------------------------------------------------

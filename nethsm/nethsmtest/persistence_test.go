@@ -104,6 +104,38 @@ func TestNoPassphraseIsWrittenDown(t *testing.T) {
 	}
 }
 
+func TestWhatCannotBeWrittenDownIsNotAcknowledged(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "gone")
+	h := Start(t, Options{Provisioned: true, Dir: dir})
+	c, url := newCaller(t, h), h.URLs()[0]
+	for _, id := range []string{"one", "two", "three"} {
+		if _, _, err := h.AddKey(Key{ID: id, Type: typeGeneric}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	user := `{"realName":"x","role":"Operator","passphrase":"OperatorPassphrase"}`
+	for _, q := range []asked{
+		{method: "POST keys/generate", body: generic + "}"},
+		{method: "PUT keys/one/label", body: `{"label":"x"}`},
+		{method: "PUT keys/one/restrictions/tags/t"},
+		{method: "PUT keys/one/cert", body: "x", header: "Content-Type: " + typeBytes},
+		{method: "POST keys/two/move", body: `{"newId":"four"}`},
+		{method: "DELETE keys/three"},
+		{method: "PUT users/new", body: user},
+		{method: "PUT users/operator/tags/t"},
+		{method: "POST users/operator/passphrase", body: `{"passphrase":"AnotherPassphrase"}`},
+		{method: "DELETE users/metrics"},
+		{method: "PUT namespaces/ns"},
+		{method: "PUT config/unattended-boot", body: `{"status":"on"}`},
+	} {
+		q.login, q.status, q.answer = adminLogin, 500, "Could not write to database. Check logs."
+		c.holds(url, []asked{q})
+	}
+}
+
 func TestADamagedDatabaseIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, databaseFile), []byte("{half"), 0o600); err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -150,6 +151,35 @@ func TestChecksComeInTheOrderOfTheOriginal(t *testing.T) {
 	})
 	h.Node(0).SetState(Operational)
 	c.holds(url, []asked{free}) // what the state refused was no attempt
+}
+
+func TestFailuresAreCountedByAddressAndName(t *testing.T) {
+	h, err := New(Options{Provisioned: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	for _, test := range []struct {
+		address, user, passphrase string
+		want                      int
+	}{
+		{"192.0.2.1:1000", OperatorUser, "WrongPassphrase", 401},
+		{"192.0.2.1:2000", OperatorUser, OperatorPassphrase, 429},
+		{"192.0.2.2:1000", OperatorUser, OperatorPassphrase, 200},
+		{"192.0.2.1:1000", AdminUser, AdminPassphrase, 200},
+		{"[2001:db8::1]:1000", "nobody", "WrongPassphrase", 401},
+		{"[2001:db8::1]:2000", "nobody", "WrongPassphrase", 429},
+		{"[2001:db8::2]:2000", "nobody", "WrongPassphrase", 401},
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/keys", http.NoBody)
+		r.RemoteAddr = test.address
+		r.SetBasicAuth(test.user, test.passphrase)
+		answer := httptest.NewRecorder()
+		h.ServeHTTP(answer, r)
+		if answer.Code != test.want {
+			t.Errorf("%s from %s with %s: %d, want %d", test.user, test.address, test.passphrase, answer.Code, test.want)
+		}
+	}
 }
 
 func TestAcceptIsReadAsTheStandardHasIt(t *testing.T) {
@@ -336,6 +366,14 @@ func TestKeysTakeWhatTheOriginalTakes(t *testing.T) {
 		{name: "as many random bytes as there may be", method: "POST random", login: operatorLogin, body: `{"length":1024}`, status: 200},
 		{name: "one more", method: "POST random", login: operatorLogin, body: `{"length":1025}`, status: 400},
 		{name: "none", method: "POST random", login: operatorLogin, body: `{"length":0}`, status: 400},
+		{
+			name: "an import takes any mechanism", method: "PUT keys/brought", login: adminLogin, status: 204, answer: "-",
+			body: `{"mechanisms":["ECDSA_Signature"],"type":"Generic","private":{"data":"` + sixteen + `"}}`,
+		},
+		{
+			name: "but no id twice", method: "PUT keys/brought", login: adminLogin, status: 400, answer: "Key with id brought already exists",
+			body: `{"mechanisms":["ECDSA_Signature"],"type":"Generic","private":{"data":"` + sixteen + `"}}`,
+		},
 		{
 			name: "a public key of nothing", method: "GET keys/aes", login: operatorLogin, status: 200,
 			answer: `{"mechanisms":["RSA_Decryption_RAW","ECDSA_Signature","AES_Decryption_CBC"],"type":"Generic","operations":0,"public":null,"restrictions":{}}`,

@@ -1,7 +1,6 @@
 package nethsmtest
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -260,6 +259,7 @@ func (x *exchange) makeUser(name string) *answer {
 		return nil
 	})
 	if err != nil {
+		a = stored(err, a)
 		return &a
 	}
 	return nil
@@ -288,7 +288,7 @@ func deleteUser(x *exchange) answer {
 
 // changeUser changes the user of the path: 204, or 404 where it went meanwhile.
 func (x *exchange) changeUser(change func(*record, *user)) answer {
-	err := x.hsm.store.update(func(r *record) error {
+	return stored(x.hsm.store.update(func(r *record) error {
 		u := r.Users[x.path["id"]].clone()
 		if u == nil {
 			return errGone
@@ -297,11 +297,7 @@ func (x *exchange) changeUser(change func(*record, *user)) answer {
 		r.Users[x.path["id"]] = u
 		change(r, u)
 		return nil
-	})
-	if errors.Is(err, errGone) {
-		return empty(http.StatusNotFound)
-	}
-	return empty(http.StatusNoContent)
+	}), answer{})
 }
 
 func postPassphrase(x *exchange) answer {
@@ -388,23 +384,19 @@ func namespaceExists(x *exchange) (bool, *answer) {
 
 func putNamespace(x *exchange) answer {
 	id := x.path["id"]
-	err := x.hsm.store.update(func(r *record) error {
+	return stored(x.hsm.store.update(func(r *record) error {
 		if r.Namespaces[id] {
 			return errExists
 		}
 		r.Namespaces[id] = true
 		return nil
-	})
-	if err != nil {
-		return refuse(http.StatusBadRequest, "Namespace "+id+" already exists")
-	}
-	return empty(http.StatusNoContent)
+	}), refuse(http.StatusBadRequest, "Namespace "+id+" already exists"))
 }
 
 // deleteNamespace drops the namespace and its keys; its users stay and may nothing.
 func deleteNamespace(x *exchange) answer {
 	id := x.path["id"]
-	err := x.hsm.store.update(func(r *record) error {
+	return stored(x.hsm.store.update(func(r *record) error {
 		if !r.Namespaces[id] {
 			return errGone
 		}
@@ -414,11 +406,7 @@ func deleteNamespace(x *exchange) answer {
 			return namespace == id
 		})
 		return nil
-	})
-	if err != nil {
-		return empty(http.StatusNotFound)
-	}
-	return empty(http.StatusNoContent)
+	}), answer{})
 }
 
 // UserNames are all users, of every namespace ("namespace~id").
