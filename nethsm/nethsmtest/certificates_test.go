@@ -48,6 +48,9 @@ func TestACertificateSlotTakesWhatTheOriginalTakes(t *testing.T) {
 				if got := c.must(200, "GET", url, operatorLogin, ""); got != string(test.body) {
 					t.Errorf("%d bytes came back as %d others", len(test.body), len(got))
 				}
+				if status, _ := put(t, c, url, typeBytes, bytes.NewReader([]byte("more"))); status != http.StatusConflict {
+					t.Errorf("it was overwritten: %d", status)
+				}
 				c.must(204, "DELETE", url, adminLogin, "")
 			}
 		})

@@ -62,6 +62,7 @@ type exchange struct {
 	u      *user             // the user of the path, likewise
 	client string            // the address, for rate limits
 	header http.Header       // to be sent with whatever answer
+	after  func()            // to be run once the answer was sent
 }
 
 // serve runs one request through the checks, in the original's order, and writes the answer.

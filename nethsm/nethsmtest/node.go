@@ -186,6 +186,10 @@ func (n *Node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	seen.Status = a.status
 	a.write(w, r.Method == http.MethodHead)
+	if x.after != nil {
+		_ = http.NewResponseController(w).Flush() // else the connection might close before net/http sends it
+		n.hsm.owned.Go(x.after)
+	}
 }
 
 // enter and leave count the requests in flight.

@@ -72,20 +72,16 @@ func reboot(x *exchange) answer {
 	return empty(http.StatusNoContent)
 }
 
-// shutdown stops the node once its answer is on its way.
+// shutdown stops the node once its answer was sent.
 func shutdown(x *exchange) answer {
 	if x.hsm.options.Container {
 		return platformTrouble()
 	}
 	x.header.Set("Connection", "close")
-	x.hsm.owned.Go(func() {
-		select {
-		case <-x.r.Context().Done(): // the answer was sent
-		case <-x.node.stopping():
-		}
+	x.after = func() {
 		x.node.boot()
 		x.node.Stop()
-	})
+	}
 	return empty(http.StatusNoContent)
 }
 
