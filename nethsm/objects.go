@@ -219,7 +219,8 @@ func (d *Device) put(ctx context.Context, node *Client, id string, certificate [
 
 // spread waits until the other nodes show a certificate, those that answer. Nodes have caches: one that looked at the carrier
 // before may need its time, and whoever asks it meanwhile finds nothing. One that needs more does no harm where another one
-// shows it: its cache does not hold longer.
+// shows it: its cache does not hold longer. But one that shows another certificate in the end is right: two nodes took both
+// writes at the same moment, and the other one came last.
 func (d *Device) spread(ctx context.Context, wrote *Client, id string, certificate []byte) error {
 	var others []*node
 	for _, n := range wrote.pool.nodes {
@@ -238,31 +239,36 @@ func (d *Device) spread(ctx context.Context, wrote *Client, id string, certifica
 		})
 	}
 	var there bool
-	var behind error
+	var behind, replaced error
 	for range others {
 		switch err := <-shown; {
 		case err == nil:
 			there = true
+		case errors.Is(err, hsm.ErrExists):
+			replaced = err
 		case errors.Is(err, errBehind):
 			behind = err
 		}
 	}
-	if there {
+	switch err := ctx.Err(); {
+	case there && replaced == nil:
 		return nil
-	}
-	if err := ctx.Err(); err != nil {
+	case err != nil:
 		return fmt.Errorf("reading it from another node: %w: %w", hsm.ErrMayHaveHappened, err)
-	}
-	if behind != nil {
+	case replaced != nil:
+		return replaced
+	case behind != nil:
 		return fmt.Errorf("reading it from another node: %w: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened, behind)
+	default:
+		return nil // none answers
 	}
-	return nil
 }
 
 // errBehind is a node that does not show what another one wrote.
 var errBehind = errors.New("a node of the cluster does not show what another one wrote")
 
-// shows waits until a node shows a certificate. A node that does not answer is some other error than errBehind.
+// shows waits until a node shows a certificate. One that shows another in the end is hsm.ErrExists, one that shows none
+// errBehind, and one that does not answer some other error.
 func shows(ctx context.Context, node *Client, id string, certificate []byte) error {
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		there, err := node.KeyCertificate(ctx, id)
@@ -275,6 +281,9 @@ func shows(ctx context.Context, node *Client, id string, certificate []byte) err
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
+			if err == nil {
+				return fmt.Errorf("%w: %s shows what another writer wrote at the same moment", hsm.ErrExists, node.URLs()[0])
+			}
 			return fmt.Errorf("%w: %s", errBehind, node.URLs()[0])
 		}
 	}
