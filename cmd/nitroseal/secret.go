@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
@@ -48,11 +49,14 @@ func (a *app) secret(ctx context.Context, s *secretFlag) ([]byte, error) {
 	case s.file != "":
 		return secretFile(s.file)
 	case s.env != "":
+		if !config.IsVariable(s.env) {
+			return nil, usage("what --%s-env names is no environment variable; a secret itself is never an argument, where other users see it", s.name)
+		}
 		value := os.Getenv(s.env)
 		if value == "" {
 			return nil, usage("the environment variable %s, which --%s-env names, is not set", s.env, s.name)
 		}
-		return []byte(value), nil
+		return cutSecret([]byte(value), "the environment variable "+s.env)
 	}
 	return a.ask(ctx, s)
 }
@@ -105,7 +109,7 @@ func (a *app) readHidden(ctx context.Context, prompt string) ([]byte, error) {
 		case len(got.line) == 0:
 			return nil, usage("nothing was typed; nothing was sent to the HSM")
 		}
-		return got.line, nil
+		return cutSecret(got.line, "the terminal")
 	case <-ctx.Done():
 		a.say("")
 		return nil, errors.Join(ctx.Err(), term.Restore(fd, before))
@@ -158,17 +162,19 @@ func readSecret(r io.Reader, name string) ([]byte, error) {
 		clear(buffer)
 		return nil, fmt.Errorf("reading a secret from %s: %w", name, pathless(err))
 	}
-	secret := bytes.TrimRight(buffer[:n], "\r\n")
-	switch {
-	case n > maxSecret:
-		err = usage("the secret from %s is longer than %d bytes; is it the right one?", name, maxSecret)
-	case len(bytes.TrimSpace(secret)) == 0:
-		err = usage("the secret from %s is empty; nothing was sent to the HSM", name)
-	case bytes.ContainsFunc(secret, func(r rune) bool { return r < ' ' || r == 0x7f }):
-		err = usage("the secret from %s holds a control character, a line break or a tab for example; nothing was sent to the HSM", name)
-	default:
-		return secret, nil
+	if n > maxSecret {
+		clear(buffer)
+		return nil, usage("the secret from %s is longer than %d bytes; is it the right one?", name, maxSecret)
 	}
-	clear(buffer)
-	return nil, err
+	return cutSecret(buffer[:n], name)
+}
+
+// cutSecret refuses a secret that cannot be meant, and wipes it then. It may end with a line break, which is cut off.
+func cutSecret(secret []byte, name string) ([]byte, error) {
+	cut, trouble := device.CutSecret(secret)
+	if trouble != "" {
+		clear(secret)
+		return nil, usage("the secret from %s %s; nothing was sent to the HSM", name, trouble)
+	}
+	return cut, nil
 }

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -47,6 +48,8 @@ func (b *block) decode(into any) {
 	for _, name := range slices.Sorted(maps.Keys(b.body.Attributes)) {
 		attribute := b.body.Attributes[name]
 		switch {
+		case slices.Contains(known, name) && !literal(attribute.Expr):
+			b.refuse(attribute.Expr.Range(), "%s: %s is not written out; write the value itself, in one line: nothing is computed here", b.what, name)
 		case slices.Contains(known, name):
 			rest.Attributes[name] = attribute
 		case slices.Contains(secrets, name):
@@ -86,6 +89,20 @@ func (b *block) wrong(attribute, format string, args ...any) {
 		at = given.Expr.Range()
 	}
 	b.refuse(at, "%s: "+format, append([]any{b.what}, args...)...)
+}
+
+// literal tells whether a value is written out: a string in quotes, a number, true, false, or a list of them.
+func literal(value hclsyntax.Expression) bool {
+	switch value := value.(type) {
+	case *hclsyntax.LiteralValueExpr:
+		return true
+	case *hclsyntax.TemplateExpr:
+		at := value.Range()
+		return value.IsStringLiteral() && at.Start.Line == at.End.Line // no heredoc
+	case *hclsyntax.TupleConsExpr:
+		return !slices.ContainsFunc(value.Exprs, func(element hclsyntax.Expression) bool { return !literal(element) })
+	}
+	return false
 }
 
 // instead says how a secret is given.
@@ -214,7 +231,13 @@ func (b *block) secret(name, file, env string) {
 	if file != "" && env != "" {
 		b.wrong(name+"_env", "both %s_file and %s_env are given; keep one", name, name)
 	}
-	if strings.ContainsAny(env, "= ") {
+	if env != "" && !IsVariable(env) {
 		b.wrong(name+"_env", "%s_env names an environment variable and does not hold the secret", name)
 	}
 }
+
+var variable = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// IsVariable tells whether a shell would take this for the name of an environment variable. What is none may be the secret
+// itself, and must not be repeated in an error.
+func IsVariable(name string) bool { return variable.MatchString(name) }

@@ -238,13 +238,34 @@ func TestComplaintsSayWhereAndWhatToWrite(t *testing.T) {
 		"a name that is none": {
 			minimal("device \"a/b\" {\n  type = \"pkcs11\"\n  slot = 1\n  pin_env = \"P\"\n}\n"), []string{":5:8: device \"a/b\": the name is not one"},
 		},
-		"no name":                   {minimal("device {\n}\n"), []string{":5:8: Missing name for device"}},
-		"a second block pkcs11":     {minimal("pkcs11 {\n  modules = []\n}\n"), []string{":5:1: pkcs11 is there twice; keep one"}},
-		"a block as an attribute":   {minimal("vault = {}\n"), []string{":5:1: the file: vault is a block; write vault { … }"}},
-		"an attribute as a block":   {minimal("secrets_dir {\n}\n"), []string{":5:1: the file: secrets_dir is not a block; write secrets_dir = …"}},
-		"no state_dir":              {"", []string{":1:1: the file: state_dir is missing"}},
-		"an empty state_dir":        {"state_dir = \"\"\n", []string{":1:13: the file: state_dir is missing"}},
-		"a variable":                {minimal("secrets_dir = home\n"), []string{":5:15: Variables not allowed"}},
+		"no name":                 {minimal("device {\n}\n"), []string{":5:8: Missing name for device"}},
+		"a second block pkcs11":   {minimal("pkcs11 {\n  modules = []\n}\n"), []string{":5:1: pkcs11 is there twice; keep one"}},
+		"a block as an attribute": {minimal("vault = {}\n"), []string{":5:1: the file: vault is a block; write vault { … }"}},
+		"an attribute as a block": {minimal("secrets_dir {\n}\n"), []string{":5:1: the file: secrets_dir is not a block; write secrets_dir = …"}},
+		"no state_dir":            {"", []string{":1:1: the file: state_dir is missing"}},
+		"an empty state_dir":      {"state_dir = \"\"\n", []string{":1:13: the file: state_dir is missing"}},
+		"a variable":              {minimal("secrets_dir = home\n"), []string{":5:15: the file: secrets_dir is not written out"}},
+		"one of the environment":  {minimal("secrets_dir = \"${env.HOME}\"\n"), []string{":5:15: the file: secrets_dir is not written out"}},
+		"a function":              {minimal("secrets_dir = upper(\"x\")\n"), []string{":5:15: the file: secrets_dir is not written out"}},
+		"a condition":             {minimal("secrets_dir = true ? \"a\" : \"b\"\n"), []string{":5:15: the file: secrets_dir is not written out"}},
+		"a text of several lines": {minimal("secrets_dir = <<X\nsecrets\nX\n"), []string{":5:15: the file: secrets_dir is not written out"}},
+		"a sum in a list":         {"state_dir = \"s\"\npkcs11 {\n  modules = [\"/m.so\"]\n  env = [1 + 1]\n}\n", []string{":4:9: pkcs11: env is not written out"}},
+		"a token over plain http": {
+			minimal("vault {\n  address = \"http://vault:8200\"\n}\n"), []string{":6:13: vault: address would send the token in the clear"},
+		},
+		"a password in an address": {
+			minimal("vault {\n  address = \"https://u:648219@vault:8200\"\n}\n"), []string{":6:13: vault: address holds a user or a password"},
+		},
+		"an address without a host": {
+			minimal("vault {\n  address = \"https://:8200\"\n}\n"), []string{":6:13: vault: address is no URL of a server"},
+		},
+		"a token where the name of a variable belongs": {
+			minimal("vault {\n  address = \"https://v:8200\"\n  token_env = \"hvs.x\"\n}\n"), []string{":7:15: vault: token_env names an environment variable"},
+		},
+		"a PIN alone where the name of a variable belongs": {
+			minimal("device \"one\" {\n  type = \"pkcs11\"\n  slot = 1\n  pin_env = \"648219\"\n}\n"),
+			[]string{":8:13: device \"one\": pin_env names an environment variable and does not hold the secret"},
+		},
 		"a module by bare name":     {"state_dir = \"s\"\npkcs11 {\n  modules = [\"opensc-pkcs11.so\"]\n}\n", []string{":3:13: pkcs11: module \"opensc-pkcs11.so\" is not an absolute path"}},
 		"a variable with its value": {"state_dir = \"s\"\npkcs11 {\n  modules = [\"/m.so\"]\n  env = [\"A=b\"]\n}\n", []string{":4:9: pkcs11: env lists the names"}},
 		"a host without its hash":   {"state_dir = \"s\"\npkcs11 {\n  modules = [\"/m.so\"]\n  module_host = \"/h\"\n}\n", []string{":4:17: pkcs11: module_host and module_host_sha256 belong together"}},
@@ -282,7 +303,7 @@ func TestComplaintsSayWhereAndWhatToWrite(t *testing.T) {
 			for _, c := range refused.Complaints {
 				got = append(got, strings.TrimPrefix(c.String(), path))
 			}
-			if len(got) < len(test.wants) || name != "a variable" && name != "text that is no HCL" && len(got) != len(test.wants) {
+			if len(got) < len(test.wants) || name != "text that is no HCL" && len(got) != len(test.wants) {
 				t.Fatalf("complaints:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(test.wants, "\n"))
 			}
 			for i, want := range test.wants {
@@ -370,6 +391,16 @@ func TestSecretsOfTheEnvironmentAreFilledIn(t *testing.T) {
 	}
 	if d.PIN != "" {
 		t.Error("the device keeps the secret")
+	}
+	for _, spoilt := range []string{" \t", "se\ncret", "\n", "secret\x1b[D"} {
+		set["C"] = spoilt
+		if _, err := d.WithEnvironment(lookup); !errors.Is(err, device.ErrConfig) || strings.Contains(err.Error(), "cret\x1b") {
+			t.Errorf("%q: %v", spoilt, err)
+		}
+	}
+	set["C"] = "3\r\n" // a line break at the end is cut off, as in a file: sent, it would cost a try
+	if again, err := d.WithEnvironment(lookup); err != nil || again.AdminPassword != "3" {
+		t.Errorf("with a line break: %v", err)
 	}
 	for name, spoil := range map[string]func(){"a variable that is empty": func() { set["C"] = "" }, "one that is not set": func() { delete(set, "C") }} {
 		spoil()

@@ -113,7 +113,8 @@ func (b *block) validate(d Device) {
 }
 
 // WithEnvironment returns the device's configuration with the secrets that come from the environment, as lookup (which is
-// [os.LookupEnv]) finds them. A variable that is not set, or empty, is an error that wraps [device.ErrConfig].
+// [os.LookupEnv]) finds them. A variable that is not set, or that holds what
+// cannot be meant, by the rule of secret files, is an error that wraps [device.ErrConfig].
 func (d Device) WithEnvironment(lookup func(string) (string, bool)) (device.Config, error) {
 	complete := d.Config
 	for _, from := range []struct {
@@ -133,7 +134,12 @@ func (d Device) WithEnvironment(lookup func(string) (string, bool)) (device.Conf
 			return device.Config{}, fmt.Errorf("%w: device %q: the environment variable %s is not set; it holds a secret of the device, and "+
 				"nothing was sent to the HSM", device.ErrConfig, d.Name, from.env)
 		}
-		*from.into = value
+		secret, trouble := device.CutSecret([]byte(value))
+		if trouble != "" {
+			return device.Config{}, fmt.Errorf("%w: device %q: the secret in the environment variable %s %s; nothing was sent to the HSM",
+				device.ErrConfig, d.Name, from.env, trouble)
+		}
+		*from.into = string(secret)
 	}
 	return complete, nil
 }

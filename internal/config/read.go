@@ -2,6 +2,8 @@ package config
 
 import (
 	"fmt"
+	"net"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -149,8 +151,8 @@ func (b *block) pkcs11() PKCS11 {
 		}
 	}
 	for _, name := range given.Env {
-		if name == "" || strings.ContainsAny(name, "= ") {
-			b.wrong("env", "env lists the names of environment variables; %q is none", name)
+		if !IsVariable(name) {
+			b.wrong("env", "env lists the names of environment variables, and one of these is none")
 		}
 	}
 	if (given.ModuleHost == "") != (given.ModuleHostSHA256 == "") {
@@ -178,14 +180,36 @@ func (b *block) vault() *Vault {
 	given.Mount, given.PluginName = "nitrokey", "vault-plugin-secrets-nitrokey"
 	b.decode(&given)
 	b.secret("token", given.TokenFile, given.TokenEnv)
-	if b.good && !strings.HasPrefix(given.Address, "https://") && !strings.HasPrefix(given.Address, "http://") {
-		b.wrong("address", "address is not of the form https://host:8200")
+	if trouble := vaultAddress(given.Address); b.good && trouble != "" {
+		b.wrong("address", "address %s; write https://host:8200", trouble)
 	}
 	return &Vault{
 		Address: given.Address, CACert: b.pem("ca_cert_file", given.CACertFile), TLSServerName: given.TLSServerName,
 		TokenFile: b.resolve(given.TokenFile), TokenEnv: given.TokenEnv,
 		Mount: strings.Trim(given.Mount, "/"), PluginName: given.PluginName, PluginFile: b.resolve(given.PluginFile),
 	}
+}
+
+// vaultAddress says what is wrong with the address of a Vault, which a token is sent to; empty for nothing.
+func vaultAddress(address string) (trouble string) {
+	parsed, err := url.Parse(address)
+	switch {
+	case err != nil || parsed.Scheme != "https" && parsed.Scheme != "http" || parsed.Hostname() == "":
+		return "is no URL of a server"
+	case parsed.User != nil:
+		return "holds a user or a password, and Vault takes a token instead"
+	case parsed.RawQuery != "" || parsed.Fragment != "":
+		return "has more than host and port"
+	case parsed.Scheme == "http" && !loopback(parsed.Hostname()):
+		return "would send the token in the clear: http is for a loopback address only"
+	}
+	return ""
+}
+
+// loopback is true for this machine. A name other than localhost is not asked for in DNS: it could change.
+func loopback(host string) bool {
+	address := net.ParseIP(host)
+	return host == "localhost" || address != nil && address.IsLoopback()
 }
 
 // checkReferences checks what one block says about another.

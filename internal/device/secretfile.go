@@ -99,29 +99,27 @@ func readSecret(r io.Reader, path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := len(buf)
-	for n > 0 && (buf[n-1] == '\n' || buf[n-1] == '\r') {
-		n--
-	}
-	if n == 0 {
-		return nil, complain(`the secret file %s is empty; nothing was sent to the HSM`, path)
-	}
-	if spoilt := spoilt(buf[:n]); spoilt != "" {
+	secret, trouble := CutSecret(buf)
+	if trouble != "" {
 		clear(buf)
-		return nil, complain(`the secret file %s holds %s; nothing was sent to the HSM`, path, spoilt)
+		return nil, complain(`the secret file %s %s; nothing was sent to the HSM`, path, trouble)
 	}
-	return buf[:n:n], nil
+	return secret, nil
 }
 
-// spoilt says why a secret cannot be meant as it is: nothing that people type holds only blanks, or a control character.
-func spoilt(secret []byte) string {
+// CutSecret cuts the line break off that files, pipes and variables may end with. What cannot be meant as a secret would
+// cost a try: trouble then says why, as "is empty" does, and shows nothing of it.
+func CutSecret(secret []byte) (cut []byte, trouble string) {
+	cut = bytes.TrimRight(secret, "\r\n")
 	switch {
-	case len(bytes.TrimSpace(secret)) == 0:
-		return "nothing but blanks"
-	case bytes.ContainsFunc(secret, func(r rune) bool { return r < ' ' || r == 0x7f }):
-		return "a control character, a line break or a tab for example"
+	case len(cut) == 0:
+		return nil, "is empty"
+	case len(bytes.TrimSpace(cut)) == 0:
+		return nil, "holds nothing but blanks"
+	case bytes.ContainsFunc(cut, func(r rune) bool { return r < ' ' || r == 0x7f }):
+		return nil, "holds a control character, a line break or a tab for example"
 	}
-	return ""
+	return cut[:len(cut):len(cut)], ""
 }
 
 // relative makes path relative to the directory, by name only: os.Root keeps what follows inside.
