@@ -170,6 +170,11 @@ func TestStoppingANodeEndsWhatHangs(t *testing.T) {
 		return h.Node(0).active == 2
 	})
 	h.Node(0).Stop()
+	h.Node(0).mu.Lock()
+	if left := h.Node(0).active; left != 0 {
+		t.Errorf("it stopped with %d requests in flight", left)
+	}
+	h.Node(0).mu.Unlock()
 	for range 2 {
 		if err := <-done; err == nil {
 			t.Fatal("an answer came from a node that stopped")
