@@ -53,6 +53,9 @@ func (c *caller) asking(base string, q asked) (status int, header http.Header, b
 	if err != nil {
 		c.t.Fatalf("%s: %v", q.name, err)
 	}
+	if answer.Close { // net/http takes the header away
+		answer.Header.Set("Connection", "close")
+	}
 	return answer.StatusCode, answer.Header, string(data)
 }
 
