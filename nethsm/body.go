@@ -134,7 +134,7 @@ func (p *payload) idler() <-chan struct{} {
 }
 
 const (
-	writeTime = 100 * time.Millisecond // what a request that was given up gets to notice it
+	writeTime = 100 * time.Millisecond // what a request that was given up, or whose connection was closed, gets to notice it
 	wipeTime  = time.Minute            // when it surely has
 )
 
@@ -145,10 +145,18 @@ func (p *pool) wipe(body *payload) {
 		clear(body.bytes)
 		return
 	}
-	p.start(func() {
-		_ = p.sleep(p.ctx, wipeTime, idle)
+	wipe := func() {
+		if !p.sleep(p.ctx, wipeTime, idle) { // Close has ended the connections
+			select {
+			case <-idle:
+			case <-time.After(writeTime):
+			}
+		}
 		clear(body.bytes)
-	})
+	}
+	if !p.start(wipe) {
+		wipe()
+	}
 }
 
 // settle waits until a body of the caller's is read no more.

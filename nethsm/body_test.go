@@ -231,3 +231,39 @@ func TestMessage(t *testing.T) {
 		}
 	}
 }
+
+// Close does not keep a body from being wiped: not one that waits to be, and not one that comes later.
+func TestBodyIsWipedInSpiteOfClose(t *testing.T) {
+	within(t, Options{}, handlers(healthy), func(s *scene) {
+		t := s.T
+		p := s.client.pool
+		waiting, late, never := &payload{bytes: []byte("sesame")}, &payload{bytes: []byte("sesame")}, &payload{bytes: []byte("sesame")}
+		wiped := func(body *payload) bool { return string(body.bytes) == "\x00\x00\x00\x00\x00\x00" }
+		waiting.begin()
+		never.begin()
+		p.wipe(waiting)
+		p.wipe(never)
+		var read string
+		time.AfterFunc(20*time.Millisecond, func() { // the connection's end is noticed
+			read = string(waiting.bytes)
+			waiting.end()
+		})
+		began := time.Now()
+		if err := s.client.Close(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("Close took %v", took)
+		}
+		if read != "sesame" {
+			t.Error("it was wiped while it was read")
+		}
+		late.begin()
+		p.wipe(late)
+		for i, body := range []*payload{waiting, late, never} {
+			if !wiped(body) {
+				t.Errorf("body %d is still there", i)
+			}
+		}
+	})
+}

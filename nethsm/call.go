@@ -72,6 +72,9 @@ func (c *Client) do(ctx context.Context, in call) (answer, error) {
 	if timeout == 0 {
 		timeout = c.pool.timeout
 	}
+	if !in.public && c.login != nil && c.login.unusable != nil {
+		return answer{}, fmt.Errorf("%s: %w", in.op, c.login.unusable)
+	}
 	bytes := in.raw
 	if in.body != nil {
 		var err error

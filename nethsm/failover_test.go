@@ -91,8 +91,8 @@ func TestWhatSendsARequestToTheNextNode(t *testing.T) {
 // first makes the next request go to the first node.
 func (s *scene) first() {
 	p := s.client.pool
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.choosing.Lock()
+	defer p.choosing.Unlock()
 	p.turn = len(p.nodes) - 1
 }
 

@@ -43,6 +43,16 @@ func checkUser(op, id string) error {
 	return checkID(op, "the user", id)
 }
 
+// checkUsername refuses the user of a login that no NetHSM can have. With a colon it would even be another user, with another
+// password.
+func checkUsername(name string) error {
+	if checkUser("", name) != nil {
+		return fmt.Errorf("%w: no NetHSM can have a user %.140q: a name has up to 128 letters, digits, underscores, dots and dashes, begins "+
+			"with a letter or a digit, and comes after \"namespace~\" where it has one", ErrConfig, name)
+	}
+	return nil
+}
+
 // checkTags refuses tags that a NetHSM would refuse.
 func checkTags(op string, tags []string) error {
 	for _, tag := range tags {

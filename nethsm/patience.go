@@ -39,6 +39,7 @@ var (
 type login struct {
 	pool     *pool
 	username string
+	unusable error  // no NetHSM has such a user: nothing is sent
 	header   string // of Authorization. A string, as net/http wants it, cannot be wiped.
 	standing []*standing
 	role     atomic.Pointer[Role] // nil: not known yet
@@ -69,11 +70,11 @@ type refusal struct {
 	tried     chan struct{} // closed after that
 	wrong     bool          // the verdict
 	asked     time.Time     // when a call last wanted to use the password
-	verifying bool
+	verifying bool          // a verifier of this refusal runs
 }
 
 func newLogin(p *pool, username, header string) *login {
-	l := &login{pool: p, username: username, header: header}
+	l := &login{pool: p, username: username, header: header, unusable: checkUsername(username)}
 	for _, n := range p.nodes {
 		l.standing = append(l.standing, &standing{login: l, node: n})
 	}
@@ -250,7 +251,8 @@ func (s *standing) verifyLocked(pause time.Duration) {
 	}
 	s.refusal.verifying = true
 	s.refusal.next, s.refusal.tried = time.Now().Add(pause), make(chan struct{})
-	s.login.pool.start(s.verify)
+	r := s.refusal
+	s.login.pool.start(func() { s.verify(r) })
 }
 
 // finding is what the verifier found out.
@@ -262,20 +264,26 @@ const (
 	denied                 // 401 in state Operational
 )
 
+// stands is true as long as a refusal has not ended. When it has, another one may have begun, with a verifier of its own.
+func (s *standing) stands(r *refusal) (next time.Time, yes bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return r.next, s.refusal == r
+}
+
 // verify tries a refused password until it is taken, nobody wants to use it any longer, or the pool closes.
-func (s *standing) verify() {
+func (s *standing) verify(r *refusal) {
 	p, pause := s.login.pool, firstRetry
 	for {
-		s.mu.Lock()
-		next := s.refusal.next
-		s.mu.Unlock()
-		if !s.sleep(next) {
+		if next, yes := s.stands(r); !yes || !s.sleep(next) {
+			return
+		}
+		if _, yes := s.stands(r); !yes { // a request that was on its way for long was served meanwhile
 			return
 		}
 		found := s.try()
 		s.mu.Lock()
-		r := s.refusal
-		if r == nil || p.ctx.Err() != nil { // taken, or closed
+		if s.refusal != r || p.ctx.Err() != nil { // taken, or closed
 			s.mu.Unlock()
 			return
 		}

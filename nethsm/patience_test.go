@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -443,6 +444,109 @@ func TestCloseEndsTheVerifier(t *testing.T) {
 		}
 		if err := ask(t.Context(), wrong); !errors.Is(err, hsm.ErrUnavailable) {
 			t.Errorf("after Close: %v", err)
+		}
+	})
+}
+
+// Making a view must not wait for what a node thinks of some password: whoever changes that starts things in the background,
+// which views wait for.
+func TestViewsAreMadeWhileAPasswordIsRefused(t *testing.T) {
+	client := reach(t, Options{}, "http://127.0.0.1:1")
+	s := client.login.standing[0]
+	s.mu.Lock()
+	made := make(chan struct{})
+	go func() {
+		client.As(Credentials{Username: "other", Password: []byte("p")})
+		close(made)
+	}()
+	select {
+	case <-made:
+	case <-time.After(5 * time.Second):
+		t.Error("As waits")
+	}
+	s.mu.Unlock()
+	<-made
+}
+
+// A password that is refused and taken in turns is tried by one verifier, not by one more each time.
+func TestPasswordRefusedAgainAndAgainHasOneVerifier(t *testing.T) {
+	within(t, Options{}, handlers(saying(http.StatusUnauthorized)), func(s *scene) {
+		t := s.T
+		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
+		standing := view.login.standing[0]
+		for range 8 {
+			standing.refuse(1, true)
+			standing.accept(1)
+		}
+		later(30 * time.Second)
+		if n := len(s.peers[0].saw("")); n > 0 {
+			t.Errorf("a password that is taken was tried %d times", n)
+		}
+		for range 8 {
+			standing.accept(1)
+			standing.refuse(1, true)
+		}
+		later(30 * time.Second)
+		tries := s.peers[0].saw("/users/u")
+		if len(tries) == 0 {
+			t.Error("a password that is refused was not tried")
+		}
+		for i, gap := range gaps(tries) {
+			if gap <= time.Second {
+				t.Errorf("try %d came %v after the one before", i+1, gap)
+			}
+		}
+	})
+}
+
+// What is known about a password is known to every view with it, and goes with the last of them.
+func TestLoginsAreSharedAndForgotten(t *testing.T) {
+	client := reach(t, Options{}, "http://127.0.0.1:1")
+	one := client.As(Credentials{Username: "one", Password: []byte("p")})
+	for i := range 5000 {
+		client.As(Credentials{Username: "many", Password: []byte{byte(i), byte(i >> 8)}})
+	}
+	if again := client.As(Credentials{Username: "one", Password: []byte("p")}); again.login != one.login {
+		t.Error("two views with the same credentials do not know the same about them")
+	}
+	known := func() int {
+		client.pool.mu.Lock()
+		defer client.pool.mu.Unlock()
+		return len(client.pool.logins)
+	}
+	for end := time.Now().Add(10 * time.Second); known() > 2; {
+		runtime.GC()
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-t.Context().Done():
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d logins are remembered of views that are gone", known())
+		}
+	}
+	runtime.KeepAlive(one)
+}
+
+// A colon would make another user of it, with another password; other names no NetHSM can have.
+func TestUserNamesThatCannotBe(t *testing.T) {
+	within(t, Options{}, handlers(healthy), func(s *scene) {
+		t := s.T
+		for _, name := range []string{"", "a:b", "a~b:c", "a b", "a\r\nX: y", "-a", "a~", strings.Repeat("a", 129)} {
+			view := s.client.As(Credentials{Username: name, Password: []byte("sesame")})
+			for _, send := range []func(context.Context, *Client) error{ask, post, create} {
+				if err := send(t.Context(), view); !errors.Is(err, ErrConfig) || errors.Is(err, hsm.ErrUnavailable) || strings.Contains(err.Error(), "sesame") {
+					t.Errorf("as %q: %v, want ErrConfig", name, err)
+				}
+			}
+			if _, err := view.State(t.Context()); err != nil {
+				t.Errorf("as %q, what is public: %v", name, err)
+			}
+			if _, err := view.At(view.URLs()[0]); err != nil {
+				t.Error(err)
+			}
+		}
+		if n := len(s.peers[0].saw("/keys")); n > 0 {
+			t.Errorf("%d requests were sent", n)
 		}
 	})
 }

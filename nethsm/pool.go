@@ -11,8 +11,11 @@ import (
 	"log/slog"
 	mathrand "math/rand/v2"
 	"net/http"
+	"runtime"
+	"strings"
 	"sync"
 	"time"
+	"weak"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 )
@@ -32,6 +35,13 @@ var errClosed = fmt.Errorf("the client was closed: %w", hsm.ErrUnavailable)
 
 // pool is what all views of a client share: the nodes, their connections and what is known about them. It owns every
 // goroutine of the client.
+//
+// The order of the package's locks, of which a goroutine that holds one takes only those further right:
+//
+//	pool.choosing → standing.mu → pool.mu
+//	pool.choosing → node.mu
+//
+// payload.mu and connections.mu stand alone, and no lock is held over I/O or a wait. A lock may be held over a line of the log.
 type pool struct {
 	nodes       []*node
 	timeout     time.Duration
@@ -42,14 +52,14 @@ type pool struct {
 	cancel context.CancelFunc
 	wait   sync.WaitGroup
 
-	choosing sync.Mutex // taken before any other: a choice looks at nodes and logins, and those start things under mu
-	turn     int        // where the search for a node begins, so that equals take turns
+	choosing sync.Mutex
+	turn     int // where the search for a node begins, so that equals take turns
 
-	mu       sync.Mutex
+	mu       sync.Mutex // nothing is locked under it
 	closed   bool
 	unlocker unlocker
-	logins   map[[sha256.Size]byte]*login
-	key      [sha256.Size]byte // of the fingerprints in logins
+	logins   map[[sha256.Size]byte]weak.Pointer[login] // a login goes with the last view or verifier that uses it
+	key      [sha256.Size]byte                         // of the fingerprints in logins
 }
 
 // unlocker unlocks the one node of a view. A wrong passphrase is an [*hsm.PINError].
@@ -73,6 +83,9 @@ func newPool(options Options, dial dialFunc) (*pool, error) {
 	if options.UserAgent == "" {
 		options.UserAgent = defaultUserAgent
 	}
+	if strings.ContainsFunc(options.UserAgent, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return nil, fmt.Errorf("%w: the user agent has other characters than a header can have", ErrConfig)
+	}
 	if options.Logger == nil {
 		options.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -80,7 +93,7 @@ func newPool(options Options, dial dialFunc) (*pool, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &pool{timeout: options.Timeout, logger: options.Logger, logins: make(map[[sha256.Size]byte]*login)}
+	p := &pool{timeout: options.Timeout, logger: options.Logger, logins: make(map[[sha256.Size]byte]weak.Pointer[login])}
 	if _, err := rand.Read(p.key[:]); err != nil {
 		return nil, fmt.Errorf("making a random key: %w", err)
 	}
@@ -116,13 +129,15 @@ func (p *pool) close() error {
 	return nil
 }
 
-// start runs something in the background until close, which waits for it.
-func (p *pool) start(run func()) {
+// start runs something in the background until close, which waits for it; after close it does not, and is false.
+func (p *pool) start(run func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.closed {
-		p.wait.Go(run)
+	if p.closed {
+		return false
 	}
+	p.wait.Go(run)
+	return true
 }
 
 // setUnlocker makes nodes that are found Locked be unlocked by themselves, in the background: one try at a time for each
@@ -151,8 +166,7 @@ func (p *pool) setUnlocker(unlock unlocker) {
 	}
 }
 
-// login returns the login with these credentials; views with the same ones share it. A login of which nothing bad is known
-// need not be remembered.
+// login returns the login with these credentials; views with the same ones share it.
 func (p *pool) login(credentials Credentials) *login {
 	pair := append([]byte(credentials.Username+":"), credentials.Password...)
 	defer clear(pair)
@@ -161,17 +175,22 @@ func (p *pool) login(credentials Credentials) *login {
 	fingerprint := [sha256.Size]byte(mac.Sum(nil))
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if known := p.logins[fingerprint]; known != nil {
+	if known := p.logins[fingerprint].Value(); known != nil {
 		return known
 	}
-	for fingerprint, l := range p.logins {
-		if !l.refusedAnywhere() {
-			delete(p.logins, fingerprint)
-		}
-	}
 	l := newLogin(p, credentials.Username, "Basic "+base64.StdEncoding.EncodeToString(pair))
-	p.logins[fingerprint] = l
+	p.logins[fingerprint] = weak.Make(l)
+	runtime.AddCleanup(l, p.forget, fingerprint)
 	return l
+}
+
+// forget drops a login that nobody uses any longer, unless somebody has begun to use the same credentials again.
+func (p *pool) forget(fingerprint [sha256.Size]byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.logins[fingerprint].Value() == nil {
+		delete(p.logins, fingerprint)
+	}
 }
 
 // set is a set of nodes, by their index.

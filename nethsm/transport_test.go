@@ -321,9 +321,9 @@ func TestCreationIsNeverSentTwice(t *testing.T) {
 					heads, _ := w.seen()
 					more, _ := other.seen()
 					before := len(heads) + len(more)
-					client.pool.mu.Lock()
+					client.pool.choosing.Lock()
 					client.pool.turn = 1 // the first node is next
-					client.pool.mu.Unlock()
+					client.pool.choosing.Unlock()
 					_, err := client.do(t.Context(), call{op: "creating", method: method, path: "/x", body: body, creates: true, into: new(any)})
 					if !errors.Is(err, hsm.ErrUnavailable) || !errors.Is(err, hsm.ErrMayHaveHappened) {
 						t.Errorf("error = %v, want ErrUnavailable and ErrMayHaveHappened", err)
