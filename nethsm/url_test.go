@@ -1,7 +1,9 @@
 package nethsm
 
 import (
+	"context"
 	"errors"
+	"net"
 	"net/url"
 	"slices"
 	"strings"
@@ -18,6 +20,7 @@ func TestURLs(t *testing.T) {
 		{"https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443"},
 		{"http://127.0.0.1:8080", "http://127.0.0.1:8080"},
 		{"http://[::1]", "http://[::1]:80"},
+		{"https://[fe80::1%25eth0]:8443", "https://[fe80::1%25eth0]:8443"},
 		{"http://localhost:8080/api/v1", "http://localhost:8080"},
 	}
 	for _, test := range tests {
@@ -58,6 +61,15 @@ func TestOptionsThatCannotWork(t *testing.T) {
 		{"a query", Options{URLs: []string{"https://hsm.example/?a=b"}}, "end after the port"},
 		{"a password in the URL", Options{URLs: []string{"https://admin:sesame@hsm.example"}}, "hsm.example holds a user"},
 		{"a password in a URL that cannot be read", Options{URLs: []string{"https://admin:sesame@hsm.example:port"}}, "cannot be read"},
+		{"a password and no scheme", Options{URLs: []string{"admin:sesame@hsm.example"}}, "https://"},
+		{"a password and no slashes", Options{URLs: []string{"https:admin:sesame@hsm.example"}}, "no host"},
+		{"a password as a scheme", Options{URLs: []string{"sesame:8443"}}, "https://"},
+		{"a password in a path", Options{URLs: []string{"https://hsm.example/sesame"}}, "end after the port"},
+		{"a password in a query", Options{URLs: []string{"https://hsm.example/?password=sesame"}}, "end after the port"},
+		{"a password in a fragment", Options{URLs: []string{"http://192.0.2.1/#sesame"}}, "end after the port"},
+		{"a port that is none", Options{URLs: []string{"https://hsm.example:65536"}}, "port"},
+		{"port 0", Options{URLs: []string{"https://hsm.example:0"}}, "port"},
+		{"a user agent with a line of its own", Options{URLs: []string{"https://hsm.example"}, UserAgent: "a\r\nX: y"}, "user agent"},
 		{"twice the same", Options{URLs: []string{"https://hsm.example", "https://HSM.example:443/api/v1"}}, "twice"},
 		{"too many", Options{URLs: many}, "64 at most"},
 		{"a negative time-out", Options{URLs: []string{"https://hsm.example"}, Timeout: -1}, "negative"},
@@ -98,4 +110,24 @@ func FuzzURL(f *testing.F) {
 			t.Errorf("%q became %q, %v", text, base, err)
 		}
 	})
+}
+
+// A scope of IPv6 is part of the address, and must stand the way into a request.
+func TestScopeOfAnAddressIsDialled(t *testing.T) {
+	var dialled string
+	pool, err := newPool(Options{URLs: []string{"https://[fe80::1%25eth0]:8443"}}, func(_ context.Context, _, address string) (net.Conn, error) {
+		dialled = address
+		return nil, net.ErrClosed
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := &Client{pool: pool}
+	_ = ask(t.Context(), client)
+	if err := client.Close(); err != nil {
+		t.Error(err)
+	}
+	if dialled != "[fe80::1%eth0]:8443" {
+		t.Errorf("it dialled %q", dialled)
+	}
 }
