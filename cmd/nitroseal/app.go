@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/term"
@@ -70,6 +71,30 @@ func (a *app) deviceConfig(name string) (config.Device, error) {
 // logger writes what an operator should know, warnings and errors, to stderr.
 func (a *app) logger() *slog.Logger { return slog.New(personLog{app: a, waits: &a.warnings}) }
 
+// patience is the value of --timeout. None would be a command that ends before it begins.
+type patience time.Duration
+
+// String is empty for no limit, so that the help shows none.
+func (p *patience) String() string {
+	if *p == 0 {
+		return ""
+	}
+	return time.Duration(*p).String()
+}
+
+// Type implements pflag.Value.
+func (p *patience) Type() string { return "duration" }
+
+// Set implements pflag.Value.
+func (p *patience) Set(value string) error {
+	d, err := time.ParseDuration(value)
+	if err != nil || d <= 0 {
+		return errors.New(`it is a time with a unit, "90s" or "5m" for example`)
+	}
+	*p = patience(d)
+	return nil
+}
+
 // within bounds the work of a verb: by --timeout, else by usual. Prompts come before it, people take their time.
 func (a *app) within(ctx context.Context, usual time.Duration) (context.Context, context.CancelFunc) {
 	if a.timeout > 0 {
@@ -112,8 +137,15 @@ func (a *app) report(err error) int {
 	return code
 }
 
-// say writes a line to a person. Where nobody listens, nothing can be done about it.
-func (a *app) say(format string, args ...any) { _, _ = fmt.Fprintf(a.stderr, format+"\n", args...) }
+// say writes a line to a person, or several. Control characters, as an answer of a server may hold, do not reach the terminal.
+// Where nobody listens, nothing can be done about it.
+func (a *app) say(format string, args ...any) {
+	lines := strings.Split(fmt.Sprintf(format, args...), "\n")
+	for i := range lines {
+		lines[i] = printable(lines[i])
+	}
+	_, _ = fmt.Fprintln(a.stderr, strings.Join(lines, "\n"))
+}
 
 // progress tells a waiting person what is going on; a log file is spared it.
 func (a *app) progress(format string, args ...any) {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -40,7 +41,7 @@ func newRootCommand(a *app) *cobra.Command {
 	global.StringVarP(&a.configPath, "config", "c", cmp.Or(os.Getenv("NITROSEAL_CONFIG"), config.DefaultPath),
 		"the configuration file; the environment variable NITROSEAL_CONFIG names another default")
 	global.VarP(&a.format, "output", "o", "how results are printed: table or json")
-	global.DurationVar(&a.timeout, "timeout", 0, "how long the command may take at most (default 1m, 15m where an HSM makes a key)")
+	global.Var((*patience)(&a.timeout), "timeout", "how long the command may take at most (default 1m, 15m where an HSM makes a key)")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{formatTable, formatJSON}, cobra.ShellCompDirectiveNoFileComp))
 	_ = root.MarkPersistentFlagFilename("config", "hcl")
 
@@ -136,12 +137,18 @@ func flagError(cmd *cobra.Command, err error) error {
 }
 
 // longFlags lets "-output" stand for "--output", as in Vault's own command. Only names of flags that there are get their
-// second dash, so bundled short flags keep their meaning.
+// second dash, so bundled short flags keep their meaning; the value of the flag before, as in "--context -label", stays what
+// it is.
 func longFlags(root *cobra.Command, args []string) []string {
-	known := map[string]bool{"help": true}
+	known := map[string]bool{"help": false} // whether a value may follow it as an argument of its own
 	var collect func(*cobra.Command)
 	collect = func(cmd *cobra.Command) {
-		note := func(f *pflag.Flag) { known[f.Name] = true }
+		note := func(f *pflag.Flag) {
+			known[f.Name] = f.NoOptDefVal == ""
+			if f.Shorthand != "" {
+				known[f.Shorthand] = f.NoOptDefVal == ""
+			}
+		}
 		cmd.Flags().VisitAll(note)
 		cmd.PersistentFlags().VisitAll(note)
 		for _, sub := range cmd.Commands() {
@@ -149,17 +156,19 @@ func longFlags(root *cobra.Command, args []string) []string {
 		}
 	}
 	collect(root)
-	long := make([]string, len(args))
+	long := slices.Clone(args)
+	value := false // this argument is the value of the one before
 	for i, arg := range args {
-		if arg == "--" {
-			copy(long[i:], args[i:])
+		if arg == "--" && !value {
 			break
 		}
-		name, _, _ := strings.Cut(strings.TrimPrefix(arg, "-"), "=")
-		if strings.HasPrefix(arg, "-") && len(name) > 1 && known[name] {
-			arg = "-" + arg
+		name, _, given := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		takesValue, isFlag := known[name]
+		isFlag = isFlag && !value && strings.HasPrefix(arg, "-")
+		if isFlag && !strings.HasPrefix(arg, "--") && len(name) > 1 {
+			long[i] = "-" + arg
 		}
-		long[i] = arg
+		value = isFlag && takesValue && !given
 	}
 	return long
 }
