@@ -79,6 +79,11 @@ func (s *deviceSet) handle(name string) (*device.Handle, error) {
 	if err != nil {
 		return nil, err
 	}
+	if configured.Type == device.TypePKCS11 { // nobody logs in without the PIN ledger
+		if err := s.app.checkStateDir(); err != nil {
+			return nil, err
+		}
+	}
 	opened, err := s.registry.Open(owner, name, complete)
 	if err != nil {
 		return nil, err

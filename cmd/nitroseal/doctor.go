@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -25,7 +26,8 @@ func newDoctorCommand(a *app) *cobra.Command {
 how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
 value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again.
 
-The exit code is 1 where a problem was found, 0 where there were warnings at most.`,
+The exit code is 1 where a problem was found, 0 where there were warnings at most. What was found before Ctrl-C or --timeout ended
+it is printed as well.`,
 		Example: `  nitroseal doctor
   nitroseal doctor --quiet            only what needs somebody
   nitroseal doctor --output json`,
@@ -57,11 +59,10 @@ func (a *app) doctor(ctx context.Context, quiet bool) error {
 	if err != nil {
 		return err
 	}
-	defer clear(patient.VaultToken)
 	ctx, cancel := a.within(ctx, doctorTimeout)
 	defer cancel()
 	var result examinationView
-	err = doctor.Examine(ctx, patient, func(f doctor.Finding) {
+	examination := doctor.Examine(ctx, patient, func(f doctor.Finding) {
 		a.progress("%s: %s", f.Subject, f.Check)
 		switch f.Verdict {
 		case doctor.Problem:
@@ -75,11 +76,9 @@ func (a *app) doctor(ctx context.Context, quiet bool) error {
 		}
 		result.Findings = append(result.Findings, findingView{f.Subject, f.Check, string(f.Verdict), f.Seen, f.Remedy})
 	})
-	if err != nil {
-		return err
-	}
 	result.Findings = list(result.Findings)
-	if err := a.print(result, func(t *table) { showFindings(t, result) }); err != nil {
+	printing := a.print(result, func(t *table) { showFindings(t, result) }) // what was found before it broke off, too
+	if err := errors.Join(examination, printing); err != nil {
 		return err
 	}
 	if result.Problems > 0 {
@@ -123,18 +122,13 @@ func (a *app) patient() (doctor.Patient, error) {
 	if err != nil {
 		return doctor.Patient{}, err
 	}
-	keys, err := a.keyring()
-	if err != nil {
-		return doctor.Patient{}, err
-	}
-	token, err := vaultToken(c)
-	if err != nil {
-		return doctor.Patient{}, err
-	}
-	return doctor.Patient{Config: c, Device: set.handle, Store: a.store, Keys: keys, VaultToken: token}, nil
+	return doctor.Patient{
+		Config: c, Device: set.handle, Store: a.store, Keys: a.keyring,
+		VaultToken: func() ([]byte, error) { return vaultToken(c) },
+	}, nil
 }
 
-// vaultToken reads the token for Vault; nil where none is configured.
+// vaultToken reads the token for Vault; nil where none is configured. The caller wipes it.
 func vaultToken(c *config.Config) ([]byte, error) {
 	switch {
 	case c.Vault == nil:
@@ -142,7 +136,11 @@ func vaultToken(c *config.Config) ([]byte, error) {
 	case c.Vault.TokenFile != "":
 		return device.SecretFiles{Dir: c.SecretsDir}.Read(c.Vault.TokenFile)
 	case c.Vault.TokenEnv != "":
-		return []byte(os.Getenv(c.Vault.TokenEnv)), nil
+		token, trouble := device.CutSecret([]byte(os.Getenv(c.Vault.TokenEnv)))
+		if trouble != "" {
+			return nil, fmt.Errorf("%w: vault: the token in the environment variable %s %s", config.ErrInvalid, c.Vault.TokenEnv, trouble)
+		}
+		return token, nil
 	}
 	return nil, nil
 }

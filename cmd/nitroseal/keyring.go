@@ -34,8 +34,8 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkStateDir(c.StateDir); err != nil {
-		return nil, fmt.Errorf("%w: the state directory %s %w", config.ErrInvalid, c.StateDir, err)
+	if err := a.checkStateDir(); err != nil {
+		return nil, err
 	}
 	records, err := file.Open(filepath.Join(c.StateDir, keyringDir))
 	if err != nil {
@@ -50,8 +50,20 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 }
 
 // checkStateDir refuses a state directory that is not there: made here, it might lie where a volume should be mounted, and
-// its keys would seem lost. It refuses one of another user as well, who could not use afterwards what this one leaves.
-func checkStateDir(dir string) error {
+// its keys would seem lost. It refuses one of another user as well, who could not use afterwards what this one leaves, and
+// one that others may write: they could lift PIN bars, and put records in place that seal to keys of theirs.
+func (a *app) checkStateDir() error {
+	c, err := a.config()
+	if err != nil {
+		return err
+	}
+	if err := usableStateDir(c.StateDir); err != nil {
+		return fmt.Errorf("%w: the state directory %s %w", config.ErrInvalid, c.StateDir, err)
+	}
+	return nil
+}
+
+func usableStateDir(dir string) error {
 	info, err := os.Stat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("does not exist; make it with: install -d -m 700 %s", dir)
@@ -65,6 +77,9 @@ func checkStateDir(dir string) error {
 			name = known.Username
 		}
 		return fmt.Errorf("belongs to another user; run the command as that one: sudo -u '%s' nitroseal …", name)
+	}
+	if mode := info.Mode().Perm(); mode&0o022 != 0 {
+		return fmt.Errorf("may be written by others than its owner (mode %04o), who could put keys of theirs in place; run: chmod go-w %s", mode, dir)
 	}
 	return nil
 }

@@ -291,3 +291,42 @@ func TestAStateDirectoryOfAnotherUserIsRefused(t *testing.T) {
 		t.Error("something was left in it")
 	}
 }
+
+func TestAStateDirectoryThatIsNotThereOrOpenToOthersIsRefused(t *testing.T) {
+	configuration := configured(t, pkcs11test.SoftHSM(t))
+	state := filepath.Join(filepath.Dir(configuration), "state")
+	refused := func(says string) {
+		t.Helper()
+		for _, verb := range [][]string{{"key", "list"}, {"device", "keys", "one"}, {"device", "pin", "try", "one"}} {
+			out, err := command(t, configuration, verb...).CombinedOutput()
+			if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitUsage || !strings.Contains(string(out), says) {
+				t.Errorf("%v ended with %v\n%s", verb, err, out)
+			}
+		}
+		// The doctor looks at all the rest, too.
+		out, err := command(t, configuration, "doctor").CombinedOutput()
+		if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitFailed ||
+			!strings.Contains(string(out), says) || !strings.Contains(string(out), "no vault block") {
+			t.Errorf("the doctor ended with %v\n%s", err, out)
+		}
+	}
+	if err := os.Chmod(state, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	refused("may be written by others")
+	if err := os.Remove(state); err != nil {
+		t.Fatal(err)
+	}
+	refused("install -d -m 700")
+	if _, err := os.Stat(state); err == nil {
+		t.Error("it was made: where it is a mount point, keys and PIN bars would seem lost")
+	}
+}
+
+func TestADoctorWhoIsCutShortTellsWhatHeFound(t *testing.T) {
+	configuration := configured(t, pkcs11test.SoftHSM(t))
+	out, err := command(t, configuration, "doctor", "--timeout", "1ms").Output()
+	if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitUnavailable || !strings.Contains(string(out), "state directory") {
+		t.Errorf("it ended with %v\n%s", err, out)
+	}
+}

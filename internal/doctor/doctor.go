@@ -53,10 +53,10 @@ type Patient struct {
 	Device func(name string) (*device.Handle, error)
 	// Store opens a configured store; the doctor does not close it.
 	Store func(ctx context.Context, name string) (store.Store, error)
-	// Keys are the wrapping keys of the configuration.
-	Keys *keyring.Keyring
-	// VaultToken is the token for Config.Vault; empty for none. Whoever made it wipes it.
-	VaultToken []byte
+	// Keys opens the wrapping keys of the configuration.
+	Keys func() (*keyring.Keyring, error)
+	// VaultToken reads the token for Config.Vault; empty for none. The doctor wipes it.
+	VaultToken func() ([]byte, error)
 }
 
 // patience bounds one look, so that a part that hangs costs its own findings and not the others.

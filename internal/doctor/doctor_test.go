@@ -234,7 +234,7 @@ func TestStateDirectoryMustBeOursAndWritable(t *testing.T) {
 		says    string
 	}{
 		"ours":                {t.TempDir(), OK, "can be written"},
-		"not there yet":       {filepath.Join(t.TempDir(), "none"), Warning, "not there yet"},
+		"not there":           {filepath.Join(t.TempDir(), "none"), Problem, "install -d -m 700"},
 		"writable by anybody": {open, Problem, "chmod 0700"},
 		"a file":              {plain, Problem, "no folder"},
 	} {

@@ -10,9 +10,13 @@ import (
 
 // keys examines the wrapping keys: whether each of their HSM keys is there, is the recorded one and works.
 func (d *doctor) keys(ctx context.Context) {
-	names, err := d.Keys.List(ctx)
+	keys, err := d.Keys()
+	var names []string
+	if err == nil {
+		names, err = keys.List(ctx)
+	}
 	if err != nil {
-		d.about("keys").problem("records", "see whether state_dir is readable and whole", "%v", err)
+		d.about("keys").problem("records", "the error says what to do with state_dir", "%v", err)
 		return
 	}
 	if len(names) == 0 {
@@ -20,7 +24,7 @@ func (d *doctor) keys(ctx context.Context) {
 	}
 	for _, name := range names {
 		f := d.about("key %q", name)
-		key, err := d.Keys.Get(ctx, name)
+		key, err := keys.Get(ctx, name)
 		if err != nil {
 			f.problem("record", "restore the key from its record: nitroseal key restore", "%v", err)
 			continue

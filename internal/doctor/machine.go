@@ -30,7 +30,7 @@ func (d *doctor) stateDir(f chart) {
 	info, err := os.Stat(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		f.warning(check, "none; it is made at the first use, where its folder may be written", "%s is not there yet", dir)
+		f.problem(check, "make it, or mount it: install -d -m 700 "+dir, "%s is not there", dir)
 		return
 	case err != nil:
 		f.problem(check, "let this user read it, or name another state_dir", "%s cannot be looked at: %v", dir, err)

@@ -55,7 +55,7 @@ func (d *doctor) refusedPIN(f chart, pin *hsm.PINError) {
 	case pin.TriesLeft == 0:
 		f.problem("PIN", "unblock it with the SO-PIN (sc-hsm-tool, pkcs11-tool --init-pin --so-pin …)", "%v", pin)
 	case pin.Barred:
-		f.problem("PIN", "put the right PIN in place; then nothing else is needed. If it was right: nitroseal device unbar", "%v", pin)
+		f.problem("PIN", "put the right PIN in place; then nothing else is needed. If it was right: nitroseal device pin unbar", "%v", pin)
 	default:
 		f.problem("PIN", "put the right PIN in place: it is not sent again before it changes", "%v", pin)
 	}

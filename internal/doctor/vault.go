@@ -28,7 +28,12 @@ func (d *doctor) vault(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	client, err := newVaultClient(configured, d.VaultToken)
+	token, err := d.VaultToken()
+	if err != nil {
+		f.problem("token", "mend the vault block in "+d.Config.Path+", or what it names", "%v", err)
+	}
+	defer clear(token)
+	client, err := newVaultClient(configured, token)
 	if err != nil {
 		f.problem("address", "mend the vault block in "+d.Config.Path, "%v", err)
 		return
@@ -50,7 +55,7 @@ func (d *doctor) vault(ctx context.Context) {
 	}
 	switch {
 	case !health.Initialized || health.Sealed:
-	case len(d.VaultToken) == 0:
+	case len(token) == 0:
 		f.skipped("plugin", "the catalog of plugins is shown to a token only; give token_file or token_env in the vault block")
 	default:
 		plugin(ctx, f, client, configured)
