@@ -76,17 +76,45 @@ func (k *Keyring) Backup(ctx context.Context, name, by string) (KeyRecord, error
 			return rec.settled()
 		}
 		backup = newKeyRecord(rec)
-		if rec.Acknowledgements.RecordRead != nil {
-			return errNoChange
-		}
-		rec.Acknowledgements.RecordRead = &Acknowledgement{By: by, At: k.today()}
-		return nil
+		return rec.noteRead(by, k.today())
 	})
 	if err != nil {
 		return KeyRecord{}, err
 	}
 	k.logger.Info("key record read", "key", name, "versions", len(rec.Versions), "record_sha256", backup.SHA256, "by", by)
 	return backup, nil
+}
+
+// BackupTo is [Keyring.Backup] for a caller that can tell whether the key record arrived: only where keep returns nil is
+// the reading recorded.
+func (k *Keyring) BackupTo(ctx context.Context, name, by string, keep func(KeyRecord) error) error {
+	rec, _, err := k.load(ctx, name)
+	if err != nil {
+		return err
+	}
+	if len(rec.Versions) == 0 {
+		return rec.settled()
+	}
+	backup := newKeyRecord(rec)
+	if err := keep(backup); err != nil {
+		return err
+	}
+	_, err = k.update(ctx, name, func(rec *record) error {
+		if newKeyRecord(rec).SHA256 != backup.SHA256 {
+			return fmt.Errorf("key %q: %w while its key record was being read: read it again, and keep the new one", name, store.ErrConflict)
+		}
+		return rec.noteRead(by, k.today())
+	})
+	return err
+}
+
+// noteRead records that the key record was read, unless somebody did before.
+func (r *record) noteRead(by string, at time.Time) error {
+	if r.Acknowledgements.RecordRead != nil {
+		return errNoChange
+	}
+	r.Acknowledgements.RecordRead = &Acknowledgement{By: by, At: at}
+	return nil
 }
 
 // Restore writes a key back from its key record, if the SHA-256 is the one that the operator confirms and no key of

@@ -10,6 +10,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // lose gives the fixture an empty store: the mount is gone, the HSMs and whoever holds the key record are not.
@@ -272,5 +273,36 @@ func TestTheKeyRecordStaysTheSameInDailyUse(t *testing.T) {
 	}
 	if f.addTwo().RecordSHA256 == before {
 		t.Error("a recipient was added and the SHA-256 is the same")
+	}
+}
+
+func TestAKeyRecordThatNobodyGotIsNotSaidToBeRead(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	read := func() bool {
+		t.Helper()
+		key, err := f.Get(t.Context(), "prod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key.RecordRead != nil
+	}
+	full := errors.New("no room")
+	if err := f.BackupTo(t.Context(), "prod", "carol", func(KeyRecord) error { return full }); !errors.Is(err, full) || read() {
+		t.Errorf("it could not be written: %v, recorded as read: %v", err, read())
+	}
+	changed := func(KeyRecord) error {
+		_, err := f.AddRecipient(t.Context(), "prod", AdoptRequest{Device: "two", Label: "rsa", By: "bob"})
+		return err
+	}
+	if err := f.BackupTo(t.Context(), "prod", "carol", changed); !errors.Is(err, store.ErrConflict) || read() {
+		t.Errorf("it changed while it was written: %v, recorded as read: %v", err, read())
+	}
+	var kept KeyRecord
+	if err := f.BackupTo(t.Context(), "prod", "carol", func(got KeyRecord) error { kept = got; return nil }); err != nil || !read() {
+		t.Errorf("it was written: %v, recorded as read: %v", err, read())
+	}
+	if want := f.backup(); kept.SHA256 != want.SHA256 {
+		t.Errorf("another record was written than the one that is kept")
 	}
 }
