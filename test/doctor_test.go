@@ -209,6 +209,7 @@ func TestDoctorOnAWholeMachine(t *testing.T) {
 		"a NetHSM that another authority vouches": {[]string{`"nethsm-ca.pem"`, fmt.Sprintf("%q", w.site.CAFile)}, `device "rack"`, "state", "certificate"},
 		"a NetHSM that is not checked at all":     {[]string{`ca_cert_file        = "nethsm-ca.pem"`, "tls_insecure = true"}, `device "rack"`, "trust", "tls_insecure"},
 		"an administrator as operator":            {[]string{fmt.Sprintf("%q", netOperator), `"second-admin"`}, `device "rack"`, "role", "Operator"},
+		"an operator with a wrong password":       {[]string{`"password"`, `"wrong-password"`}, `device "rack"`, "round trip", "password"},
 		"an operator as administrator":            {[]string{fmt.Sprintf("%q", netAdmin), `"second-operator"`}, `device "rack"`, "role", "role Operator"},
 		"an etcd that refuses our certificate":    {[]string{w.cluster.CertFile, "foreign.pem", `"client.key"`, `"foreign.key"`}, `store "cluster"`, "write, read, delete", "certificate"},
 		"an etcd of another authority":            {[]string{w.cluster.CAFile, "nethsm-ca.pem"}, `store "cluster"`, "write, read, delete", "authority"},
@@ -230,6 +231,8 @@ func TestDoctorOnAWholeMachine(t *testing.T) {
 		seen.want(t, w.netHSM.URLs()[1], "state", "problem", "nitroseal nethsm unlock")
 		seen.want(t, `device "stick"`, "round trip", "ok")
 		seen.want(t, `key "rack"`, "round trip v1 on rack", "problem")
+		w.netHSM.Node(1).SetState(nethsmtest.Failed)
+		w.doctor(t, healthy, 1).want(t, w.netHSM.URLs()[1], "state", "problem", "etcd")
 		must(t, w.netHSM.Node(0).Start())
 		w.netHSM.Node(1).SetState(nethsmtest.Operational)
 	})
