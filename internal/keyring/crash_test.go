@@ -226,7 +226,7 @@ func TestACrashWhileAKeyIsAbandonedLeavesNothing(t *testing.T) {
 		_, err := b.Begin(b.t.Context(), "prod", generateP256)
 		b.must(err)
 		// The HSM key is made, the record is not: the store goes away for the last write.
-		b.Keyring.records.(*crashStore).Store = readOnly{b.store}
+		b.Keyring.records.(*crashStore).Store = &lastWrite{Store: b.store}
 		if _, err := b.Finish(b.t.Context(), "prod"); !errors.Is(err, store.ErrUnavailable) {
 			b.t.Fatalf("finishing without a store: %v", err)
 		}
@@ -247,11 +247,18 @@ func TestACrashWhileAKeyIsAbandonedLeavesNothing(t *testing.T) {
 	})
 }
 
-// readOnly is a store that takes no writes.
-type readOnly struct{ store.Store }
+// lastWrite is a store that takes one more write.
+type lastWrite struct {
+	store.Store
+	full bool
+}
 
-func (readOnly) Put(context.Context, string, []byte, store.Revision) (store.Revision, error) {
-	return store.NoRevision, store.ErrUnavailable
+func (s *lastWrite) Put(ctx context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
+	if s.full {
+		return store.NoRevision, store.ErrUnavailable
+	}
+	s.full = true
+	return s.Store.Put(ctx, name, value, expected)
 }
 
 func TestACrashWhileAKeyIsRotatedLosesNothing(t *testing.T) {

@@ -221,23 +221,23 @@ func (k *Keyring) Finish(ctx context.Context, name string) (*Key, error) {
 	if rec.Pending.Abandoning {
 		return nil, generating(rec)
 	}
-	id := rec.Pending.ID
-	done, err := k.finish(ctx, rec)
+	intent := *rec.Pending
+	done, err := k.finish(ctx, rec, &intent)
 	if err != nil {
 		err = fmt.Errorf("making version %d of key %q: %w", rec.Pending.Version, name, err)
-		k.noteFailure(ctx, name, id, err)
+		k.noteFailure(ctx, name, intent.ID, err)
 		return nil, err
 	}
 	return describe(done), nil
 }
 
-func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
-	intent := *rec.Pending
+// finish does it; the intent is the record's, and gets another id where that becomes necessary.
+func (k *Keyring) finish(ctx context.Context, rec *record, intent *intent) (*record, error) {
 	device, err := k.device(ctx, intent.Device)
 	if err != nil {
 		return nil, err
 	}
-	key, made, err := k.findOrGenerate(ctx, device, intent)
+	key, made, err := k.findOrGenerate(ctx, device, rec.Name, intent)
 	if err != nil {
 		return nil, fmt.Errorf("device %q: %w", intent.Device, err)
 	}
@@ -297,19 +297,57 @@ func (k *Keyring) finish(ctx context.Context, rec *record) (*record, error) {
 	return updated, nil
 }
 
-// findOrGenerate returns the HSM key with the intent's id; made tells whether it was made just now.
-func (k *Keyring) findOrGenerate(ctx context.Context, device hsm.Device, intent intent) (key hsm.Key, made bool, err error) {
-	query := hsm.KeyQuery{ID: intent.ID}
-	key, err = hsm.FindKey(ctx, device, query)
-	if !errors.Is(err, hsm.ErrNotFound) {
-		return key, false, err
+// findOrGenerate returns the HSM key of an intent; made tells whether it was made just now.
+func (k *Keyring) findOrGenerate(ctx context.Context, device hsm.Device, name string, intent *intent) (key hsm.Key, made bool, err error) {
+	for _, id := range intent.ids() {
+		key, err = hsm.FindKey(ctx, device, hsm.KeyQuery{ID: id})
+		if !errors.Is(err, hsm.ErrNotFound) {
+			return key, false, err
+		}
+	}
+	if err := k.ask(ctx, name, intent); err != nil {
+		return nil, false, err
 	}
 	key, err = device.GenerateKey(ctx, hsm.KeySpec{Algorithm: intent.Algorithm, Label: intent.Label, ID: intent.ID})
 	if errors.Is(err, hsm.ErrExists) { // an attempt that was given up by its caller came through after all
-		key, err = hsm.FindKey(ctx, device, query)
+		key, err = hsm.FindKey(ctx, device, hsm.KeyQuery{ID: intent.ID})
 		return key, false, err
 	}
 	return key, err == nil, err
+}
+
+// ask records that the HSM is about to be asked for the intent's key, under another id where it was asked before.
+func (k *Keyring) ask(ctx context.Context, name string, intent *intent) error {
+	rec, err := k.update(ctx, name, func(rec *record) error {
+		switch p := rec.Pending; {
+		case p == nil || p.ID != intent.ID:
+			return fmt.Errorf("somebody else finished or abandoned it: %w: try again", store.ErrConflict)
+		case p.Abandoning:
+			return generating(rec)
+		case p.Asked:
+			k.logger.Warn("the answer to a request for an HSM key was lost, and the key is not there: asking for one with another id; "+
+				"the first may still appear, and may then be deleted", "key", name, "device", p.Device, "id", p.ID)
+			p.Former = append(p.Former, p.ID)
+			p.ID = newID()
+		}
+		rec.Pending.Asked = true
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	*intent = *rec.Pending
+	return nil
+}
+
+// surelyNot tells whether an HSM that was asked for a key has surely not made it.
+func surelyNot(failure error) bool {
+	for _, unsure := range []error{hsm.ErrMayHaveHappened, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(failure, unsure) {
+			return false
+		}
+	}
+	return true
 }
 
 // maxLastError is how much of an error is kept in a record, in bytes.
@@ -325,10 +363,14 @@ func (k *Keyring) noteFailure(ctx context.Context, name, id string, failure erro
 		if len(text) > maxLastError {
 			text = strings.ToValidUTF8(text[:maxLastError], "") + "…"
 		}
-		if rec.Pending == nil || rec.Pending.ID != id || rec.Pending.LastError == text {
+		if rec.Pending == nil || rec.Pending.ID != id {
 			return errNoChange
 		}
-		rec.Pending.LastError = text
+		asked := rec.Pending.Asked && !surelyNot(failure)
+		if rec.Pending.LastError == text && rec.Pending.Asked == asked {
+			return errNoChange
+		}
+		rec.Pending.LastError, rec.Pending.Asked = text, asked
 		return nil
 	})
 	if err != nil {
@@ -395,7 +437,16 @@ func (k *Keyring) undo(ctx context.Context, intent intent) error {
 	if err != nil {
 		return err
 	}
-	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{ID: intent.ID})
+	for _, id := range intent.ids() {
+		if err := k.undoID(ctx, device, intent, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *Keyring) undoID(ctx context.Context, device hsm.Device, intent intent, id string) error {
+	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{ID: id})
 	if errors.Is(err, hsm.ErrNotFound) {
 		return nil
 	}
@@ -407,12 +458,12 @@ func (k *Keyring) undo(ctx context.Context, intent intent) error {
 		return err
 	}
 	if user != "" {
-		k.logger.Warn("the HSM key of an abandoned intent is kept because it was adopted", "device", intent.Device, "id", intent.ID,
+		k.logger.Warn("the HSM key of an abandoned intent is kept because it was adopted", "device", intent.Device, "id", id,
 			"key", user)
 		return nil
 	}
 	if err := device.DeleteKey(ctx, key.Ref()); err != nil && !errors.Is(err, hsm.ErrNotFound) {
-		return fmt.Errorf("device %q: deleting the key with id %q: %w", intent.Device, intent.ID, err)
+		return fmt.Errorf("device %q: deleting the key with id %q: %w", intent.Device, id, err)
 	}
 	return nil
 }
@@ -480,19 +531,24 @@ func (k *Keyring) userOf(ctx context.Context, kid, except string) (string, error
 }
 
 func (k *Keyring) newIntent(rec *record, request GenerateRequest) *intent {
-	id := make([]byte, 16)
-	_, _ = rand.Read(id) // never fails: crypto/rand
 	number := len(rec.Versions) + 1
 	return &intent{
 		Device:    request.Device,
 		Algorithm: request.Algorithm,
 		Label:     request.label(rec.Name, number),
-		ID:        hex.EncodeToString(id),
+		ID:        newID(),
 		RequestID: request.RequestID,
 		Version:   number,
 		Since:     k.today(),
 		By:        request.By,
 	}
+}
+
+// newID returns an id for an HSM key that nobody had before: 16 random bytes in hexadecimal.
+func newID() string {
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails: crypto/rand
+	return hex.EncodeToString(id)
 }
 
 // label returns the label that the HSM key will have.

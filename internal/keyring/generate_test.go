@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ecdh"
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -300,5 +301,96 @@ func TestASlowHSMDoesNotKeepOthersFromAnAnswer(t *testing.T) {
 	}
 	if err := f.Delete(quick, "prod", DeleteRequest{}); !errors.Is(err, ErrGenerating) {
 		t.Errorf("deleting: %v, want ErrGenerating", err)
+	}
+}
+
+// lossyDevice fails its first generation with an error, having made nothing.
+type lossyDevice struct {
+	hsm.Device
+	failure error
+	asked   []string // ids, in order
+}
+
+func (d *lossyDevice) GenerateKey(ctx context.Context, spec hsm.KeySpec) (hsm.Key, error) {
+	d.asked = append(d.asked, spec.ID)
+	if len(d.asked) == 1 {
+		return nil, d.failure
+	}
+	return d.Device.GenerateKey(ctx, spec)
+}
+
+// A request that arrives late could put its key in the place of one that was made under the same id meanwhile, and what
+// was sealed to that one would be lost.
+func TestAnIDIsAskedForOnceUnlessTheHSMSurelyRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		failure error
+		again   bool // the same id
+	}{
+		"the answer was lost":        {fmt.Errorf("no answer: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened), false},
+		"the caller had gone":        {context.DeadlineExceeded, false},
+		"the HSM could not be asked": {hsm.ErrUnavailable, true},
+		"the HSM was full":           {hsm.ErrFull, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t)
+			device := &lossyDevice{Device: f.one, failure: c.failure}
+			f.devices.set("one", device)
+			first := f.begin(generateRequest()).Pending.ID
+			if _, err := f.Finish(t.Context(), "prod"); !errors.Is(err, c.failure) {
+				t.Fatalf("finishing: %v", err)
+			}
+			f.restart() // nothing of this lives in memory
+			key := f.finish()
+			if len(device.asked) != 2 || device.asked[0] != first || (device.asked[1] == first) != c.again {
+				t.Errorf("asked for %v, the first of them announced as %s", device.asked, first)
+			}
+			if id := key.Versions[0].Recipients[0].ID; id != device.asked[1] {
+				t.Errorf("the version has the HSM key %s, and %s was made", id, device.asked[1])
+			}
+		})
+	}
+}
+
+func TestAnHSMKeyWhoseAnswerWasLostIsTakenWhereItAppearsAfterAll(t *testing.T) {
+	f := newFixture(t)
+	device := &lossyDevice{Device: f.one, failure: hsm.ErrMayHaveHappened}
+	f.devices.set("one", device)
+	first := f.begin(generateRequest()).Pending.ID
+	if _, err := f.Finish(t.Context(), "prod"); err == nil {
+		t.Fatal("the answer was not lost")
+	}
+	if _, err := f.one.GenerateKey(t.Context(), hsm.KeySpec{Algorithm: hsm.ECDHP384, Label: "late", ID: first}); err != nil {
+		t.Fatal(err)
+	}
+	if key := f.finish(); key.Versions[0].Recipients[0].ID != first || len(device.asked) != 1 {
+		t.Errorf("finished as %+v after asking for %v", key, device.asked)
+	}
+}
+
+func TestAbandoningRemovesTheKeysOfAllIDsThatWereAskedFor(t *testing.T) {
+	f := newFixture(t)
+	device := &lossyDevice{Device: f.one, failure: hsm.ErrMayHaveHappened}
+	f.devices.set("one", device)
+	first := f.begin(generateRequest()).Pending.ID
+	if _, err := f.Finish(t.Context(), "prod"); err == nil {
+		t.Fatal("the answer was not lost")
+	}
+	refusing := &lossyDevice{Device: f.one, failure: hsm.ErrUnavailable}
+	f.devices.set("one", refusing)
+	if _, err := f.Finish(t.Context(), "prod"); err == nil {
+		t.Fatal("the HSM was not away")
+	}
+	before := f.one.Generations()
+	for _, id := range []string{first, refusing.asked[0]} {
+		if _, err := f.one.GenerateKey(t.Context(), hsm.KeySpec{Algorithm: hsm.ECDHP384, Label: "late", ID: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Abandon(t.Context(), "prod"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := f.one.FindKeys(t.Context(), hsm.KeyQuery{Label: "late"})
+	if err != nil || len(left) != 0 || f.one.Generations() != before+2 {
+		t.Errorf("left %v, %v", left, err)
 	}
 }

@@ -110,6 +110,18 @@ type intent struct {
 	By         string        `json:"by"`
 	Abandoning bool          `json:"abandoning,omitempty"`
 	LastError  string        `json:"last_error,omitempty"`
+	// Asked is true from just before the HSM is asked for the key until it surely refused: an id is asked for once. What
+	// a lost request does when it arrives late nobody knows; it may put its key in the place of one that was made
+	// meanwhile. Former are ids that were asked for before, without a key that was seen.
+	Asked  bool     `json:"asked,omitempty"`
+	Former []string `json:"former,omitempty"`
+}
+
+// ids lists all ids under which a key of the intent may be, the newest first.
+func (i *intent) ids() []string {
+	all := append(slices.Clone(i.Former), i.ID)
+	slices.Reverse(all)
+	return all
 }
 
 // deletion is a wrapping key that is to go together with its HSM keys: written before the first of them is destroyed.
