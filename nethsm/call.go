@@ -159,11 +159,15 @@ func (j *job) attempt(ctx context.Context, next choice) (answer, bool, error) {
 		j.answered(n)
 		return out, false, nil
 	}
+	if failed := j.sinkFailed(); failed != nil {
+		j.answered(n)
+		return answer{}, false, fmt.Errorf("%s: writing down what %s answers: %w", j.in.op, n.host, failed)
+	}
 	if lost, is := errors.AsType[*failure](err); is {
 		if ended := j.caller.Err(); ended != nil && lost.cause == nil {
 			lost.cause = ended
 		}
-		if !errors.Is(j.caller.Err(), context.Canceled) {
+		if !lost.busy && !errors.Is(j.caller.Err(), context.Canceled) {
 			p.rests(n, err, lost.brief)
 		}
 		return answer{}, !lost.lost && !j.written(), j.failed(n, err)
@@ -226,10 +230,15 @@ func (j *job) send(ctx context.Context, next choice) (answer, error) {
 		if end, limited := ctx.Deadline(); limited {
 			share, cancel := context.WithCancel(ctx)
 			defer cancel()
-			timer := time.AfterFunc(time.Until(end)/time.Duration(next.left), cancel)
+			limit := func() time.Duration { return time.Until(end) / time.Duration(next.left) }
+			timer := time.AfterFunc(limit(), cancel)
 			defer timer.Stop()
-			if j.in.creates { // once sent, nobody else can be asked
+			connected = func() { timer.Reset(limit()) } // the wait for a connection is not the node's silence
+			if j.in.creates {                           // once sent, nobody else can be asked
 				connected = func() { timer.Stop() }
+			}
+			if sink, is := j.in.sink.(*tally); is { // once part of the answer is there, no other one can replace it
+				sink.begun = func() { timer.Stop() }
 			}
 			ctx = share
 		}
@@ -259,6 +268,14 @@ func (j *job) failed(n *node, err error) error {
 func (j *job) written() bool {
 	sink, is := j.in.sink.(*tally)
 	return is && sink.written
+}
+
+// sinkFailed is what kept the sink from taking the answer.
+func (j *job) sinkFailed() error {
+	if sink, is := j.in.sink.(*tally); is {
+		return sink.err
+	}
+	return nil
 }
 
 // wait waits, once for each reason, for what may let a node serve; false where nothing will.
@@ -438,13 +455,22 @@ func (e *unlockError) Error() string {
 
 func (e *unlockError) Unwrap() error { return e.cause }
 
-// tally notes that a sink has got something.
+// tally notes that a sink has got something, or could not take it.
 type tally struct {
 	to      io.Writer
+	begun   func() // called with the first piece; nil: nobody wants to know
 	written bool
+	err     error
 }
 
 func (t *tally) Write(p []byte) (int, error) {
+	if !t.written && t.begun != nil {
+		t.begun()
+	}
 	t.written = true
-	return t.to.Write(p)
+	n, err := t.to.Write(p)
+	if err != nil {
+		t.err = err
+	}
+	return n, err
 }

@@ -758,3 +758,159 @@ func TestUnlockingThatIsCalledOff(t *testing.T) {
 		}
 	})
 }
+
+// More requests than connections: who waits too long for one is told so, and no node is blamed.
+func TestBusyConnectionsAreNoFaultOfTheNode(t *testing.T) {
+	slow := func(w http.ResponseWriter, r *http.Request) {
+		later(500 * time.Millisecond)
+		healthy(w, r)
+	}
+	within(t, Options{Connections: 1, Timeout: 4 * time.Second}, handlers(slow, slow), func(s *scene) {
+		t := s.T
+		var all sync.WaitGroup
+		var served atomic.Int32
+		for range 24 {
+			all.Go(func() {
+				switch err := post(t.Context(), s.client); {
+				case err == nil:
+					served.Add(1)
+				case !errors.Is(err, hsm.ErrUnavailable) || !strings.Contains(err.Error(), "in use"):
+					t.Errorf("error = %v, want one that tells of the connections", err)
+				}
+			})
+		}
+		all.Wait()
+		later(time.Second)
+		if n := served.Load(); n < 8 {
+			t.Errorf("%d were served, want 8 at least", n)
+		}
+		if text := s.log.String(); strings.Contains(text, "rests") {
+			t.Errorf("a node is blamed: %s", text)
+		}
+	})
+}
+
+// A node that fails and returns in turns while it is slow to say whether it is ready has one prober, not one for each turn.
+func TestFlappingNodeHasOneProber(t *testing.T) {
+	within(t, Options{}, handlers(healthy), func(s *scene) {
+		t := s.T
+		ill := func(w http.ResponseWriter, r *http.Request) {
+			if strings.HasSuffix(r.URL.Path, "/health/ready") {
+				later(4 * time.Second)
+			}
+			inState(StateFailed)(w, r)
+		}
+		for range 6 {
+			s.peers[0].answers(ill)
+			_ = ask(t.Context(), s.client)
+			later(1300 * time.Millisecond) // the prober waits for its answer
+			s.peers[0].answers(healthy)
+			if err := ask(t.Context(), s.client); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.peers[0].answers(inState(StateFailed))
+		_ = ask(t.Context(), s.client)
+		later(10 * time.Second) // what is on its way has come
+		s.peers[0].forget()
+		later(5 * time.Minute)
+		if n := len(s.peers[0].saw("/health/ready")); n > 9 {
+			t.Errorf("in 5 minutes it was probed %d times", n)
+		}
+	})
+}
+
+// Unlocking takes longer than the pause between two tries; still there is one at a time.
+func TestNodeIsUnlockedByOneAtATime(t *testing.T) {
+	within(t, Options{}, handlers(inState(StateLocked)), func(s *scene) {
+		t := s.T
+		var now, most atomic.Int32
+		s.client.pool.setUnlocker(func(context.Context, *Client) error {
+			most.Store(max(most.Load(), now.Add(1)))
+			defer now.Add(-1)
+			later(3 * time.Second)
+			return hsm.ErrUnavailable
+		})
+		for range 10 {
+			s.peers[0].answers(inState(StateLocked))
+			ctx, cancel := context.WithTimeout(t.Context(), 1300*time.Millisecond)
+			_ = ask(ctx, s.client)
+			cancel()
+			later(time.Second)
+			s.peers[0].answers(healthy)
+			_ = ask(t.Context(), s.client)
+		}
+		later(10 * time.Second)
+		if most.Load() != 1 {
+			t.Errorf("%d unlocked it at one time", most.Load())
+		}
+	})
+}
+
+// Whoever asks a node for its state for all may leave; the others still learn it.
+func TestStateIsLearntWhenTheOneWhoAskedLeaves(t *testing.T) {
+	slowly := func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/health/state") {
+			later(time.Second)
+		}
+		inState(StateLocked)(w, r)
+	}
+	within(t, Options{}, handlers(slowly), func(s *scene) {
+		t := s.T
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		var all sync.WaitGroup
+		all.Go(func() { _ = ask(ctx, s.client) })
+		synctest.Wait()
+		for range 8 {
+			all.Go(func() {
+				if err := s.client.Ready(t.Context()); !errors.Is(err, hsm.ErrLocked) {
+					t.Errorf("error = %v, want ErrLocked", err)
+				}
+			})
+		}
+		all.Wait()
+		if n := len(s.peers[0].saw("/health/state")); n > 2 {
+			t.Errorf("it was asked %d times", n)
+		}
+	})
+}
+
+// broken is a sink that takes nothing.
+type broken struct{ err error }
+
+func (b broken) Write([]byte) (int, error) { return 0, b.err }
+
+// What cannot be written down here is no trouble of the node.
+func TestSinkThatFailsIsNoFaultOfTheNode(t *testing.T) {
+	within(t, Options{}, handlers(healthy, healthy), func(s *scene) {
+		t := s.T
+		full := errors.New("the disk is full")
+		_, err := s.client.do(t.Context(), call{op: "making a backup", method: http.MethodPost, path: "/x", sink: broken{full}})
+		if !errors.Is(err, full) || errors.Is(err, hsm.ErrUnavailable) {
+			t.Errorf("error = %v, want that of the sink alone", err)
+		}
+		if text := s.log.String(); strings.Contains(text, "rests") {
+			t.Errorf("a node is blamed: %s", text)
+		}
+	})
+}
+
+// An answer that is on its way to the sink has all the time there is: no other node can replace it.
+func TestSinkGetsTheWholeTimeOnceItGetsSomething(t *testing.T) {
+	slow := func(w http.ResponseWriter, _ *http.Request) {
+		for range 8 {
+			_, _ = w.Write([]byte("piece"))
+			_ = http.NewResponseController(w).Flush()
+			later(time.Second)
+		}
+	}
+	within(t, Options{}, handlers(slow, slow), func(s *scene) {
+		t := s.T
+		var sink strings.Builder
+		_, err := s.client.do(t.Context(), call{op: "making a backup", method: http.MethodPost, path: "/x", sink: &sink})
+		if err != nil || sink.Len() != 40 {
+			t.Errorf("%d bytes, error %v", sink.Len(), err)
+		}
+	})
+}

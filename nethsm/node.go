@@ -58,6 +58,7 @@ type node struct {
 type question struct {
 	answered chan struct{} // closed with the answer
 	state    State         // empty: it did not say
+	left     bool          // whoever asked left before the answer came; ask again
 }
 
 // rest is the rest of a node.
@@ -137,20 +138,20 @@ func (n *node) serves(proof bool) {
 	n.rest = nil
 }
 
-// fails lets the node rest, and is true where it has just begun to.
-func (n *node) fails(cause error, brief bool) bool {
+// fails lets the node rest, and returns the rest where it has just begun.
+func (n *node) fails(cause error, brief bool) *rest {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.rest != nil {
 		n.rest.tried, n.rest.cause, n.rest.brief = time.Now(), cause, brief
-		return false
+		return nil
 	}
 	n.epoch.Add(1)
 	n.rest = &rest{
 		since: time.Now(), tried: time.Now(), cause: cause, brief: brief, over: make(chan struct{}), kick: make(chan struct{}, 1),
 	}
 	n.logger.Warn("a node of the NetHSM rests until it answers again", "node", n.host, "cause", cause)
-	return true
+	return n.rest
 }
 
 // pause is how long the node is left alone before the next probe.

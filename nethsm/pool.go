@@ -280,28 +280,25 @@ func (p *pool) rests(n *node, cause error, brief bool) {
 	begun := n.fails(cause, brief)
 	announced := errors.Is(cause, hsm.ErrLocked) && p.announceUnlock(n)
 	switch {
-	case begun:
-		p.start(func() { p.probe(n) })
+	case begun != nil:
+		p.start(func() { p.probe(n, begun.over, begun.kick) })
 	case announced:
 		n.probeSoon()
 	}
 }
 
-// probe asks a resting node whether it is ready, with growing pauses, until it serves again.
-func (p *pool) probe(n *node) {
+// probe asks a resting node whether it is ready, with growing pauses, until this rest is over. The next one has a prober of its
+// own.
+func (p *pool) probe(n *node, over, kick <-chan struct{}) {
 	for {
-		resting, is := n.resting()
-		if !is {
-			return
-		}
 		if !p.unlock(n) { // after unlocking it is asked at once
 			timer := time.NewTimer(jittered(n.pause()))
 			select {
 			case <-timer.C:
 				n.longer()
-			case <-resting.kick:
+			case <-kick:
 				timer.Stop()
-			case <-resting.over:
+			case <-over:
 				timer.Stop()
 				return
 			case <-p.ctx.Done():
@@ -309,9 +306,15 @@ func (p *pool) probe(n *node) {
 				return
 			}
 		}
-		switch err := p.ready(n); {
-		case p.ctx.Err() != nil:
+		err := p.ready(n)
+		select {
+		case <-over: // what was asked is of yesterday
 			return
+		case <-p.ctx.Done():
+			return
+		default:
+		}
+		switch {
 		case err == nil:
 			n.serves(false)
 		default:
@@ -335,22 +338,27 @@ func (p *pool) ready(n *node) error {
 // askState asks a node for its state: empty where it does not say. Requests that want to know at one time ask once.
 func (n *node) askState(ctx context.Context) State {
 	n.mu.Lock()
-	if asked := n.question; asked != nil {
+	for n.question != nil {
+		asked := n.question
 		n.mu.Unlock()
 		select {
 		case <-asked.answered:
-			return asked.state
 		case <-ctx.Done():
 			return ""
 		}
+		if !asked.left {
+			return asked.state
+		}
+		n.mu.Lock()
 	}
 	mine := &question{answered: make(chan struct{})}
 	n.question = mine
 	n.mu.Unlock()
 
-	ctx, cancel := context.WithTimeout(ctx, stateTimeout)
+	limited, cancel := context.WithTimeout(ctx, stateTimeout)
 	defer cancel()
-	mine.state, _, _ = n.measure(ctx)
+	mine.state, _, _ = n.measure(limited)
+	mine.left = mine.state == "" && ctx.Err() != nil
 
 	n.mu.Lock()
 	n.question = nil
@@ -380,7 +388,7 @@ func (p *pool) unlock(n *node) bool {
 	unlock := p.unlocker
 	p.mu.Unlock()
 	n.mu.Lock()
-	if unlock == nil || n.unlockBarred || n.rest == nil || !errors.Is(n.rest.cause, hsm.ErrLocked) || time.Since(n.unlockTried) < limitPause {
+	if unlock == nil || n.unlockBarred || n.unlockBusy || n.rest == nil || !errors.Is(n.rest.cause, hsm.ErrLocked) || time.Since(n.unlockTried) < limitPause {
 		n.mu.Unlock()
 		return false
 	}

@@ -74,6 +74,10 @@ func newConnections(ctx context.Context, dialer dialFunc) *connections {
 // dial goes on when the call that needed the connection has given up, because the next one can use it; so it has a limit of
 // its own, and ends with Close.
 func (c *connections) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if so, is := ctx.Value(progressKey{}).(*progress); is {
+		now := time.Now()
+		so.dialled.CompareAndSwap(nil, &now)
+	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
@@ -120,6 +124,7 @@ type failure struct {
 	lost     bool   // of a request that creates and was, or may have been, sent
 	stale    bool   // a kept connection had ended before the request came
 	brief    bool   // says little about the node: it did something, or had hardly time to
+	busy     bool   // says nothing about the node: the time was spent waiting for a connection that others used
 }
 
 func (f *failure) Error() string {
@@ -144,17 +149,35 @@ func (f *failure) Unwrap() error { return f.cause }
 
 // progress tells how far a request came.
 type progress struct {
+	begun             time.Time
+	dialled           atomic.Pointer[time.Time] // when a connection was begun for it; nil: it waited for one that others used
 	connected, reused bool
+	sent              time.Time   // when it got its connection
 	began             atomic.Bool // the node began to answer
 }
+
+// silence is how long the node has been silent, and whether the request waited longer for others than for the node.
+func (so *progress) silence() (silent time.Duration, busy bool) {
+	from := so.sent
+	if dialled := so.dialled.Load(); !so.connected && dialled != nil {
+		from = *dialled
+	} else if !so.connected {
+		from = time.Now()
+	}
+	silent = time.Since(from)
+	return silent, silent < enoughTime && from.Sub(so.begun) > silent
+}
+
+// progressKey leads from the ctx of a dial to the progress of the request that began it.
+type progressKey struct{}
 
 // exchange sends a request to a node over one of its transports, once, and reads the answer. The error is an *Error, or a
 // *failure.
 func (n *node) exchange(ctx context.Context, over *http.Transport, in *call, body *payload, authorization string, connected func()) (answer, error) {
-	var so progress
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	so := &progress{begun: time.Now()}
+	traced := httptrace.WithClientTrace(context.WithValue(ctx, progressKey{}, so), &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) {
-			so.connected, so.reused = true, info.Reused
+			so.connected, so.reused, so.sent = true, info.Reused, time.Now()
 			body.begin()
 			if connected != nil {
 				connected()
@@ -167,17 +190,16 @@ func (n *node) exchange(ctx context.Context, over *http.Transport, in *call, bod
 	if err != nil {
 		return answer{}, err
 	}
-	began := time.Now()
 	response, err := over.RoundTrip(request)
 	if err != nil {
-		return answer{}, n.failed(ctx, in, &so, began, err)
+		return answer{}, n.failed(ctx, over, in, so, err)
 	}
 	defer response.Body.Close()
 	out := answer{status: response.StatusCode, header: response.Header, node: n.host}
 	if !in.accepts(out.status) {
 		text, err := readBody(response.Body, response.ContentLength, errorLimit)
 		if err != nil && !errors.Is(err, errTooLarge) {
-			return answer{}, n.failed(ctx, in, &so, began, err)
+			return answer{}, n.failed(ctx, over, in, so, err)
 		}
 		refused := &Error{Op: in.op, Node: n.host, Status: out.status, Message: message(text)}
 		if place, err := response.Location(); err == nil && out.status >= 300 && out.status < 400 {
@@ -186,7 +208,7 @@ func (n *node) exchange(ctx context.Context, over *http.Transport, in *call, bod
 		return out, refused
 	}
 	if err := in.read(&out, response); err != nil {
-		return answer{}, n.failed(ctx, in, &so, began, err)
+		return answer{}, n.failed(ctx, over, in, so, err)
 	}
 	return out, nil
 }
@@ -251,8 +273,7 @@ func (in *call) read(out *answer, response *http.Response) error {
 }
 
 // failed says what happened to a request without a usable answer.
-func (n *node) failed(ctx context.Context, in *call, so *progress, began time.Time, err error) error {
-	took := time.Since(began)
+func (n *node) failed(ctx context.Context, over *http.Transport, in *call, so *progress, err error) error {
 	f := &failure{op: in.op, node: n.host, lost: in.creates && so.connected, cause: err}
 	switch {
 	case errors.Is(err, errTooLarge):
@@ -264,11 +285,17 @@ func (n *node) failed(ctx context.Context, in *call, so *progress, began time.Ti
 	case errors.Is(err, ErrAnswer):
 		f.brief = true
 	case ctx.Err() != nil || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled):
-		f.text, f.cause = fmt.Sprintf("no answer within %v", took.Round(time.Millisecond)), nil
-		if !so.connected {
-			f.text = fmt.Sprintf("no connection within %v", took.Round(time.Millisecond))
+		silent, busy := so.silence()
+		f.cause, f.brief, f.busy = nil, silent < enoughTime || f.lost, busy
+		switch {
+		case !busy && so.connected:
+			f.text = fmt.Sprintf("no answer within %v", silent.Round(time.Millisecond))
+		case !busy:
+			f.text = fmt.Sprintf("no connection within %v", silent.Round(time.Millisecond))
+		default:
+			f.text = fmt.Sprintf("no answer within %v, most of that because the connections to it, %d at most, were all in use; send less at "+
+				"a time, or allow more connections", time.Since(so.begun).Round(time.Millisecond), over.MaxConnsPerHost)
 		}
-		f.brief = took < enoughTime || f.lost
 	case !so.connected:
 		if certificate := n.trust.certificateError(n.host, err); certificate != nil {
 			n.certificateEnds.Store(&certificate.NotAfter)
