@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -12,7 +13,7 @@ import (
 
 // input reads all of a file, or of standard input for "-" and nothing; more than limit bytes are an error. The caller
 // wipes what is secret.
-func (a *app) input(path string, limit int, what string) ([]byte, error) {
+func (a *app) input(ctx context.Context, path string, limit int, what string) ([]byte, error) {
 	from, name := a.stdin, "standard input"
 	if path == "" || path == "-" {
 		if err := a.takeStdin(what); err != nil {
@@ -29,7 +30,7 @@ func (a *app) input(path string, limit int, what string) ([]byte, error) {
 		defer file.Close()
 		from, name = file, path
 	}
-	content, err := io.ReadAll(io.LimitReader(from, int64(limit)+1))
+	content, err := interruptible(ctx, func() ([]byte, error) { return io.ReadAll(io.LimitReader(from, int64(limit)+1)) })
 	switch {
 	case err != nil:
 		clear(content)
@@ -39,6 +40,25 @@ func (a *app) input(path string, limit int, what string) ([]byte, error) {
 		return nil, usage("reading %s: %s has more than %d bytes; is it the right one?", what, name, limit)
 	}
 	return content, nil
+}
+
+// interruptible waits for a read, until Ctrl-C. A read of a terminal or a pipe knows no end but its own.
+func interruptible(ctx context.Context, read func() ([]byte, error)) ([]byte, error) {
+	type answer struct {
+		content []byte
+		err     error
+	}
+	done := make(chan answer, 1)
+	go func() { // ends with the read, or with the process
+		content, err := read()
+		done <- answer{content, err}
+	}()
+	select {
+	case got := <-done:
+		return got.content, got.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // output writes a result to a file, or to standard output for "-" and nothing. A file is made with mode 0600, and is there

@@ -22,7 +22,7 @@ the record was made. No wrapping key is ever replaced.`,
 		if sum == "" {
 			return nil, usage("--sha256 is missing; give the SHA-256 that was printed when the key record was made")
 		}
-		record, err := a.input(in, store.MaxValueSize, "the key record")
+		record, err := a.input(cmd.Context(), in, store.MaxValueSize, "the key record")
 		if err != nil {
 			return nil, err
 		}

@@ -14,11 +14,15 @@ import (
 	"os/signal"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
 )
 
 func main() {
 	modhost.RunIfStarted()
+	// PINs and plaintexts are in memory: no core dump of it. Where that cannot be had, the work goes on.
+	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	os.Exit(run(os.Args[1:]))
 }
 

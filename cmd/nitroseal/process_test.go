@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -328,5 +329,52 @@ func TestADoctorWhoIsCutShortTellsWhatHeFound(t *testing.T) {
 	out, err := command(t, configuration, "doctor", "--timeout", "1ms").Output()
 	if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitUnavailable || !strings.Contains(string(out), "state directory") {
 		t.Errorf("it ended with %v\n%s", err, out)
+	}
+}
+
+func TestCtrlCEndsACommandThatWaitsForItsInput(t *testing.T) {
+	configuration := configured(t, pkcs11test.SoftHSM(t))
+	must(t, configuration, "key", "generate", "prod", "--device", "one", "--algorithm", "ecdh-p256")
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		args  []string
+		waits func(shown string) bool // whether it is seen to wait
+	}{
+		"the value to be sealed": {[]string{"wrap", "prod"}, func(shown string) bool { return strings.Contains(shown, "type the value") }},
+		"an envelope":            {[]string{"unwrap", "prod"}, func(shown string) bool { return strings.Contains(shown, "type the envelope") }},
+		"a secret from a pipe": {[]string{"device", "pin", "try", "one", "--pin-file", pipe}, func(string) bool {
+			writer, err := os.OpenFile(pipe, os.O_WRONLY|unix.O_NONBLOCK, 0) // fails before somebody reads
+			if err == nil {
+				t.Cleanup(func() { writer.Close() })
+			}
+			return err == nil
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ours, theirs := terminal(t)
+			var seen screen
+			go seen.watch(ours)
+			cmd := command(t, configuration, test.args...)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "it waits for its input", func() bool { return test.waits(seen.text()) })
+			limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", cmd.Process.Pid))
+			if err != nil || !regexp.MustCompile(`Max core file size +0 +0 `).Match(limits) {
+				t.Errorf("it could leave a core dump, with the secret in it: %v\n%s", err, limits)
+			}
+			if _, err := ours.Write([]byte{3}); err != nil {
+				t.Fatal(err)
+			}
+			err = cmd.Wait()
+			if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitInterrupted {
+				t.Errorf("it ended with %v, want exit code %d\n%s", err, exitInterrupted, seen.text())
+			}
+		})
 	}
 }

@@ -22,7 +22,7 @@ recipient. The value is not shown. An envelope that is up to date comes out as i
 			if err != nil {
 				return err
 			}
-			sealed, err := a.readEnvelope(in)
+			sealed, err := a.readEnvelope(cmd.Context(), in)
 			if err != nil {
 				return err
 			}

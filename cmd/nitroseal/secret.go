@@ -45,9 +45,9 @@ func (a *app) secret(ctx context.Context, s *secretFlag) ([]byte, error) {
 		if err := a.takeStdin("--" + s.name + "-file"); err != nil {
 			return nil, err
 		}
-		return readSecret(a.stdin, "standard input")
+		return interruptible(ctx, func() ([]byte, error) { return readSecret(a.stdin, "standard input") })
 	case s.file != "":
-		return secretFile(s.file)
+		return interruptible(ctx, func() ([]byte, error) { return secretFile(s.file) }) // it may be a pipe
 	case s.env != "":
 		if !config.IsVariable(s.env) {
 			return nil, usage("what --%s-env names is no environment variable; a secret itself is never an argument, where other users see it", s.name)
@@ -91,29 +91,17 @@ func (a *app) readHidden(ctx context.Context, prompt string) ([]byte, error) {
 		return nil, fmt.Errorf("preparing the terminal: %w", err)
 	}
 	_, _ = fmt.Fprintf(a.stderr, "%s: ", prompt)
-	type answer struct {
-		line []byte
-		err  error
-	}
-	typed := make(chan answer, 1)
-	go func() { // ends with the line, or with the process: a read of a terminal cannot be interrupted
-		line, err := term.ReadPassword(fd)
-		typed <- answer{line, err}
-	}()
-	select {
-	case got := <-typed:
-		a.say("")
-		switch {
-		case got.err != nil:
-			return nil, fmt.Errorf("reading from the terminal: %w", got.err)
-		case len(got.line) == 0:
-			return nil, usage("nothing was typed; nothing was sent to the HSM")
-		}
-		return cutSecret(got.line, "the terminal")
-	case <-ctx.Done():
-		a.say("")
+	line, err := interruptible(ctx, func() ([]byte, error) { return term.ReadPassword(fd) })
+	a.say("")
+	switch {
+	case ctx.Err() != nil:
 		return nil, errors.Join(ctx.Err(), term.Restore(fd, before))
+	case err != nil:
+		return nil, fmt.Errorf("reading from the terminal: %w", err)
+	case len(line) == 0:
+		return nil, usage("nothing was typed; nothing was sent to the HSM")
 	}
+	return cutSecret(line, "the terminal")
 }
 
 // takeStdin makes sure that only one thing is read from standard input.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 
 	"github.com/spf13/cobra"
 
@@ -25,7 +26,7 @@ the one that the envelope was made with.`,
 			if err != nil {
 				return err
 			}
-			sealed, err := a.readEnvelope(in)
+			sealed, err := a.readEnvelope(cmd.Context(), in)
 			if err != nil {
 				return err
 			}
@@ -66,7 +67,7 @@ type openedView struct {
 }
 
 // readEnvelope reads an envelope, without the line break that files end with.
-func (a *app) readEnvelope(path string) ([]byte, error) {
-	sealed, err := a.input(path, envelope.MaxSize+2, "the envelope")
+func (a *app) readEnvelope(ctx context.Context, path string) ([]byte, error) {
+	sealed, err := a.input(ctx, path, envelope.MaxSize+2, "the envelope")
 	return bytes.TrimRight(sealed, "\r\n"), err
 }

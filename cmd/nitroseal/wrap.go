@@ -37,7 +37,7 @@ One private-key operation in an HSM is needed here as well: it opens the key wit
 			if _, err := keys.Get(cmd.Context(), args[0]); err != nil { // before somebody types the value
 				return err
 			}
-			plaintext, err := a.input(in, envelope.MaxPayload, "the value to be sealed")
+			plaintext, err := a.input(cmd.Context(), in, envelope.MaxPayload, "the value to be sealed")
 			if err != nil {
 				return err
 			}
