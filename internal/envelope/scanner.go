@@ -106,12 +106,16 @@ func (s *scanner) span(most int, allowed func(byte) bool) []byte {
 	return rest[:n]
 }
 
-// next describes what comes next, for errors. An envelope holds nothing secret.
+// next describes what comes next, for errors. An envelope holds nothing secret, but what does not even begin like one may be
+// the very secret, given by mistake.
 func (s *scanner) next() string {
 	const shown = 24
 	rest := s.text[s.at:]
-	if len(rest) == 0 {
+	switch {
+	case len(rest) == 0:
 		return "the end"
+	case s.at == 0:
+		return "something else"
 	}
 	return fmt.Sprintf("%q", rest[:min(shown, len(rest))])
 }
