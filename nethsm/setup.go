@@ -113,8 +113,9 @@ func (e *SetupError) Error() string {
 
 func (e *SetupError) Unwrap() error { return e.Err }
 
-// ErrDiffers is wrapped where a setup stops before its first change because something on the NetHSM is not as it should be.
-var ErrDiffers = errors.New("something else is there already, and nothing was changed")
+// ErrDiffers is wrapped where a setup stops because something on the NetHSM is not as it should be. What is there is left
+// as it is.
+var ErrDiffers = errors.New("something else is there already, and it was left as it is")
 
 // check says what is wrong with the setup itself.
 func (s *Setup) check() error {
@@ -224,10 +225,8 @@ func (s *Setup) Apply(ctx context.Context, client *Client, report func(Step)) ([
 	if err != nil {
 		return nil, err
 	}
-	for _, step := range plan {
-		if step.State == StepDiffers {
-			return plan, fmt.Errorf("setting up the NetHSM: %w: %s: %s", ErrDiffers, step.What, step.Found)
-		}
+	if err := Differing(plan); err != nil {
+		return plan, err
 	}
 	for i, step := range s.steps(client) {
 		if plan[i].State != StepDone {
@@ -239,6 +238,21 @@ func (s *Setup) Apply(ctx context.Context, client *Client, report func(Step)) ([
 		report(plan[i])
 	}
 	return plan, nil
+}
+
+// Differing is what [Setup.Apply] answers to a plan before it changes anything: [ErrDiffers] where something differs, else
+// nil.
+func Differing(plan []Step) error {
+	var differs []error
+	for _, step := range plan {
+		if step.State == StepDiffers {
+			differs = append(differs, fmt.Errorf("%s: %s", step.What, step.Found))
+		}
+	}
+	if differs == nil {
+		return nil
+	}
+	return fmt.Errorf("setting up the NetHSM, before any change: %w: %w", ErrDiffers, errors.Join(differs...))
 }
 
 // stopped is the error of a setup that ended at step at.

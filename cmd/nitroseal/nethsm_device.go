@@ -10,8 +10,11 @@ import (
 // setupDevice is how the NetHSM is used from now on: what to write into nitroseal.hcl, and what to tell Vault. There is no
 // secret in it, only where one lies.
 type setupDevice struct {
-	HCL   string   `json:"nitroseal_hcl"`
-	Vault []string `json:"vault_commands"`
+	HCL string `json:"nitroseal_hcl"`
+	// Registration are the arguments that the plugin has to be registered with: it sends no file to a NetHSM that those do
+	// not name.
+	Registration []string `json:"vault_plugin_arguments"`
+	Vault        []string `json:"vault_commands"`
 }
 
 // device describes what was set up.
@@ -62,8 +65,13 @@ func (v *setupVerb) device() *setupDevice {
 	}
 	hcl = append(hcl, "  key_tags = "+hclList([]string{v.tag}), "}")
 	vault = append(vault, "key_tags="+shellWord(v.tag))
+	registration := []string{"-args=-secrets-dir=" + shellWord(filepath.Dir(v.passwordFile(name)))}
+	for _, url := range urls {
+		registration = append(registration, "-args=-nethsm-url="+shellWord(url))
+	}
 	return &setupDevice{
-		HCL: strings.Join(hcl, "\n") + "\n",
+		HCL:          strings.Join(hcl, "\n") + "\n",
+		Registration: registration,
 		Vault: []string{
 			strings.Join(vault, " "),
 			fmt.Sprintf("vault write nitrokey/keys/%s device=%s key_id=%s", v.key.ID, name, v.key.ID),
@@ -106,7 +114,10 @@ func (d *setupDevice) rows(t *table) {
 		t.row("  " + strings.TrimSuffix(line, "\n"))
 	}
 	t.row("")
-	t.row("For Vault, where the password's file lies under the plugin's -secrets-dir:")
+	t.row("For Vault, where the plugin is registered with these arguments: it reads files of that folder, and sends them to")
+	t.row("these NetHSMs alone:")
+	t.row("  " + strings.Join(d.Registration, " "))
+	t.row("Then:")
 	for _, command := range d.Vault {
 		t.row("  " + command)
 	}

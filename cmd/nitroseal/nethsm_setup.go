@@ -50,8 +50,9 @@ With --device the user name, its namespace, its password and the tag are those o
 flag says otherwise.
 
 It can be run again at any time: what is there is left alone, what is missing is made, and what is there but
-differs is reported and never changed. --dry-run only says what it would do. At the end it prints the device for
-nitroseal.hcl and for Vault.
+differs is reported and never changed. --dry-run only says what it would do, and exits with 1 where the run would
+stop because something differs, with 0 where it would go ahead. At the end it prints the device for nitroseal.hcl
+and for Vault.
 
 Unattended boot lets a NetHSM start without its unlock passphrase: then whoever has the NetHSM (of a container:
 its database and its device key) has the keys. Without --unattended-boot it stays as it is.`,
@@ -110,7 +111,7 @@ func (v *setupVerb) run(cmd *cobra.Command) error {
 		if err != nil {
 			return err
 		}
-		return v.print(steps, nil)
+		return errors.Join(v.print(steps, nil), nethsm.Differing(steps))
 	}
 	steps, err := setup.Apply(working, client, func(step nethsm.Step) {
 		if step.Changed {

@@ -97,7 +97,7 @@ const (
 
 func newNodeStatus(ctx context.Context, client *nethsm.Client, node hsm.Node, serverName string, administrator bool) nodeStatus {
 	status := nodeStatus{
-		URL: node.URL, State: string(node.State), Version: node.Firmware, Serial: node.Serial,
+		URL: node.URL, State: nodeState(node.State), Version: node.Firmware, Serial: node.Serial,
 		CertificateEnds: stamp(node.CertificateEnds), RoundTrip: milliseconds(node.RoundTrip),
 	}
 	if node.Err != nil {
@@ -126,6 +126,18 @@ func newNodeStatus(ctx context.Context, client *nethsm.Client, node hsm.Node, se
 	}
 	status.trouble = strings.Join(trouble, ", ")
 	return status
+}
+
+// nodeState is a state as a NetHSM writes it, "Operational", and so every verb here. A node that does not answer is "absent".
+func nodeState(state hsm.State) string {
+	for _, own := range []nethsm.State{
+		nethsm.StateOperational, nethsm.StateLocked, nethsm.StateUnprovisioned, nethsm.StateFailed,
+	} {
+		if own.HSM() == state {
+			return string(own)
+		}
+	}
+	return string(state)
 }
 
 func nodeRows(t *table, nodes []nodeStatus) {
