@@ -71,7 +71,7 @@ type BackupInfo struct {
 // damaged byte anywhere is [ErrBackup]. Without one only the structure is checked. Never more than one field is in
 // memory, 16 MiB at most.
 func ReadBackup(r io.Reader, passphrase []byte) (BackupInfo, error) {
-	return readBackup(r, passphrase, backupKey)
+	return readBackup(r, passphrase, keyOfBackup)
 }
 
 func readBackup(r io.Reader, passphrase []byte, derive deriveKey) (BackupInfo, error) {
@@ -93,8 +93,12 @@ func readBackup(r io.Reader, passphrase []byte, derive deriveKey) (BackupInfo, e
 	return info, nil
 }
 
-// deriveKey makes the key of a backup; tests bring one that remembers, since [backupKey] takes a third of a second.
+// deriveKey makes the key of a backup.
 type deriveKey func(passphrase, salt []byte) ([]byte, error)
+
+// keyOfBackup is [backupKey]. That takes a third of a second, ten times as long with the race detector, so tests put one
+// here that remembers what it made.
+var keyOfBackup deriveKey = backupKey
 
 func backupKey(passphrase, salt []byte) ([]byte, error) {
 	return scrypt.Key(passphrase, salt, scryptN, scryptR, scryptP, backupKeySize)
@@ -363,7 +367,7 @@ func (c *Client) backupOpens(ctx context.Context, passphrase []byte) (set bool, 
 	if _, err := b.header(); err != nil {
 		return true, err
 	}
-	return true, b.open(passphrase, backupKey)
+	return true, b.open(passphrase, keyOfBackup)
 }
 
 // backupTo makes a backup and stops where w fails. That error is returned, and does not count against the node.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -21,6 +22,19 @@ import (
 )
 
 var goldenPassphrase = []byte("BackupPassphrase")
+
+// The key of a backup is made once for all tests of the package.
+func init() { keyOfBackup = remembering(backupKey) }
+
+func remembering(derive deriveKey) deriveKey {
+	var made sync.Map // of func() ([]byte, error), by passphrase and salt
+	return func(passphrase, salt []byte) ([]byte, error) {
+		once := sync.OnceValues(func() ([]byte, error) { return derive(passphrase, salt) })
+		first, _ := made.LoadOrStore(fmt.Sprintf("%x %x", passphrase, salt), once)
+		key, err := first.(func() ([]byte, error))()
+		return slices.Clone(key), err
+	}
+}
 
 func golden(t testing.TB, name string) []byte {
 	t.Helper()
@@ -122,7 +136,7 @@ func entryEnds(backup []byte, offset int) bool {
 func TestABackupWithAnyByteChangedIsRefused(t *testing.T) {
 	whole := golden(t, "v1.backup")
 	salt := whole[len(backupMagic)+4:][:16]
-	key, err := backupKey(goldenPassphrase, salt)
+	key, err := keyOfBackup(goldenPassphrase, salt)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,7 +39,7 @@ const (
 )
 
 // backupKey derives the key of backup files. Its cost, half a second and more, is part of their format; so that a test
-// pays it once for a file, the process remembers the keys.
+// pays it once for a passphrase, the process remembers the keys and makes them with one salt.
 func backupKey(salt, passphrase []byte) ([]byte, error) {
 	name := string(digest(salt, passphrase))
 	if key, ok := backupKeys.Load(name); ok {
@@ -52,7 +52,10 @@ func backupKey(salt, passphrase []byte) ([]byte, error) {
 	return key, err
 }
 
-var backupKeys sync.Map // of []byte
+var (
+	backupKeys sync.Map // of []byte
+	backupSalt = random(16)
+)
 
 func putBackupPassphrase(x *exchange) answer {
 	fresh, current, refused := x.twoPassphrases()
@@ -72,7 +75,7 @@ func putBackupPassphrase(x *exchange) answer {
 }
 
 func newBackupRecord(passphrase []byte) (*backupRecord, error) {
-	b := &backupRecord{Salt: random(16)}
+	b := &backupRecord{Salt: backupSalt}
 	var err error
 	b.Key, err = backupKey(b.Salt, passphrase)
 	return b, err
