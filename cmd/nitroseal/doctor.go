@@ -24,7 +24,9 @@ func newDoctorCommand(a *app) *cobra.Command {
 		Short: "Look for what is wrong, and say how to mend it",
 		Long: `Look at the machine, each device, each wrapping key, each store and the Vault of the configuration, and say what is wrong and
 how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
-value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again.
+value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again. A
+Nitrokey HSM 2 is asked about its backup by sc-hsm-tool, where that is installed; programs that are logged in to it may have to
+log in again, which OpenSC does by itself.
 
 The exit code is 1 where a problem was found, 0 where there were warnings at most. What was found before Ctrl-C or --timeout ended
 it is printed as well.`,

@@ -159,6 +159,41 @@ func TestSharesAreReadFromWhatSCHSMToolPrints(t *testing.T) {
 	}
 }
 
+// TestSharesAreThoseOfTheStickInQuestion runs a tool of OpenSC's that is made up: whose stick it asked shows in what it says, and
+// it gets none of the secrets that lie in the environment.
+func TestSharesAreThoseOfTheStickInQuestion(t *testing.T) {
+	dir := t.TempDir()
+	tool := "#!/bin/sh\necho 'Using reader with a card: Nitrokey Nitrokey HSM (DENK01) 00 00' >&2\necho 'Version : 3.5'\n" +
+		"echo 'DKEK shares : 1'\necho 'DKEK key check value : 4B'\nenv > " + filepath.Join(dir, "env") + "\n"
+	if err := os.WriteFile(filepath.Join(dir, "sc-hsm-tool"), []byte(tool), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	t.Setenv("STICK_PIN", "648219")
+	t.Setenv("MODULE_ENV", "kept")
+	for serial, subject := range map[string]string{
+		"DENK01": "test", "DENK02": `test, or whatever is in the reader "Nitrokey Nitrokey HSM (DENK01) 00 00"`,
+	} {
+		all, f := collect()
+		d := &doctor{Patient: Patient{Config: &config.Config{PKCS11: config.PKCS11{Env: []string{"MODULE_ENV"}}}}}
+		d.shares(t.Context(), f, serial)
+		all.want(t, "DKEK", OK, "all 1 shares")
+		if got := (*all)[0].Subject; got != subject {
+			t.Errorf("the finding is about %s, want %s", got, subject)
+		}
+	}
+	seen, err := os.ReadFile(filepath.Join(dir, "env"))
+	if err != nil || strings.Contains(string(seen), "648219") || !strings.Contains(string(seen), "MODULE_ENV=kept") {
+		t.Errorf("the tool had this environment (%v):\n%s", err, seen)
+	}
+}
+
+func TestARefusedPINNamesTheVerbThatLiftsItsBar(t *testing.T) {
+	all, f := collect()
+	new(doctor).refusedPIN(f, &hsm.PINError{TriesLeft: -1, Barred: true})
+	all.want(t, "PIN", Problem, "nitroseal device pin unbar")
+}
+
 func FuzzParseShares(f *testing.F) {
 	f.Add([]byte("Version : 3.5\nDKEK shares          : 2\nDKEK import pending, 1 share(s) still missing\n"))
 	f.Fuzz(func(t *testing.T, output []byte) {

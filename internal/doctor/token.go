@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -46,7 +47,7 @@ func (d *doctor) token(ctx context.Context, f chart, configured config.Device) {
 	d.notes(f, status.Info)
 	roundTrip(f, configured.Name, status)
 	if isSmartCardHSM(status.Info) {
-		d.shares(ctx, f)
+		d.shares(ctx, f, status.Info.Serial)
 	}
 }
 
@@ -101,7 +102,7 @@ func isSmartCardHSM(info hsm.Info) bool {
 
 // shares looks at the device key encryption key (DKEK): only keys of a token with one can ever be backed up. PKCS#11 does
 // not tell; OpenSC's own tool does.
-func (d *doctor) shares(ctx context.Context, f chart) {
+func (d *doctor) shares(ctx context.Context, f chart, serial string) {
 	const check = "DKEK"
 	sticks := 0
 	for _, configured := range d.Config.Devices {
@@ -118,12 +119,41 @@ func (d *doctor) shares(ctx context.Context, f chart) {
 		f.skipped(check, "sc-hsm-tool is not here (Debian: apt-get install opensc), and nothing else tells whether keys can be backed up")
 		return
 	}
-	output, err := exec.CommandContext(ctx, tool).Output() //nolint:gosec // found on PATH by its fixed name, no arguments
+	command := exec.CommandContext(ctx, tool) //nolint:gosec // found on PATH by its fixed name, no arguments
+	command.Env = d.toolEnvironment()
+	var said bytes.Buffer
+	command.Stderr = &said
+	output, err := command.Output()
 	if err != nil {
 		f.skipped(check, "sc-hsm-tool did not answer: %v", err)
 		return
 	}
+	if reader := otherReader(append(said.Bytes(), output...), serial); reader != "" {
+		f.subject += fmt.Sprintf(", or whatever is in the reader %q", reader)
+	}
 	judgeShares(f, parseShares(output))
+}
+
+// toolEnvironment is the environment for a tool of OpenSC: no variable of it holds a PIN or a password.
+func (d *doctor) toolEnvironment() []string {
+	var environment []string
+	for _, name := range append([]string{"PATH", "HOME", "OPENSC_CONF", "PCSCLITE_CSOCK_NAME"}, d.Config.PKCS11.Env...) {
+		if value, set := os.LookupEnv(name); set {
+			environment = append(environment, name+"="+value)
+		}
+	}
+	return environment
+}
+
+// otherReader returns the reader that sc-hsm-tool says it took, the first one with a card, unless its name holds the serial
+// number of the stick, as those of Nitrokeys do: there may be other sticks than the configured one.
+func otherReader(said []byte, serial string) string {
+	for line := range strings.Lines(string(said)) {
+		if reader, found := strings.CutPrefix(line, "Using reader with a card: "); found && !(serial != "" && strings.Contains(reader, serial)) {
+			return strings.TrimSpace(reader)
+		}
+	}
+	return ""
 }
 
 // shareState is what sc-hsm-tool says about the DKEK.
