@@ -378,3 +378,37 @@ func TestCtrlCEndsACommandThatWaitsForItsInput(t *testing.T) {
 		})
 	}
 }
+
+func TestAWrongPINIsSentOnceHoweverManyCommandsRun(t *testing.T) {
+	card := pkcs11test.Card(t)
+	card.GenerateKey(t, "EC:prime256v1", "curve", "02")
+	configuration := configured(t, &card.Token)
+	must(t, configuration, "key", "adopt", "prod", "--device", "one", "--id", "02")
+	sealed := must(t, configuration, "wrap", "prod", "--in", configuration)
+	if err := os.WriteFile(filepath.Join(filepath.Dir(configuration), "pin"), []byte("999999"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	another := filepath.Join(t.TempDir(), "new-pin")
+	if err := os.WriteFile(another, []byte("271828"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for _, args := range [][]string{
+		{"doctor"}, {"device", "status"}, {"unwrap", "prod"}, {"device", "keys", "one"}, {"device", "pin", "change", "one", "--new-pin-file", another},
+		{"device", "pin", "try", "one"}, {"key", "rotate", "prod", "--device", "one", "--generate", "--algorithm", "ecdh-p256"},
+	} {
+		all.Go(func() {
+			for range 2 {
+				cmd := command(t, configuration, args...)
+				cmd.Stdin = strings.NewReader(sealed)
+				if out, err := cmd.CombinedOutput(); err == nil {
+					t.Errorf("nitroseal %s succeeds with a wrong PIN\n%s", strings.Join(args, " "), out)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if sent := card.WrongPINs(t); sent != 1 {
+		t.Errorf("the wrong PIN was sent %d times, want once", sent)
+	}
+}
