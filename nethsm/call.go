@@ -412,15 +412,36 @@ type unserved struct {
 }
 
 func (e *unserved) Error() string {
-	parts := make([]string, 0, len(e.causes)+1)
+	var parts []string
+	nodes := make(map[string][]string)
 	for _, cause := range e.causes {
-		parts = append(parts, cause.Error())
+		node, text := "", cause.Error()
+		if told, is := cause.(placed); is { //nolint:errorlint // what wraps it has more to tell
+			node, text = told.told()
+		}
+		if !slices.Contains(parts, text) {
+			parts = append(parts, text)
+		}
+		if node != "" {
+			nodes[text] = append(nodes[text], node)
+		}
 	}
-	text := strings.Join(parts, "; ")
+	for i, text := range parts {
+		if same := nodes[text]; len(same) > 1 {
+			parts[i] = fmt.Sprintf("at %s and %s: %s", strings.Join(same[:len(same)-1], ", "), same[len(same)-1], text)
+		} else if len(same) == 1 {
+			parts[i] = fmt.Sprintf("at %s: %s", same[0], text)
+		}
+	}
 	if e.ended != nil {
-		text += "; " + e.ended.Error()
+		parts = append(parts, e.ended.Error())
 	}
-	return fmt.Sprintf("no node of the NetHSM serves: %s", text)
+	return fmt.Sprintf("%s: no node of the NetHSM serves: %s", e.op, strings.Join(parts, "; "))
+}
+
+// placed is an error that can tell apart where something happened and what.
+type placed interface {
+	told() (node, text string)
 }
 
 func (e *unserved) Is(target error) bool {
@@ -451,6 +472,15 @@ type unlockError struct{ cause, unlock error }
 
 func (e *unlockError) Error() string {
 	return fmt.Sprintf("%v; unlocking it by itself did not work: %v", e.cause, e.unlock)
+}
+
+func (e *unlockError) told() (node, text string) {
+	cause, is := e.cause.(placed) //nolint:errorlint // as above
+	if !is {
+		return "", e.Error()
+	}
+	node, text = cause.told()
+	return node, fmt.Sprintf("%s; unlocking it by itself did not work: %v", text, e.unlock)
 }
 
 func (e *unlockError) Unwrap() error { return e.cause }

@@ -46,11 +46,16 @@ type Error struct {
 
 // Error says what was tried, where, what the NetHSM answered and what to do about it.
 func (e *Error) Error() string {
+	node, text := e.told()
+	return fmt.Sprintf("%s at %s: %s", e.Op, node, text)
+}
+
+func (e *Error) told() (node, text string) {
 	answer := fmt.Sprintf("HTTP %d", e.Status)
 	if e.Message != "" {
 		answer += fmt.Sprintf(" %q", e.Message)
 	}
-	return fmt.Sprintf("%s at %s: %s (%s)", e.Op, e.Node, e.meaning().text, answer)
+	return e.Node, fmt.Sprintf("%s (%s)", e.meaning().text, answer)
 }
 
 // Is tells what the answer means.

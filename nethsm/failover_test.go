@@ -914,3 +914,170 @@ func TestSinkGetsTheWholeTimeOnceItGetsSomething(t *testing.T) {
 		}
 	})
 }
+
+// A cause that several nodes share is told once, and so is what was tried.
+func TestErrorOfSeveralNodesRepeatsNothing(t *testing.T) {
+	within(t, Options{}, handlers(inState(StateLocked), healthy, healthy, inState(StateLocked)), func(s *scene) {
+		t := s.T
+		s.network.stop(s.peers[1].address)
+		s.network.stop(s.peers[2].address)
+		for range 2 {
+			err := ask(t.Context(), s.client)
+			const want = `listing the keys: no node of the NetHSM serves: at 127.0.0.1:1 and 127.0.0.1:4: the NetHSM is Locked; unlock it ` +
+				`with its unlock passphrase (HTTP 412 "Service not available"); at 127.0.0.1:2 and 127.0.0.1:3: no connection: connection refused`
+			if err == nil || err.Error() != want {
+				t.Errorf("error = %v\nwant    %s", err, want)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := ask(ctx, s.client); !errors.Is(err, context.Canceled) || strings.Count(err.Error(), "canceled") != 1 {
+			t.Errorf("error = %v, want one that tells once that it was canceled", err)
+		}
+	})
+}
+
+// Whenever a caller leaves it gets its ctx error at once, and nothing stays behind: the bubble would not end.
+func TestCallerMayLeaveAtAnyTime(t *testing.T) {
+	for _, state := range []string{"serves", "trickles", "refuses", "limits", "is Locked", "is away", "is a hole"} {
+		for name, send := range map[string]func(context.Context, *Client) error{"GET": ask, "POST": post, "creating": create} {
+			t.Run(state+", "+name, func(t *testing.T) {
+				slow := func(handler http.HandlerFunc) http.HandlerFunc {
+					return func(w http.ResponseWriter, r *http.Request) {
+						later(30 * time.Millisecond)
+						handler(w, r)
+					}
+				}
+				handler := map[string]http.HandlerFunc{
+					"serves": slow(healthy), "refuses": slow(saying(401)), "limits": slow(saying(429)), "is Locked": slow(inState(StateLocked)),
+					"is away": healthy, "is a hole": healthy, "trickles": func(w http.ResponseWriter, r *http.Request) {
+						for r.Context().Err() == nil {
+							_, _ = w.Write([]byte(" "))
+							_ = http.NewResponseController(w).Flush()
+							later(10 * time.Millisecond)
+						}
+					},
+				}[state]
+				within(t, Options{}, handlers(handler, handler), func(s *scene) {
+					t := s.T
+					for _, p := range s.peers {
+						switch state {
+						case "is away":
+							s.network.stop(p.address)
+						case "is a hole":
+							s.network.swallow(p.address, true)
+						}
+					}
+					view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
+					for after := time.Duration(0); after < 1500*time.Millisecond; after += 37 * time.Millisecond {
+						for _, limit := range []func(context.Context, time.Duration) (context.Context, context.CancelFunc){
+							context.WithTimeout,
+							func(ctx context.Context, after time.Duration) (context.Context, context.CancelFunc) {
+								ctx, cancel := context.WithCancel(ctx)
+								time.AfterFunc(after, cancel)
+								return ctx, cancel
+							},
+						} {
+							ctx, cancel := limit(t.Context(), after)
+							began := time.Now()
+							err := send(ctx, view)
+							if took := time.Since(began); took > after {
+								t.Errorf("leaving after %v took %v", after, took)
+							}
+							if ctx.Err() != nil && err != nil && !errors.Is(err, ctx.Err()) {
+								t.Errorf("after %v: error = %v, want it to be %v", after, err, ctx.Err())
+							}
+							cancel()
+						}
+					}
+					if err := s.client.Close(); err != nil {
+						t.Error(err)
+					}
+					later(time.Second) // the nodes end what they are at
+				})
+			})
+		}
+	}
+}
+
+// A crowd that finds all nodes away costs each of them a knock a second, and nobody waits.
+func TestCrowdWithAllNodesDown(t *testing.T) {
+	within(t, Options{}, handlers(healthy, healthy, healthy), func(s *scene) {
+		t := s.T
+		for _, p := range s.peers {
+			s.network.stop(p.address)
+		}
+		_ = ask(t.Context(), s.client)
+		began := time.Now()
+		var all sync.WaitGroup
+		for range 10_000 {
+			all.Go(func() {
+				for range 3 {
+					if err := ask(t.Context(), s.client); !errors.Is(err, hsm.ErrUnavailable) {
+						t.Errorf("error = %v, want ErrUnavailable", err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %v", took)
+		}
+		for _, p := range s.peers {
+			if n := s.network.dialled(p.address); n != 1 {
+				t.Errorf("%s was dialled %d times", p.address, n)
+			}
+		}
+	})
+}
+
+// A node that comes and goes ten times a second harms no request while another one is there.
+func TestNodeThatFlaps(t *testing.T) {
+	within(t, Options{}, handlers(healthy, healthy), func(s *scene) {
+		t := s.T
+		view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
+		for i := range 600 {
+			if i%2 == 0 {
+				s.peers[0].answers(saying(503))
+			} else {
+				s.peers[0].answers(healthy)
+			}
+			for range 3 {
+				if err := ask(t.Context(), view); err != nil {
+					t.Fatal(err)
+				}
+			}
+			later(100 * time.Millisecond)
+		}
+	})
+}
+
+// Close may come at any time: calls end at once, unavailable, and nothing stays behind.
+func TestCloseAtAnyTime(t *testing.T) {
+	for after := time.Duration(0); after < 4*time.Second; after += 133 * time.Millisecond {
+		within(t, Options{}, handlers(saying(401), inState(StateLocked), hanging), func(s *scene) {
+			t := s.T
+			view := s.client.As(Credentials{Username: "u", Password: []byte("p")})
+			var all sync.WaitGroup
+			for range 12 {
+				for _, send := range []func(context.Context, *Client) error{ask, post, create} {
+					all.Go(func() {
+						if err := send(t.Context(), view); !errors.Is(err, hsm.ErrUnavailable) {
+							t.Errorf("error = %v, want ErrUnavailable", err)
+						}
+					})
+				}
+			}
+			later(after)
+			began := time.Now()
+			if err := s.client.Close(); err != nil {
+				t.Error(err)
+			}
+			all.Wait()
+			if took := time.Since(began); took > 200*time.Millisecond {
+				t.Errorf("it took %v", took)
+			}
+			later(time.Second)
+		})
+	}
+}

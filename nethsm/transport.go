@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -128,7 +129,12 @@ type failure struct {
 }
 
 func (f *failure) Error() string {
-	text := f.text
+	node, text := f.told()
+	return fmt.Sprintf("%s at %s: %s", f.op, node, text)
+}
+
+func (f *failure) told() (node, text string) {
+	text = f.text
 	switch {
 	case text == "":
 		text = f.cause.Error()
@@ -138,7 +144,7 @@ func (f *failure) Error() string {
 	if f.lost {
 		text += "; " + hsm.ErrMayHaveHappened.Error()
 	}
-	return fmt.Sprintf("%s at %s: %s", f.op, f.node, text)
+	return f.node, text
 }
 
 func (f *failure) Is(target error) bool {
@@ -272,6 +278,23 @@ func (in *call) read(out *answer, response *http.Response) error {
 	return nil
 }
 
+// bare is the error of a dial without the address, which the error that wraps it tells anyway.
+func bare(err error) error {
+	for {
+		switch outer := err.(type) { //nolint:errorlint // one layer at a time, from the outside
+		case *net.OpError:
+			if outer.Op != "dial" {
+				return err
+			}
+			err = outer.Err
+		case *os.SyscallError:
+			err = outer.Err
+		default:
+			return err
+		}
+	}
+}
+
 // failed says what happened to a request without a usable answer.
 func (n *node) failed(ctx context.Context, over *http.Transport, in *call, so *progress, err error) error {
 	f := &failure{op: in.op, node: n.host, lost: in.creates && so.connected, cause: err}
@@ -301,7 +324,7 @@ func (n *node) failed(ctx context.Context, over *http.Transport, in *call, so *p
 			n.certificateEnds.Store(&certificate.NotAfter)
 			f.cause = certificate
 		} else {
-			f.text = "no connection"
+			f.text, f.cause = "no connection", bare(err)
 		}
 	case so.began.Load():
 		f.text, f.brief = "the answer broke off", true
