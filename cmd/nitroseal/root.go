@@ -18,6 +18,9 @@ const rootHelp = `nitroseal keeps the unseal material of Vault and OpenBao under
 Devices and stores are named in a configuration file, nitroseal.hcl; "nitroseal config check" reads it and says what is
 wrong. Secrets never come as an argument: they are read from files, environment variables or a prompt.
 
+Results go to stdout, as a table or, with --output json, as JSON. What went wrong goes to stderr, a sentence in either case, and
+into the exit code; status and doctor print what they found as well.
+
 ` + exitCodesHelp
 
 // newRootCommand is the whole command tree.
