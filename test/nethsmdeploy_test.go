@@ -117,6 +117,8 @@ func TestThePKIIsNeverOverwritten(t *testing.T) {
 		{"renew", dir, "client", "with-a-name"},
 		{"renew", dir, "server", "a,DNS:evil"},
 		{"-d", "0", "renew", dir, "server"},
+		{"-d", "4000", "renew", dir, "server"}, // the CA ends before
+		{"renew", "-d", "10", dir, "server"},
 		{"renew", filepath.Dir(dir), "server"},
 	} {
 		if out, err := pki(arguments...); err == nil {
@@ -126,8 +128,12 @@ func TestThePKIIsNeverOverwritten(t *testing.T) {
 	if !maps.Equal(contents(t, dir), before) {
 		t.Error("a run that was refused has changed something")
 	}
-	if out, err := pki("make", filepath.Join(filepath.Dir(dir), "other"), "bad name"); err == nil {
+	other := filepath.Join(filepath.Dir(dir), "other")
+	if out, err := pki("make", other, "bad name"); err == nil {
 		t.Errorf("a bad name was taken: %s", out)
+	}
+	if out, err := pki("-D", "700", "make", other); err == nil || !strings.Contains(out, "the CA ends before 730 days") {
+		t.Errorf("certificates that outlive their CA: %v, %s", err, out)
 	}
 	if left := list(t, filepath.Dir(dir)); !slices.Equal(left, []string{filepath.Base(dir)}) {
 		t.Errorf("refused runs left %q", left)

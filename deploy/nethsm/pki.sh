@@ -44,6 +44,7 @@ done
 if (($# < 2)); then usage >&2 && exit 2; fi
 command=$1 dir=${2%/}
 shift 2
+[[ $dir =~ ^[^-] ]] || die "\"$dir\" is no folder to work in; options come before the command"
 command -v openssl >/dev/null || die 'openssl is not installed'
 
 # Everything is made here, beside its place, and renamed into it when it is complete.
@@ -81,6 +82,9 @@ alternative_names() {
 sign() {
   local ca=$1 subject=$2 key=$3 uses=$4 names=$5 certificate=$6
   [[ -e $ca/ca.key ]] || die "there is no $ca/ca.key; bring the CA's key back from where you keep it, for this one command"
+  # Nobody accepts a certificate whose CA has ended, however long it says that it is valid.
+  openssl x509 -in "$ca/ca.crt" -noout -checkend $(((days * 24 - 1) * 3600)) >"$work/log" ||
+    die "the CA ends before $days days are over, $(openssl x509 -in "$ca/ca.crt" -noout -enddate); fewer days, with -d, or a new CA"
   {
     printf 'basicConstraints = critical, CA:FALSE\n'
     printf 'keyUsage = critical, digitalSignature\n'
