@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+
 	"github.com/spf13/cobra"
 
 	"vault-plugin-secrets-nitrokey/nethsm"
@@ -46,6 +48,10 @@ start. Both have 10 to 200 characters.`,
 			}
 			if wanted.AdminPassphrase, err = a.newSecret(ctx, &admin, generate); err != nil {
 				return err
+			}
+			if bytes.Equal(wanted.UnlockPassphrase, wanted.AdminPassphrase) {
+				return usage("the unlock passphrase and the password of admin are the same; who works as admin every day " +
+					"would know what opens a stolen NetHSM: take two")
 			}
 			working, cancel := a.within(ctx, loginTimeout)
 			defer cancel()
