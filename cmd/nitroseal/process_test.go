@@ -394,8 +394,13 @@ func TestAWrongPINIsSentOnceHoweverManyCommandsRun(t *testing.T) {
 	}
 	var all sync.WaitGroup
 	for _, args := range [][]string{
-		{"doctor"}, {"device", "status"}, {"unwrap", "prod"}, {"device", "keys", "one"}, {"device", "pin", "change", "one", "--new-pin-file", another},
-		{"device", "pin", "try", "one"}, {"key", "rotate", "prod", "--device", "one", "--generate", "--algorithm", "ecdh-p256"},
+		{"doctor"},
+		{"device", "status"},
+		{"unwrap", "prod"},
+		{"device", "keys", "one"},
+		{"device", "pin", "change", "one", "--new-pin-file", another},
+		{"device", "pin", "try", "one"},
+		{"key", "rotate", "prod", "--device", "one", "--generate", "--algorithm", "ecdh-p256"},
 	} {
 		all.Go(func() {
 			for range 2 {

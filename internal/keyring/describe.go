@@ -3,6 +3,7 @@ package keyring
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -155,11 +156,11 @@ func (r *record) warnings() []string {
 	for i := range v.Recipients {
 		rcpt := &v.Recipients[i]
 		if len(rcpt.WeaknessesAccepted) > 0 {
-			warn("the key on device %q is weak, which %s accepted: %v; rotate to a better one", rcpt.Device, rcpt.AddedBy,
-				rcpt.WeaknessesAccepted)
+			warn("the key on device %q is weak, which %s accepted: %s; rotate to a better one", rcpt.Device, rcpt.AddedBy,
+				strings.Join(rcpt.WeaknessesAccepted, " and "))
 		} else if len(rcpt.AlsoUsableFor) > 0 {
-			warn("the key on device %q can also be used for %v by whoever holds the PIN: use it for nothing else", rcpt.Device,
-				rcpt.AlsoUsableFor)
+			warn("the key on device %q can also be used for %s by whoever holds the PIN: use it for nothing else", rcpt.Device,
+				strings.Join(rcpt.AlsoUsableFor, ", "))
 		}
 		if rcpt.Algorithm == "RSA-OAEP" {
 			warn("the key on device %q decrypts RSA-OAEP with SHA-1 only, which is sound here and may be refused elsewhere: "+
