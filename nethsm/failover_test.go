@@ -37,6 +37,7 @@ func TestWhatSendsARequestToTheNextNode(t *testing.T) {
 		{"Locked", func(s *scene) { s.peers[0].answers(inState(StateLocked)) }, true, true, false, true},
 		{"Failed", func(s *scene) { s.peers[0].answers(inState(StateFailed)) }, true, true, false, true},
 		{"Unprovisioned", func(s *scene) { s.peers[0].answers(inState(StateUnprovisioned)) }, true, true, false, true},
+		{"412 of a node that has just become Operational", func(s *scene) { s.peers[0].answers(justReturned) }, true, true, false, false},
 		{"412 of an Operational node", func(s *scene) { s.peers[0].answers(saying(412)) }, false, false, false, false},
 		{"400", func(s *scene) { s.peers[0].answers(saying(400)) }, false, false, false, false},
 		{"403", func(s *scene) { s.peers[0].answers(saying(403)) }, false, false, false, false},
@@ -94,6 +95,15 @@ func (s *scene) first() {
 	p.choosing.Lock()
 	defer p.choosing.Unlock()
 	p.turn = len(p.nodes) - 1
+}
+
+// justReturned is out of service when it is asked for something, and Operational when it is asked for its state.
+func justReturned(w http.ResponseWriter, r *http.Request) {
+	if strings.Contains(r.URL.Path, "/health/") {
+		healthy(w, r)
+		return
+	}
+	inState(StateLocked)(w, r)
 }
 
 // aborting takes a request and closes the connection.

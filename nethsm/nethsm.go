@@ -17,6 +17,17 @@
 // An answer that says no is an [*Error]; ask it with errors.Is for what it means: the errors of package hsm, and here
 // [ErrRequest], [ErrState] and [ErrContainer]. What the client can see to be wrong is refused before anything is sent.
 // Passwords are [Secret] values, which print as nothing, and the bodies that held them are wiped.
+//
+// # How a call finds its node
+//
+// A call (call.go) is tried on one node after the other, each at most once but for the waits below, within one deadline of which
+// every node gets its share. The pool (pool.go) chooses the least busy of those that serve. A node (node.go) serves or rests: no
+// answer, a 5xx or a 412 of its state lets it rest, and then it is probed (probe.go) with growing pauses until it is ready; found
+// Locked it is unlocked (unlocker.go) where somebody has said how. While all rest, one request a second tries each, and the others
+// wait for that a moment. A 429 is waited out once. A 401 (patience.go) takes the node away from that one login: one verifier tries
+// the password with growing pauses, and calls it wrong only after more than a minute. What creates goes over a connection of its
+// own (transport.go), and once it is sent its error is the end. Where no node serves, each one's own cause is told (unserved.go).
+// The order of the locks stands with the pool.
 package nethsm
 
 import (

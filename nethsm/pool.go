@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"net/http"
 	"runtime"
 	"strings"
 	"sync"
@@ -61,9 +60,6 @@ type pool struct {
 	logins   map[[sha256.Size]byte]weak.Pointer[login] // a login goes with the last view or verifier that uses it
 	key      [sha256.Size]byte                         // of the fingerprints in logins
 }
-
-// unlocker unlocks the one node of a view. A wrong passphrase is an [*hsm.PINError].
-type unlocker func(ctx context.Context, at *Client) error
 
 func newPool(options Options, dial dialFunc) (*pool, error) {
 	switch {
@@ -138,32 +134,6 @@ func (p *pool) start(run func()) bool {
 	}
 	p.wait.Go(run)
 	return true
-}
-
-// setUnlocker makes nodes that are found Locked be unlocked by themselves, in the background: one try at a time for each
-// node, never more than one a second, and none after a wrong passphrase until the next setUnlocker. Nil ends that.
-func (p *pool) setUnlocker(unlock unlocker) {
-	p.mu.Lock()
-	p.unlocker = unlock
-	p.mu.Unlock()
-	for _, n := range p.nodes {
-		n.mu.Lock()
-		n.unlockBarred = false
-		locked := false
-		if n.rest != nil {
-			n.rest.unlockErr = nil
-			locked = errors.Is(n.rest.cause, hsm.ErrLocked)
-			if n.rest.unlocking != nil && !n.unlockBusy { // announced, and not to come any more
-				close(n.rest.unlocking)
-				n.rest.unlocking = nil
-			}
-		}
-		n.mu.Unlock()
-		if locked {
-			p.announceUnlock(n)
-			n.probeSoon()
-		}
-	}
 }
 
 // login returns the login with these credentials; views with the same ones share it.
@@ -270,154 +240,6 @@ func (p *pool) returning(nodes []*node, tried set, login *login, resting bool) c
 		}
 	}
 	return best
-}
-
-// rests lets a node rest because of the outcome of a request, and has it probed until it serves again.
-func (p *pool) rests(n *node, cause error, brief bool) {
-	if p.ctx.Err() != nil {
-		return
-	}
-	begun := n.fails(cause, brief)
-	announced := errors.Is(cause, hsm.ErrLocked) && p.announceUnlock(n)
-	switch {
-	case begun != nil:
-		p.start(func() { p.probe(n, begun.over, begun.kick) })
-	case announced:
-		n.probeSoon()
-	}
-}
-
-// probe asks a resting node whether it is ready, with growing pauses, until this rest is over. The next one has a prober of its
-// own.
-func (p *pool) probe(n *node, over, kick <-chan struct{}) {
-	for {
-		if !p.unlock(n) { // after unlocking it is asked at once
-			timer := time.NewTimer(jittered(n.pause()))
-			select {
-			case <-timer.C:
-				n.longer()
-			case <-kick:
-				timer.Stop()
-			case <-over:
-				timer.Stop()
-				return
-			case <-p.ctx.Done():
-				timer.Stop()
-				return
-			}
-		}
-		err := p.ready(n)
-		select {
-		case <-over: // what was asked is of yesterday
-			return
-		case <-p.ctx.Done():
-			return
-		default:
-		}
-		switch {
-		case err == nil:
-			n.serves(false)
-		default:
-			p.rests(n, err, false)
-		}
-	}
-}
-
-// ready asks a node whether it can serve. Where its state does not allow it, the error tells the state.
-func (p *pool) ready(n *node) error {
-	ctx, cancel := context.WithTimeout(p.ctx, probeTimeout)
-	defer cancel()
-	in := call{op: "asking whether it is ready", method: http.MethodGet, path: "/health/ready", public: true}
-	_, err := n.exchange(ctx, n.fresh, &in, &payload{}, "", nil)
-	if refused, is := errors.AsType[*Error](err); is && refused.Status == http.StatusPreconditionFailed {
-		refused.State = n.askState(ctx)
-	}
-	return err
-}
-
-// askState asks a node for its state: empty where it does not say. Requests that want to know at one time ask once.
-func (n *node) askState(ctx context.Context) State {
-	n.mu.Lock()
-	for n.question != nil {
-		asked := n.question
-		n.mu.Unlock()
-		select {
-		case <-asked.answered:
-		case <-ctx.Done():
-			return ""
-		}
-		if !asked.left {
-			return asked.state
-		}
-		n.mu.Lock()
-	}
-	mine := &question{answered: make(chan struct{})}
-	n.question = mine
-	n.mu.Unlock()
-
-	limited, cancel := context.WithTimeout(ctx, stateTimeout)
-	defer cancel()
-	mine.state, _, _ = n.measure(limited)
-	mine.left = mine.state == "" && ctx.Err() != nil
-
-	n.mu.Lock()
-	n.question = nil
-	n.mu.Unlock()
-	close(mine.answered)
-	return mine.state
-}
-
-// announceUnlock notes that a Locked node is about to be unlocked by itself, so that requests can wait for it; true where that
-// is new.
-func (p *pool) announceUnlock(n *node) bool {
-	p.mu.Lock()
-	can := p.unlocker != nil
-	p.mu.Unlock()
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if !can || n.unlockBarred || n.rest == nil || n.rest.unlocking != nil || n.rest.unlockErr != nil {
-		return false
-	}
-	n.rest.unlocking = make(chan struct{})
-	return true
-}
-
-// unlock unlocks a Locked node where somebody has said how; true when that was tried and worked.
-func (p *pool) unlock(n *node) bool {
-	p.mu.Lock()
-	unlock := p.unlocker
-	p.mu.Unlock()
-	n.mu.Lock()
-	if unlock == nil || n.unlockBarred || n.unlockBusy || n.rest == nil || !errors.Is(n.rest.cause, hsm.ErrLocked) || time.Since(n.unlockTried) < limitPause {
-		n.mu.Unlock()
-		return false
-	}
-	n.unlockTried, n.unlockBusy = time.Now(), true
-	n.mu.Unlock()
-
-	ctx, cancel := context.WithTimeout(p.ctx, unlockTimeout)
-	defer cancel()
-	err := unlock(ctx, &Client{pool: p, only: n})
-
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.unlockBusy = false
-	if n.rest == nil { // a request found it unlocked
-		return true
-	}
-	n.rest.unlockErr = err
-	n.rest.brief = err == nil // requests need not wait for the probe
-	if _, wrong := errors.AsType[*hsm.PINError](err); wrong {
-		n.unlockBarred = true
-		n.logger.Error("unlocking a node of the NetHSM by itself is given up: its unlock passphrase is another one", "node", n.host, "error", err)
-	} else if err != nil && p.ctx.Err() == nil {
-		n.logger.Warn("unlocking a node of the NetHSM by itself did not work; it is tried again", "node", n.host, "error", err)
-	}
-	if n.rest.unlocking != nil {
-		close(n.rest.unlocking)
-		n.rest.unlocking = nil
-	}
-	return err == nil
 }
 
 // jittered is a pause and up to a fifth of it more, so that many clients do not come back at one time.
