@@ -29,8 +29,9 @@ func newKeyGenerateCommand(a *app) *cobra.Command {
 		Use:   "generate KEY --device DEVICE --algorithm ALGORITHM",
 		Short: "Make an HSM key, and a wrapping key of it",
 		Long: `Make an HSM key that can do nothing but open envelopes and never leaves its HSM, and a wrapping key of it. A card takes half a
-minute and more. Where that is interrupted, the same command again goes on, and makes no second HSM key; "key abandon" undoes
-it.`,
+minute and more. Where that is interrupted, the same command again goes on with the HSM key that was begun; "key abandon" undoes
+it. Where the HSM's answer was lost and its key is not there yet, another one is made, and a warning names the first, which may
+still appear.`,
 		Example:           "  nitroseal key generate prod --device rack --algorithm rsa-3072",
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}, func(cmd *cobra.Command, keys *keyring.Keyring, name string) (*keyring.Key, error) {
