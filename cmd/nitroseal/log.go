@@ -6,22 +6,26 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"time"
 )
 
 // personLog is a log for people: "nitroseal: warning: the message (device one, …)" on stderr. What the rooms below log at
-// other levels is for servers. Warnings wait for the end of the command: where it fails, those that its error repeats would
-// only be in the way of it.
+// other levels is for servers. Warnings wait a moment for the end of the command: where it fails, those that its error
+// repeats would only be in the way of it, and where it goes on a person wants to know what is waited for.
 type personLog struct {
 	app   *app
 	waits *waitingWarnings
 	attrs []slog.Attr
 }
 
-// waitingWarnings are warnings until the end of the command.
+// waitingWarnings are warnings until the end of the command, or until the first has waited for warningWait.
 type waitingWarnings struct {
-	mu  sync.Mutex
-	all []warning
+	mu   sync.Mutex
+	all  []warning
+	late *time.Timer // nil where nothing waits
 }
+
+const warningWait = 3 * time.Second
 
 // warning is a line, and the text of the error that it tells of; empty for none.
 type warning struct{ line, cause string }
@@ -30,6 +34,10 @@ type warning struct{ line, cause string }
 func (w *waitingWarnings) flush(a *app, failure error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.late != nil {
+		w.late.Stop()
+		w.late = nil
+	}
 	for _, waiting := range w.all {
 		if waiting.cause == "" || !strings.Contains(text(failure), waiting.cause) {
 			a.say("%s", waiting.line)
@@ -67,6 +75,9 @@ func (l personLog) Handle(_ context.Context, record slog.Record) error {
 	l.waits.mu.Lock()
 	defer l.waits.mu.Unlock()
 	l.waits.all = append(l.waits.all, warning{"nitroseal: warning: " + line, cause})
+	if l.waits.late == nil {
+		l.waits.late = time.AfterFunc(warningWait, func() { l.waits.flush(l.app, nil) })
+	}
 	return nil
 }
 
