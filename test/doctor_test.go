@@ -10,8 +10,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/store/etcd/etcdtest"
+	"vault-plugin-secrets-nitrokey/nethsm"
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
@@ -235,6 +237,17 @@ func TestDoctorOnAWholeMachine(t *testing.T) {
 		w.doctor(t, healthy, 1).want(t, w.netHSM.URLs()[1], "state", "problem", "etcd")
 		must(t, w.netHSM.Node(0).Start())
 		w.netHSM.Node(1).SetState(nethsmtest.Operational)
+	})
+	t.Run("a clock that is ten minutes ahead", func(t *testing.T) {
+		client, err := nethsm.New(nethsm.Options{URLs: w.netHSM.URLs()[1:], TLS: nethsm.TLS{CA: w.netHSM.CA()}})
+		must(t, err)
+		defer func() { must(t, client.Close()) }()
+		administrator := client.As(nethsm.Credentials{Username: netAdmin, Password: []byte(netAdminPassword)})
+		must(t, administrator.SetTime(t.Context(), time.Now().Add(10*time.Minute)))
+		seen := w.doctor(t, healthy, 1)
+		seen.want(t, w.netHSM.URLs()[0], "clock", "ok")
+		seen.want(t, w.netHSM.URLs()[1], "clock", "problem", "10m")
+		must(t, administrator.SetTime(t.Context(), time.Now()))
 	})
 	t.Run("a certificate that has ended", func(t *testing.T) {
 		must(t, w.netHSM.Node(0).ReplaceCertificate(nethsmtest.Expired))
