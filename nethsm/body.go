@@ -147,10 +147,7 @@ func (p *pool) wipe(body *payload) {
 	}
 	wipe := func() {
 		if !p.sleep(p.ctx, wipeTime, idle) { // Close has ended the connections
-			select {
-			case <-idle:
-			case <-time.After(writeTime):
-			}
+			body.settle()
 		}
 		clear(body.bytes)
 	}
@@ -159,10 +156,15 @@ func (p *pool) wipe(body *payload) {
 	}
 }
 
-// settle waits until a body of the caller's is read no more.
-func (p *pool) settle(body *payload) {
-	if idle := body.idler(); idle != nil && len(body.bytes) > 0 {
-		_ = p.sleep(p.ctx, writeTime, idle)
+// settle waits until a body whose request has ended is read no more.
+func (p *payload) settle() {
+	idle := p.idler()
+	if idle == nil || len(p.bytes) == 0 {
+		return
+	}
+	select {
+	case <-idle:
+	case <-time.After(writeTime):
 	}
 }
 

@@ -210,7 +210,7 @@ func TestBodyIsClearedWhenItIsReadNoMore(t *testing.T) {
 		theirs.begin()
 		time.AfterFunc(writeTime/2, theirs.end)
 		began := time.Now()
-		p.settle(theirs)
+		theirs.settle()
 		if took := time.Since(began); took != writeTime/2 {
 			t.Errorf("the caller's body was waited for %v, want until it was written", took)
 		}
@@ -260,6 +260,14 @@ func TestBodyIsWipedInSpiteOfClose(t *testing.T) {
 		}
 		late.begin()
 		p.wipe(late)
+		raw := &payload{bytes: []byte("sesame")}
+		raw.begin()
+		time.AfterFunc(20*time.Millisecond, raw.end)
+		settling := time.Now()
+		raw.settle()
+		if took := time.Since(settling); took != 20*time.Millisecond {
+			t.Errorf("a caller's body was given back after %v, while it was read", took)
+		}
 		for i, body := range []*payload{waiting, late, never} {
 			if !wiped(body) {
 				t.Errorf("body %d is still there", i)

@@ -92,7 +92,7 @@ func (c *Client) do(ctx context.Context, in call) (answer, error) {
 	if in.body != nil {
 		defer c.pool.wipe(j.body)
 	} else {
-		defer c.pool.settle(j.body)
+		defer j.body.settle()
 	}
 	defer cancel() // first: it ends what may still read the body
 	return j.run(limited)
