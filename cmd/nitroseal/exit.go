@@ -12,6 +12,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 // The exit codes. Scripts rely on them: they never change their meaning.
@@ -66,7 +67,7 @@ func exitCode(err error) int {
 	if err == nil {
 		return exitOK
 	}
-	if mistake := (*usageError)(nil); errors.As(err, &mistake) {
+	if mistake := (*usageError)(nil); errors.As(err, &mistake) || unsent(err) {
 		return exitUsage
 	}
 	if pin := (*hsm.PINError)(nil); errors.As(err, &pin) {
@@ -78,4 +79,11 @@ func exitCode(err error) int {
 		}
 	}
 	return exitFailed
+}
+
+// unsent tells whether package nethsm refused to send something: a passphrase that is too short, a name that is none. Where a
+// NetHSM answered, the mistake may be ours.
+func unsent(err error) bool {
+	_, answered := errors.AsType[*nethsm.Error](err)
+	return !answered && (errors.Is(err, nethsm.ErrRequest) || errors.Is(err, nethsm.ErrConfig))
 }

@@ -1,12 +1,9 @@
 package main
 
 import (
-	"errors"
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 // How long the verbs of a NetHSM may take. A NetHSM that lost its database refuses right passwords for a minute, and a
@@ -29,7 +26,7 @@ The usual way of a new NetHSM:
   nitroseal nethsm backup    FILE --device hsm        and keep the file elsewhere`
 
 func newNetHSMCommand(a *app) *cobra.Command {
-	cmd := group("nethsm", "Make a NetHSM ready and look after it", nethsmHelp,
+	return group("nethsm", "Make a NetHSM ready and look after it", nethsmHelp,
 		newNetHSMProvisionCommand(a),
 		newNetHSMUnlockCommand(a),
 		newNetHSMLockCommand(a),
@@ -38,18 +35,4 @@ func newNetHSMCommand(a *app) *cobra.Command {
 		newNetHSMBackupCommand(a),
 		newNetHSMRestoreCommand(a),
 	)
-	for _, verb := range cmd.Commands() {
-		run := verb.RunE
-		verb.RunE = func(cmd *cobra.Command, args []string) error { return mistake(run(cmd, args)) }
-	}
-	return cmd
-}
-
-// mistake makes a usage error of what package nethsm refused to send: a passphrase that is too short, a name that is none.
-func mistake(err error) error {
-	_, answered := errors.AsType[*nethsm.Error](err)
-	if !answered && (errors.Is(err, nethsm.ErrRequest) || errors.Is(err, nethsm.ErrConfig)) {
-		return &usageError{err}
-	}
-	return err
 }
