@@ -18,10 +18,10 @@ import (
 // keys and objects of its own, all called suite-…, and deletes them, also those that an earlier run left. A namespace of its own
 // keeps it apart from everything else. Several nodes of one cluster are separated by commas.
 //
-//	NITROSEAL_NETHSM_URL=https://nethsm:8443 NITROSEAL_NETHSM_CA=ca.pem \
-//	NITROSEAL_NETHSM_OPERATOR=test~operator NITROSEAL_NETHSM_OPERATOR_PASSWORD_FILE=operator \
-//	NITROSEAL_NETHSM_ADMIN=test~admin NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE=admin \
-//	  go test -run TestANetHSMOfYourOwn -v -timeout 30m ./nethsm
+//	NITROSEAL_NETHSM_URL=https://nethsm:8443 NITROSEAL_NETHSM_CA=$PWD/ca.pem \
+//	NITROSEAL_NETHSM_OPERATOR=test~operator NITROSEAL_NETHSM_OPERATOR_PASSWORD_FILE=$PWD/operator \
+//	NITROSEAL_NETHSM_ADMIN=test~admin NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE=$PWD/admin \
+//	  go test -count=1 -run TestANetHSMOfYourOwn -v -timeout 30m ./nethsm
 //
 // NITROSEAL_NETHSM_PIN, the SHA-256 of the certificate in hexadecimal, does instead of the CA.
 func TestANetHSMOfYourOwn(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 // use a token that may lose everything. The PIN comes from a file; a wrong one is sent once.
 //
 //	NITROSEAL_MODULE=/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so NITROSEAL_SERIAL=DENK… NITROSEAL_PIN_FILE=… \
-//	  go test -run TestATokenOfYourOwn -v -timeout 60m ./hsm/pkcs11
+//	  go test -count=1 -run TestATokenOfYourOwn -v -timeout 60m ./hsm/pkcs11
 func TestATokenOfYourOwn(t *testing.T) {
 	module, serial, file := os.Getenv("NITROSEAL_MODULE"), os.Getenv("NITROSEAL_SERIAL"), os.Getenv("NITROSEAL_PIN_FILE")
 	if module == "" || serial == "" || file == "" {

@@ -134,7 +134,7 @@ func recording(t *testing.T) []exchange {
 }
 
 func TestConformance(t *testing.T) {
-	url := os.Getenv("NITROSEAL_NETHSM_URL")
+	url, _, _ := strings.Cut(os.Getenv("NITROSEAL_NETHSM_URL"), ",") // the suite of devices takes several nodes
 	if url == "" {
 		clock := newClock()
 		h := nethsmtest.Start(t, nethsmtest.Options{Now: clock.now})
@@ -152,12 +152,16 @@ func TestConformance(t *testing.T) {
 		r.wholly()
 		return
 	}
-	user, passphrase := os.Getenv("NITROSEAL_NETHSM_USER"), os.Getenv("NITROSEAL_NETHSM_PASSPHRASE")
-	if user == "" || passphrase == "" {
-		t.Fatal("NITROSEAL_NETHSM_URL is set, so set NITROSEAL_NETHSM_USER and NITROSEAL_NETHSM_PASSPHRASE as well, " +
+	user, file := os.Getenv("NITROSEAL_NETHSM_ADMIN"), os.Getenv("NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE")
+	if user == "" || file == "" {
+		t.Fatal("NITROSEAL_NETHSM_URL is set, so set NITROSEAL_NETHSM_ADMIN and NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE as well, " +
 			"or NITROSEAL_NETHSM_MAY_ERASE=yes where all that is on the NetHSM may be lost")
 	}
-	r.harmlessly(user, passphrase)
+	password, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.harmlessly(user, strings.TrimRight(string(password), "\r\n"))
 }
 
 // The part for a NetHSM in use is replayed against the double as well, by an administrator of a namespace.

@@ -42,10 +42,13 @@ func owner(t *testing.T, h *nethsmtest.HSM, environment ...string) (run *exec.Cm
 	return run, said
 }
 
-func asAdministrator() []string {
-	return []string{
-		"NITROSEAL_NETHSM_USER=" + nethsmtest.AdminUser, "NITROSEAL_NETHSM_PASSPHRASE=" + nethsmtest.AdminPassphrase,
+func asAdministrator(t *testing.T) []string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "admin")
+	if err := os.WriteFile(file, []byte(nethsmtest.AdminPassphrase+"\n"), 0o600); err != nil {
+		t.Fatal(err)
 	}
+	return []string{"NITROSEAL_NETHSM_ADMIN=" + nethsmtest.AdminUser, "NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE=" + file}
 }
 
 // busy waits until the run has made things of all kinds.
@@ -80,7 +83,7 @@ func TestARunThatIsInterruptedCleansUp(t *testing.T) {
 			t.Errorf("what was there before, and %s: %s", when, diff)
 		}
 	}
-	run, said := owner(t, h, asAdministrator()...)
+	run, said := owner(t, h, asAdministrator(t)...)
 	busy(t, h, "nitroseal-test-ed1")
 	if err := run.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
@@ -91,7 +94,7 @@ func TestARunThatIsInterruptedCleansUp(t *testing.T) {
 	same("after Ctrl-C")
 
 	// One that is killed cannot clean up; the next one does it, before anything else.
-	run, _ = owner(t, h, asAdministrator()...)
+	run, _ = owner(t, h, asAdministrator(t)...)
 	busy(t, h, "nitroseal-test-ed1")
 	if err := run.Process.Kill(); err != nil {
 		t.Fatal(err)
@@ -101,13 +104,13 @@ func TestARunThatIsInterruptedCleansUp(t *testing.T) {
 		t.Fatalf("the run that was killed left only %d things", left)
 	}
 	h.Node(0).FailPath("/users", 500, 0) // nothing new comes into being
-	run, _ = owner(t, h, asAdministrator()...)
+	run, _ = owner(t, h, asAdministrator(t)...)
 	_ = run.Wait()
 	h.Node(0).ClearFaults()
 	if diff := cmp.Diff(keys, h.KeyIDs()); diff != "" {
 		t.Errorf("where users could not be listed, keys were removed all the same, but for %s", diff)
 	}
-	run, said = owner(t, h, asAdministrator()...)
+	run, said = owner(t, h, asAdministrator(t)...)
 	busy(t, h, "nitroseal-test-rsa1")
 	if err := run.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -160,7 +163,7 @@ func TestOnlyANetHSMFromTheFactoryIsErased(t *testing.T) {
 	})
 	t.Run("nothing is sent where everybody can read it", func(t *testing.T) {
 		h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
-		run, said := owner(t, h, append(asAdministrator(), "NITROSEAL_NETHSM_URL="+strings.Replace(h.URLs()[0], "https", "http", 1))...)
+		run, said := owner(t, h, append(asAdministrator(t), "NITROSEAL_NETHSM_URL="+strings.Replace(h.URLs()[0], "https", "http", 1))...)
 		if err := run.Wait(); err == nil || !strings.Contains(said.String(), "https://") {
 			t.Errorf("%v: %s", err, said)
 		}

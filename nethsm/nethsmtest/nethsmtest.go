@@ -19,12 +19,12 @@
 // TestConformance runs against a NetHSM instead of the double where these variables are set:
 //
 //	NITROSEAL_NETHSM_URL   https://host[:port]
-//	NITROSEAL_NETHSM_CA    file with the CA of its certificate (PEM), or
+//	NITROSEAL_NETHSM_CA    absolute path of a file with the CA of its certificate (PEM), or
 //	NITROSEAL_NETHSM_PIN   SHA-256 of its certificate, in hexadecimal
 //
 // and one of two things besides:
 //
-//	NITROSEAL_NETHSM_USER, NITROSEAL_NETHSM_PASSPHRASE
+//	NITROSEAL_NETHSM_ADMIN, NITROSEAL_NETHSM_ADMIN_PASSWORD_FILE
 //	    an Administrator of a NetHSM in use, of a namespace at best. What harms nobody is replayed, under ids that begin
 //	    with "nitroseal-test-" and such that the NetHSM makes up, by a user with a random passphrase, and all of it is
 //	    removed again, after Ctrl-C as well. What a run that was killed has left is removed by the next.
@@ -33,7 +33,7 @@
 //	    passphrases that everybody knows, used, rebooted twice, and RESET TO FACTORY SETTINGS at the end and after Ctrl-C.
 //	    A run that was killed leaves it provisioned: reset it by hand.
 //
-// A real reboot takes minutes: give go test a -timeout of an hour.
+// A real reboot takes minutes: give go test a -timeout of an hour, and -count=1, or it repeats what an earlier run said.
 package nethsmtest
 
 import (
