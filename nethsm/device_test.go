@@ -656,7 +656,7 @@ func TestFingerprintIsFoundAmongMany(t *testing.T) {
 	if n := len(h.Node(0).Requests()); n != 62 {
 		t.Errorf("it took %d requests, want 62: the list, and each key but the carrier of the object", n)
 	}
-	if n := handshakes(h); n > 16 {
+	if n := handshakes(h); n > 32 { // net/http dials for a request that finds none idle, and may then use another
 		t.Errorf("it opened %d connections", n)
 	}
 }
