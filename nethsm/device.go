@@ -35,6 +35,7 @@ type Device struct {
 	tags    []string
 	notes   []string
 	lag     time.Duration // how long a node may be behind another one
+	grace   time.Duration // how long a carrier is left to its maker
 
 	mu     sync.Mutex // guards what follows
 	closed bool
@@ -105,7 +106,7 @@ func newDevice(m *Manager, id digest, s *shared, config DeviceConfig) *Device {
 			"plaintexts. Give its CA or its fingerprint instead of tls_insecure."}
 	}
 	return &Device{
-		manager: m, id: id, shared: s, name: name, objects: config.Objects, tags: slices.Clone(config.Tags), lag: cacheLag, notes: notes,
+		manager: m, id: id, shared: s, name: name, objects: config.Objects, tags: slices.Clone(config.Tags), lag: cacheLag, grace: fillGrace, notes: notes,
 		logger: config.Logger.With("mount", config.Owner, "nethsm", strings.Join(hosts, ",")),
 		named:  map[string]hsm.ObjectRef{},
 	}

@@ -20,6 +20,9 @@ const carrierTag = "nitroseal-object"
 // cacheLag is how long a node may answer from its cache after another one changed a key (10 s, and some more).
 const cacheLag = 12 * time.Second
 
+// fillGrace is how long a carrier that somebody else made is left to its maker, who fills it with the very next request.
+const fillGrace = 2 * time.Second
+
 // errForeign is what a carrier holds that somebody else wrote.
 var errForeign = errors.New("the carrier holds a certificate that was not written as an object; look at it, and delete the key if nobody needs it")
 
@@ -194,6 +197,17 @@ func (d *Device) put(ctx context.Context, node *Client, id string, certificate [
 	if !there && !errors.Is(made, hsm.ErrMayHaveHappened) {
 		return made
 	}
+	if made != nil { // somebody else made it, or we did and never heard of it
+		got, err := d.awaitMaker(ctx, node, id)
+		switch {
+		case err != nil:
+			return err
+		case bytes.Equal(got, certificate):
+			return nil
+		case got != nil:
+			return hsm.ErrExists
+		}
+	}
 	filled := node.PutKeyCertificate(ctx, id, certificate)
 	switch {
 	case filled == nil, errors.Is(filled, hsm.ErrMayHaveHappened):
@@ -214,6 +228,25 @@ func (d *Device) put(ctx context.Context, node *Client, id string, certificate [
 		return fmt.Errorf("reading it back: %w: the NetHSM said yes and has something else", hsm.ErrUnavailable)
 	default:
 		return fmt.Errorf("reading it back: %w: %w", hsm.ErrMayHaveHappened, err)
+	}
+}
+
+// awaitMaker gives whoever made a carrier the time to fill it, and returns what it holds then; nil for nothing: its maker is
+// gone. One who did not make it must not fill it at the same moment: a node refuses a second certificate, but whether it
+// looks and writes in one step nobody knows.
+func (d *Device) awaitMaker(ctx context.Context, node *Client, id string) ([]byte, error) {
+	limited, cancel := context.WithTimeout(ctx, d.grace)
+	defer cancel()
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
+		got, err := node.KeyCertificate(ctx, id)
+		if !errors.Is(err, hsm.ErrNotFound) {
+			return got, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-limited.Done():
+			return nil, ctx.Err()
+		}
 	}
 }
 

@@ -53,6 +53,7 @@ func putCertificate(x *exchange) answer {
 		x.hangUp()
 		panic(http.ErrAbortHandler)
 	}
+	// Whether the original looks and writes in one step nobody knows. The double does not: nobody should rely on it.
 	if k.HasCertificate {
 		return refuse(http.StatusConflict, "Key already contains a certificate")
 	}
