@@ -70,8 +70,10 @@ func (c Config) validateURLs() error {
 func parseNode(text string) (string, error) {
 	node, err := url.Parse(text)
 	switch {
-	case err != nil || node.Hostname() == "" || strings.Contains(node.Hostname(), "%"):
+	case err != nil || node.Hostname() == "":
 		return "", fmt.Errorf(`is not a URL; write https://host or https://host:port`)
+	case strings.ContainsFunc(node.Hostname(), notOfHost):
+		return "", fmt.Errorf(`has a character in its host that no host has; write the name as DNS has it, in letters, digits, "-" and ".", or an address`)
 	case node.User != nil:
 		return "", fmt.Errorf(`holds a user or a password; give them in "username" and "password"`)
 	case node.RawQuery != "" || node.Fragment != "" || !slices.Contains([]string{"", "/api/v1"}, strings.TrimSuffix(node.Path, "/")):
@@ -90,6 +92,12 @@ func parseNode(text string) (string, error) {
 		return "", fmt.Errorf(`has the scheme %q; write https://host or https://host:port`, node.Scheme)
 	}
 	return node.Scheme + "://" + net.JoinHostPort(host, port), nil
+}
+
+// notOfHost is true for what is neither in a name of DNS nor in an address. Other characters would be written in one way
+// where the node is allowed and in another where it is asked.
+func notOfHost(r rune) bool {
+	return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("-_.:", r))
 }
 
 // CheckURL says what is wrong with the URL of a node of a NetHSM.

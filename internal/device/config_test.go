@@ -402,6 +402,7 @@ func FuzzURLOfANode(f *testing.F) {
 	for _, seed := range []string{
 		"https://a.example", "https://a.example:8443/api/v1", "http://127.0.0.1:8080", "http://[::1]", "https://u:planted@a", "https://a?x", "a:1",
 		"https://a.example:", "HTTPS://A", "https://[::1%25lo]:1", "http://localhost.", "http://127.0.0.1.example", "https:///api/v1", "//a", "",
+		"https://\xc6", "https://ä.example", "https://a b", "https://a%41",
 	} {
 		f.Add(seed)
 	}
