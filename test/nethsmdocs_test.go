@@ -98,7 +98,7 @@ func TestFromNothingToABackupThatWasRestored(t *testing.T) {
 	change := strings.NewReplacer(
 		"--url https://nethsm-1.example.org --generate", "--url "+hsm.URLs()[0]+" --ca-cert ca.pem --generate", // who else would confirm?
 		"https://nethsm-1.example.org", hsm.URLs()[0], `, "https://nethsm-2.example.org"`, "", "https://nethsm-9.example.org", spare.URLs()[0],
-		"--pin SHA256", "--pin "+spare.Node(0).Pin(), "unlock-of-then", "unlock", "/root/", dir+"/", "/etc/nitroseal/", dir+"/",
+		"--pin SHA256", "--pin "+spare.Node(0).Pin(), "unlock-of-then", "unlock", "/etc/nitroseal/", dir+"/",
 	)
 	page := readPage(t, "nethsm.md")
 	for name, block := range page {

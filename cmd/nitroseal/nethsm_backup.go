@@ -135,7 +135,7 @@ to its end: a NetHSM restores half a file as well. What then happens is said and
 person or with --yes.`,
 		Example: `  nitroseal nethsm restore nethsm-2026-11-22.backup --url https://10.0.0.9 --pin 3f…9a
   nitroseal nethsm restore nethsm-2026-11-22.backup --device hsm --node https://10.0.0.6 --yes \
-    --passphrase-file /root/backup-passphrase`,
+    --passphrase-file /etc/nitroseal/backup-passphrase`,
 		Args: arguments("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()

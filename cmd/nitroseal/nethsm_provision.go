@@ -23,7 +23,7 @@ Keep both passphrases where you find them in years: without the unlock passphras
 start. Both have 10 to 200 characters.`,
 		Example: `  nitroseal nethsm provision --url https://10.0.0.5
   nitroseal nethsm provision --url https://10.0.0.5 --pin 3f…9a --generate \
-    --unlock-passphrase-file /root/nethsm-unlock --admin-password-file /root/nethsm-admin`,
+    --unlock-passphrase-file /etc/nitroseal/nethsm-unlock --admin-password-file /etc/nitroseal/nethsm-admin`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()

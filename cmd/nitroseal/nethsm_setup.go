@@ -60,7 +60,7 @@ its database and its device key) has the keys. Without --unattended-boot it stay
     --operator-password-file /etc/nitroseal/secrets/operator
   nitroseal nethsm setup --url https://10.0.0.5 --generate --operator-password-file /etc/nitroseal/secrets/operator \
     --unattended-boot off \
-    --backup-user backup --backup-password-file /root/backup-user --backup-passphrase-file /root/backup-passphrase
+    --backup-user backup --backup-password-file /etc/nitroseal/backup-user --backup-passphrase-file /etc/nitroseal/backup-passphrase
   nitroseal nethsm setup --device hsm --namespace vault --namespace-admin admin --operator-password-env OPERATOR_PASSWORD`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error { return v.run(cmd) },

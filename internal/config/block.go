@@ -3,7 +3,6 @@ package config
 import (
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -199,31 +198,12 @@ func (b *block) pem(attribute, path string) []byte {
 		return nil
 	}
 	path = b.resolve(path)
-	content, err := readTrusted(path)
+	content, err := readTrusted(path, maxPEM)
 	if err != nil {
 		b.wrong(attribute, "%s: reading %s: %v", attribute, path, err)
 		return nil
 	}
 	return content
-}
-
-// readTrusted reads a file that says whom to trust, unless others than its owner may write it.
-func readTrusted(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, pathless(err)
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	switch {
-	case err != nil:
-		return nil, pathless(err)
-	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("it is not a regular file")
-	case info.Mode().Perm()&0o022 != 0:
-		return nil, fmt.Errorf("others than its owner may write it (mode %04o); run chmod go-w on it", info.Mode().Perm())
-	}
-	return readAll(file, maxPEM)
 }
 
 // secret checks where a secret comes from: a file or the environment, not both.

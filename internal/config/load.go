@@ -34,10 +34,16 @@ func Load(path string) (*Config, error) {
 
 // readConfiguration reads the file, unless somebody else may have written it.
 func readConfiguration(path string) ([]byte, error) {
-	file, err := os.Open(path)
+	source, err := readTrusted(path, maxFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w; name the configuration with --config, or in the environment variable NITROSEAL_CONFIG", fs.ErrNotExist)
 	}
+	return source, err
+}
+
+// readTrusted reads a file that says whom to trust or what to load, unless others than its owner may write it.
+func readTrusted(path string, limit int64) ([]byte, error) {
+	file, err := os.Open(path)
 	if err != nil {
 		return nil, pathless(err)
 	}
@@ -49,10 +55,10 @@ func readConfiguration(path string) ([]byte, error) {
 	case !info.Mode().IsRegular():
 		return nil, errors.New("it is not a regular file")
 	case info.Mode().Perm()&0o022 != 0:
-		return nil, fmt.Errorf("others than its owner may write it (mode %04o), and it says which modules are loaded; run chmod go-w on it",
+		return nil, fmt.Errorf("others than its owner may write it (mode %04o), and it says whom to trust or what to load; run chmod go-w on it",
 			info.Mode().Perm())
 	}
-	return readAll(file, maxFile)
+	return readAll(file, limit)
 }
 
 func readAll(r io.Reader, limit int64) ([]byte, error) {
