@@ -313,8 +313,15 @@ func (k *Keyring) findOrGenerate(ctx context.Context, device hsm.Device, name st
 		key, err = hsm.FindKey(ctx, device, hsm.KeyQuery{ID: intent.ID})
 		return key, false, err
 	}
+	if err != nil && surelyNot(err) {
+		k.unask(ctx, name, intent)
+	}
 	return key, err == nil, err
 }
+
+// maxFormer is how many ids are given up for one key. An HSM that swallows requests may carry all of them out in the end,
+// and every id is looked for at every try.
+const maxFormer = 4
 
 // ask records that the HSM is about to be asked for the intent's key, under another id where it was asked before.
 func (k *Keyring) ask(ctx context.Context, name string, intent *intent) error {
@@ -324,6 +331,9 @@ func (k *Keyring) ask(ctx context.Context, name string, intent *intent) error {
 			return fmt.Errorf("somebody else finished or abandoned it: %w: try again", store.ErrConflict)
 		case p.Abandoning:
 			return generating(rec)
+		case p.Asked && len(p.Former) >= maxFormer:
+			return fmt.Errorf("%w: the answers to %d requests for an HSM key were lost, and none has appeared; see why the HSM answers nothing, "+
+				"then abandon this one and begin anew", hsm.ErrUnavailable, maxFormer+1)
 		case p.Asked:
 			k.logger.Warn("the answer to a request for an HSM key was lost, and the key is not there: asking for one with another id; "+
 				"the first may still appear, and may then be deleted", "key", name, "device", p.Device, "id", p.ID)
@@ -338,6 +348,23 @@ func (k *Keyring) ask(ctx context.Context, name string, intent *intent) error {
 	}
 	*intent = *rec.Pending
 	return nil
+}
+
+// unask records that the HSM has surely not made the key that it was asked for, so that the id can serve again. It is no
+// harm if that fails: the next try takes another id.
+func (k *Keyring) unask(ctx context.Context, name string, intent *intent) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)
+	defer cancel()
+	_, err := k.update(ctx, name, func(rec *record) error {
+		if rec.Pending == nil || rec.Pending.ID != intent.ID {
+			return errNoChange
+		}
+		rec.Pending.Asked = false
+		return nil
+	})
+	if err != nil {
+		k.logger.Warn("noting that an HSM key was not made failed", "key", name, "error", err)
+	}
 }
 
 // surelyNot tells whether an HSM that was asked for a key has surely not made it.
@@ -363,14 +390,10 @@ func (k *Keyring) noteFailure(ctx context.Context, name, id string, failure erro
 		if len(text) > maxLastError {
 			text = strings.ToValidUTF8(text[:maxLastError], "") + "…"
 		}
-		if rec.Pending == nil || rec.Pending.ID != id {
+		if rec.Pending == nil || rec.Pending.ID != id || rec.Pending.LastError == text {
 			return errNoChange
 		}
-		asked := rec.Pending.Asked && !surelyNot(failure)
-		if rec.Pending.LastError == text && rec.Pending.Asked == asked {
-			return errNoChange
-		}
-		rec.Pending.LastError, rec.Pending.Asked = text, asked
+		rec.Pending.LastError = text
 		return nil
 	})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -391,6 +392,70 @@ func TestAbandoningRemovesTheKeysOfAllIDsThatWereAskedFor(t *testing.T) {
 	}
 	left, err := f.one.FindKeys(t.Context(), hsm.KeyQuery{Label: "late"})
 	if err != nil || len(left) != 0 || f.one.Generations() != before+2 {
+		t.Errorf("left %v, %v", left, err)
+	}
+}
+
+// What another trouble says later does not make the lost request undone.
+func TestALostRequestStaysLostWhenTheHSMIsAwayAfterwards(t *testing.T) {
+	f := newFixture(t)
+	device := &lossyDevice{Device: f.one, failure: hsm.ErrMayHaveHappened}
+	f.devices.set("one", device)
+	first := f.begin(generateRequest()).Pending.ID
+	if _, err := f.Finish(t.Context(), "prod"); err == nil {
+		t.Fatal("the answer was not lost")
+	}
+	f.one.SetError(hsm.ErrUnavailable)
+	if _, err := f.Finish(t.Context(), "prod"); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Fatalf("finishing without the HSM: %v", err)
+	}
+	f.one.SetError(nil)
+	f.finish()
+	if len(device.asked) != 2 || device.asked[1] == first {
+		t.Errorf("asked for %v", device.asked)
+	}
+}
+
+// swallowing is a device whose answers to generations are all lost.
+type swallowing struct {
+	hsm.Device
+	asked map[string]int
+}
+
+func (d *swallowing) GenerateKey(_ context.Context, spec hsm.KeySpec) (hsm.Key, error) {
+	d.asked[spec.ID]++
+	return nil, fmt.Errorf("no answer: %w: %w", hsm.ErrUnavailable, hsm.ErrMayHaveHappened)
+}
+
+func TestAnHSMThatSwallowsRequestsIsNotAskedForEver(t *testing.T) {
+	f := newFixture(t)
+	device := &swallowing{Device: f.one, asked: map[string]int{}}
+	f.devices.set("one", device)
+	f.begin(generateRequest())
+	var last error
+	for range 3 * maxFormer {
+		if _, last = f.Finish(t.Context(), "prod"); !errors.Is(last, hsm.ErrUnavailable) {
+			t.Fatalf("finishing: %v", last)
+		}
+	}
+	for id, times := range device.asked {
+		if times != 1 {
+			t.Errorf("asked %d times for id %s", times, id)
+		}
+	}
+	if len(device.asked) != maxFormer+1 || !strings.Contains(last.Error(), "abandon") {
+		t.Errorf("asked for %d ids, and in the end: %v", len(device.asked), last)
+	}
+	f.devices.set("one", f.one)
+	for id := range device.asked { // they are carried out after all
+		if _, err := f.one.GenerateKey(t.Context(), hsm.KeySpec{Algorithm: hsm.ECDHP384, Label: "late", ID: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Abandon(t.Context(), "prod"); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := f.one.FindKeys(t.Context(), hsm.KeyQuery{Label: "late"}); err != nil || len(left) != 0 {
 		t.Errorf("left %v, %v", left, err)
 	}
 }
