@@ -30,7 +30,25 @@ type Options struct {
 	// Nobody runs Vault, and with it the plugin, as an ordinary user whose one capability is CAP_IPC_LOCK, which their
 	// files have. It needs root.
 	Nobody bool
+	// Bare leaves Vault as its first start leaves it: not initialised, sealed, no plugin. Its RootToken and UnsealKey are
+	// the test's to set, where it has them.
+	Bare bool
+	// Storage is "raft", which is the default, or "inmem", which starts quickest and forgets all with its process.
+	Storage Storage
+	// RetryJoin names nodes whose cluster a new node of raft joins by itself, as soon as one of them is unsealed.
+	RetryJoin []string
+	// Authority signs the server's certificate; nil for one of its own.
+	Authority *Authority
 }
+
+// Storage is the storage of a server.
+type Storage string
+
+// The storages.
+const (
+	Raft  Storage = "raft"
+	InMem Storage = "inmem"
+)
 
 // Transit says what the seal "transit" of a server is told.
 type Transit struct {
@@ -58,13 +76,35 @@ type Server struct {
 	started []Process // every process seen below it: none may outlive it
 }
 
-// Start runs a Vault that is initialised, unsealed and active. It ends with the test.
+// Start runs a Vault that is initialised, unsealed and active, unless it is to be bare. It ends with the test.
 func Start(t testing.TB, options Options) *Server {
 	t.Helper()
+	s := prepare(t, options)
+	s.run(t)
+	switch {
+	case options.Bare:
+	case options.Join == nil:
+		s.initialize(t)
+	default:
+		s.join(t)
+	}
+	return s
+}
+
+// prepare makes all that a server needs, and starts nothing.
+func prepare(t testing.TB, options Options) *Server {
+	t.Helper()
+	if options.Storage == "" {
+		options.Storage = Raft
+	}
 	dir, err := os.MkdirTemp("", "ns-") //nolint:usetesting // sockets lie below it: 107 characters, and t.TempDir is long
 	must(t, err)
 	s := &Server{Dir: dir, PluginDir: filepath.Join(dir, "plugins"), options: options}
 	t.Cleanup(func() {
+		if s.process == nil {
+			must(t, os.RemoveAll(dir))
+			return
+		}
 		s.stop(t, syscall.SIGKILL) // Vault takes two seconds to end in good order, which tests of that show
 		if strings.Contains(s.Log(t), "WARNING: DATA RACE") {
 			t.Error("the race detector spoke up in the plugin, see the log of Vault")
@@ -74,22 +114,18 @@ func Start(t testing.TB, options Options) *Server {
 		}
 		must(t, os.RemoveAll(dir))
 	})
-	for _, folder := range []string{s.PluginDir, filepath.Join(dir, "raft"), filepath.Join(dir, "tmp")} {
+	for _, folder := range []string{s.PluginDir, filepath.Join(dir, "data"), filepath.Join(dir, "tmp")} {
 		must(t, os.Mkdir(folder, 0o700))
 	}
-	if options.Join != nil {
+	switch {
+	case options.Join != nil:
 		s.certs = options.Join.certs
-	} else {
-		s.certs = newCertificates(t, dir)
+	case options.Authority != nil:
+		s.certs = options.Authority.write(t, dir)
+	default:
+		s.certs = NewAuthority(t).write(t, dir)
 	}
 	s.CAFile = s.certs.ca
-
-	s.run(t)
-	if options.Join == nil {
-		s.initialize(t)
-	} else {
-		s.join(t)
-	}
 	return s
 }
 
@@ -102,12 +138,18 @@ api_addr         = "{{.Address}}"
 cluster_addr     = "https://{{.Cluster}}"
 log_level        = "debug"
 
-storage "raft" {
-  path                   = "{{.Dir}}/raft"
+{{if eq .Storage "raft"}}storage "raft" {
+  path                   = "{{.Dir}}/data"
   node_id                = "{{.Node}}"
   performance_multiplier = 1
-}
-
+{{range .RetryJoin}}
+  retry_join {
+    leader_api_addr     = "{{.}}"
+    leader_ca_cert_file = "{{$.CA}}"
+  }
+{{end}}}
+{{else}}storage "inmem" {}
+{{end}}
 listener "tcp" {
   address         = "{{.Listen}}"
   cluster_address = "{{.Cluster}}"
@@ -132,7 +174,7 @@ func (s *Server) run(t testing.TB) {
 	log := filepath.Join(s.Dir, "vault.log")
 	const tries = 5
 	for try := 1; ; try++ {
-		if s.cluster == "" || try > 1 && s.RootToken == "" {
+		if s.cluster == "" || try > 1 && s.RootToken == "" && !s.options.Bare {
 			ports := freePorts(t, 2)
 			s.Address, s.cluster = "https://"+ports[0], ports[1]
 		}
@@ -141,6 +183,7 @@ func (s *Server) run(t testing.TB) {
 			"DisableMLock": !s.options.MLock, "Dir": s.Dir, "PluginDir": s.PluginDir, "Node": filepath.Base(s.Dir),
 			"Address": s.Address, "Listen": strings.TrimPrefix(s.Address, "https://"), "Cluster": s.cluster,
 			"Cert": s.certs.cert, "Key": s.certs.key, "Transit": s.options.Transit,
+			"Storage": string(s.options.Storage), "RetryJoin": s.options.RetryJoin, "CA": s.certs.ca,
 		}))
 		file := filepath.Join(s.Dir, "vault.hcl")
 		must(t, os.WriteFile(file, config.Bytes(), 0o600))
