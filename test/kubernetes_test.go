@@ -1,0 +1,356 @@
+package test
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"io"
+	"io/fs"
+	"math/big"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	sigsyaml "sigs.k8s.io/yaml"
+
+	"vault-plugin-secrets-nitrokey/internal/config"
+)
+
+const manifests = "../deploy/kubernetes"
+
+// podsOf are the pods that a manifest makes, by the name of its file; patches are pods in part.
+type podsOf map[string]corev1.PodSpec
+
+// patchDirective is what kustomize takes away before Kubernetes sees a patch.
+var patchDirective = regexp.MustCompile(`(?m)^\s*\$patch: delete\n`)
+
+func TestEveryManifestIsWhatKubernetesReads(t *testing.T) {
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{appsv1.AddToScheme, batchv1.AddToScheme, corev1.AddToScheme, networkingv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			t.Fatal(err)
+		}
+	}
+	decoder := serializer.NewCodecFactory(scheme, serializer.EnableStrict).UniversalDeserializer()
+	found := 0
+	for _, path := range manifestFiles(t) {
+		if filepath.Base(path) == "kustomization.yaml" || strings.Contains(path, "/helm/") {
+			continue
+		}
+		for _, document := range documents(t, path) {
+			document = patchDirective.ReplaceAll(document, nil)
+			document = bytes.ReplaceAll(document, []byte("emptyDir: null"), nil)
+			if _, _, err := decoder.Decode(document, nil, nil); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+			found++
+		}
+	}
+	if found < 10 {
+		t.Errorf("only %d manifests were found", found)
+	}
+	if _, _, err := decoder.Decode([]byte("apiVersion: v1\nkind: Service\nspec: { portz: [] }\n"), nil, nil); err == nil {
+		t.Error("a field that does not exist was not noticed")
+	}
+}
+
+// kustomization is what we use of kustomize's file.
+type kustomization struct {
+	APIVersion string   `json:"apiVersion"`
+	Kind       string   `json:"kind"`
+	Namespace  string   `json:"namespace"`
+	Resources  []string `json:"resources"`
+	Patches    []struct {
+		Path string `json:"path"`
+	} `json:"patches"`
+	ConfigMapGenerator []struct {
+		Name  string   `json:"name"`
+		Files []string `json:"files"`
+	} `json:"configMapGenerator"`
+	Images []struct {
+		Name    string `json:"name"`
+		NewName string `json:"newName"`
+		NewTag  string `json:"newTag"`
+	} `json:"images"`
+}
+
+func TestEveryKustomizationNamesFilesThatAreThereAndAllOfThem(t *testing.T) {
+	for _, path := range manifestFiles(t) {
+		if filepath.Base(path) != "kustomization.yaml" {
+			continue
+		}
+		var k kustomization
+		decodeStrictly(t, path, &k)
+		named := []string{"kustomization.yaml"}
+		for _, resource := range k.Resources {
+			named = append(named, filepath.Base(resource))
+			if _, err := os.Stat(filepath.Join(filepath.Dir(path), resource)); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+		for _, patch := range k.Patches {
+			named = append(named, patch.Path)
+		}
+		for _, made := range k.ConfigMapGenerator {
+			named = append(named, made.Files...)
+		}
+		entries, err := os.ReadDir(filepath.Dir(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			if !slices.Contains(named, entry.Name()) {
+				t.Errorf("%s does not use %s, which lies beside it", path, entry.Name())
+			}
+		}
+	}
+}
+
+// helmValues is what we set of the values of HashiCorp's chart.
+type helmValues struct {
+	Global struct {
+		TLSDisable *bool `json:"tlsDisable"`
+	} `json:"global"`
+	Server struct {
+		HA struct {
+			Enabled  bool `json:"enabled"`
+			Replicas int  `json:"replicas"`
+			Raft     struct {
+				Enabled   bool   `json:"enabled"`
+				SetNodeID bool   `json:"setNodeId"`
+				Config    string `json:"config"`
+			} `json:"raft"`
+		} `json:"ha"`
+		Volumes      []corev1.Volume      `json:"volumes"`
+		VolumeMounts []corev1.VolumeMount `json:"volumeMounts"`
+		StatefulSet  struct {
+			SecurityContext struct {
+				Pod *corev1.PodSecurityContext `json:"pod"`
+			} `json:"securityContext"`
+		} `json:"statefulSet"`
+		ExtraInitContainers []corev1.Container `json:"extraInitContainers"`
+		ExtraContainers     []corev1.Container `json:"extraContainers"`
+	} `json:"server"`
+}
+
+func TestEveryPodOfOursIsUnprivileged(t *testing.T) {
+	pods := podsOf{}
+	for _, path := range manifestFiles(t) {
+		name, _ := filepath.Rel(manifests, path)
+		switch {
+		case strings.HasPrefix(name, "device-plugin/"): // another project's, which needs the kubelet's socket
+		case strings.HasPrefix(name, "helm/"):
+			var values helmValues
+			decodeStrictly(t, path, &values)
+			s := values.Server
+			pods[name] = corev1.PodSpec{
+				SecurityContext: s.StatefulSet.SecurityContext.Pod, InitContainers: s.ExtraInitContainers, Containers: s.ExtraContainers,
+				Volumes: append(s.Volumes, corev1.Volume{Name: "data"}), // the chart makes that one
+			}
+		case filepath.Base(name) == "deployment.yaml":
+			var deployment appsv1.Deployment
+			decodeStrictly(t, path, &deployment)
+			pods[name] = deployment.Spec.Template.Spec
+		case filepath.Base(name) == "pcscd.yaml":
+			var base, patch appsv1.Deployment
+			decodeStrictly(t, filepath.Join(manifests, "base/deployment.yaml"), &base)
+			decodeStrictly(t, path, &patch)
+			pods[name] = patched(base.Spec.Template.Spec, patch.Spec.Template.Spec)
+		case filepath.Base(name) == "job.yaml":
+			var job batchv1.Job
+			decodeStrictly(t, path, &job)
+			pods[name] = job.Spec.Template.Spec
+		}
+	}
+	if len(pods) != 5 {
+		t.Fatalf("%d pods were found", len(pods))
+	}
+	for name, pod := range pods {
+		checkPod(t, name, pod)
+	}
+}
+
+// patched is a pod with what a patch adds to it.
+func patched(pod, patch corev1.PodSpec) corev1.PodSpec {
+	for _, added := range patch.Containers {
+		i := slices.IndexFunc(pod.Containers, func(c corev1.Container) bool { return c.Name == added.Name })
+		if i < 0 {
+			pod.Containers = append(pod.Containers, added)
+			continue
+		}
+		pod.Containers[i].VolumeMounts = append(pod.Containers[i].VolumeMounts, added.VolumeMounts...)
+	}
+	pod.Volumes = append(pod.Volumes, patch.Volumes...)
+	pod.SecurityContext.SupplementalGroups = patch.SecurityContext.SupplementalGroups
+	return pod
+}
+
+func checkPod(t *testing.T, name string, pod corev1.PodSpec) {
+	t.Helper()
+	if s := pod.SecurityContext; s == nil || s.RunAsNonRoot == nil || !*s.RunAsNonRoot || s.SeccompProfile == nil ||
+		s.FSGroupChangePolicy == nil || *s.FSGroupChangePolicy != corev1.FSGroupChangeOnRootMismatch {
+		t.Errorf("%s: the pod may run as root, or without seccomp, or has its state made group-writable at each start", name)
+	}
+	if pod.HostNetwork || pod.HostPID || pod.HostIPC {
+		t.Errorf("%s: the pod shares the node's network or processes", name)
+	}
+	volumes := map[string]bool{}
+	for _, volume := range pod.Volumes {
+		volumes[volume.Name] = true
+		if volume.HostPath != nil {
+			t.Errorf("%s: volume %s is a folder of the node", name, volume.Name)
+		}
+		if volume.Secret != nil && (volume.Secret.DefaultMode == nil || *volume.Secret.DefaultMode != 0o440) {
+			t.Errorf("%s: the files of secret %s are readable by everybody in the pod", name, volume.Name)
+		}
+	}
+	for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+		where := name + ": container " + c.Name
+		if s := c.SecurityContext; s == nil || s.Privileged != nil || s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation ||
+			s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem || s.Capabilities == nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) ||
+			len(s.Capabilities.Add) > 0 || s.RunAsUser != nil && *s.RunAsUser == 0 {
+			t.Errorf("%s may do more than it needs: %+v", where, s)
+		}
+		if len(c.Env)+len(c.EnvFrom) > 0 {
+			t.Errorf("%s gets variables; what it needs are files", where)
+		}
+		for _, mount := range c.VolumeMounts {
+			if !volumes[mount.Name] {
+				t.Errorf("%s mounts %s, and there is no such volume", where, mount.Name)
+			}
+		}
+		devices := c.Resources.Limits["nitrokey.com/hsm"]
+		if got, want := devices.Value(), int64(0); c.Name == "pcscd" && got != 1 || c.Name != "pcscd" && got != want {
+			t.Errorf("%s has %d sticks", where, got)
+		}
+	}
+}
+
+// filesOf is what the volumes of a pod bring, for the configurations that name it.
+var filesOf = map[string]string{
+	"/run/nitroseal/trust":     "trust",
+	"/run/nitroseal/listener":  "listener",
+	"/run/secrets/nitroseal":   "secrets",
+	"/var/lib/nitroseal/state": "state",
+	"/var/lib/nitroseal":       "state",
+}
+
+func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
+	paths, err := filepath.Glob(filepath.Join(manifests, "*/nitroseal.hcl"))
+	if err != nil || len(paths) != 3 {
+		t.Fatalf("configurations: %q, %v", paths, err)
+	}
+	for _, path := range paths {
+		t.Run(filepath.Base(filepath.Dir(path)), func(t *testing.T) {
+			source, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			certificate := selfSigned(t)
+			text := string(source)
+			for _, mounted := range []string{"/run/nitroseal/trust", "/run/nitroseal/listener", "/run/secrets/nitroseal"} {
+				folder := filepath.Join(dir, filesOf[mounted])
+				if err := os.Mkdir(folder, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				for _, named := range regexp.MustCompile(regexp.QuoteMeta(mounted)+`/([a-z.-]+)`).FindAllStringSubmatch(text, -1) {
+					if err := os.WriteFile(filepath.Join(folder, named[1]), certificate, 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				text = strings.ReplaceAll(text, mounted, folder)
+			}
+			mounted := filepath.Join(dir, "nitroseal.hcl")
+			if err := os.WriteFile(mounted, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			loaded, err := config.Load(mounted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(loaded.Clusters) != 1 || len(loaded.Clusters[0].Nodes) != 3 {
+				t.Errorf("the clusters are %+v", loaded.Clusters)
+			}
+		})
+	}
+}
+
+// selfSigned is a certificate, PEM.
+func selfSigned(t *testing.T) []byte {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "any"}, NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
+
+func manifestFiles(t *testing.T) []string {
+	t.Helper()
+	var paths []string
+	err := filepath.WalkDir(manifests, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && !entry.IsDir() && filepath.Ext(path) == ".yaml" {
+			paths = append(paths, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return paths
+}
+
+// documents are those of a YAML file.
+func documents(t *testing.T, path string) [][]byte {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader := yaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(content)))
+	var all [][]byte
+	buffer := make([]byte, len(content)+1)
+	for {
+		n, err := reader.Read(buffer)
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		all = append(all, bytes.Clone(buffer[:n]))
+	}
+}
+
+// decodeStrictly reads a file of one document; a field that is not known fails the test.
+func decodeStrictly(t *testing.T, path string, into any) {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sigsyaml.UnmarshalStrict(content, into); err != nil {
+		t.Errorf("%s: %v", path, err)
+	}
+}
