@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
 func newDevicePINChangeCommand(a *app) *cobra.Command {
@@ -35,6 +36,9 @@ Where it names an environment variable, that is yours to change, before anything
 			}
 			defer clear(fresh)
 			file := pinFile{path: configured.PINFile}
+			if device.IsCredential(file.path) { // systemd's copy, which is gone with the service
+				file.path = ""
+			}
 			if err := file.prepare(fresh); err != nil {
 				return err
 			}
@@ -53,6 +57,10 @@ Where it names an environment variable, that is yours to change, before anything
 			if configured.PINEnv != "" {
 				a.say("nitroseal: warning: the token has the new PIN; set the environment variable %s to it before anything else uses the device, "+
 					"because a wrong PIN costs a try", configured.PINEnv)
+			}
+			if device.IsCredential(configured.PINFile) {
+				a.say("nitroseal: warning: the token has the new PIN; put it where LoadCredential= reads %s from, and start the services anew, "+
+					"before anything else uses the device, because a wrong PIN costs a try", configured.PINFile)
 			}
 			return a.done(name, "PIN changed")
 		},

@@ -6,7 +6,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
 func newDevicePINTryCommand(a *app) *cobra.Command {
@@ -65,5 +64,5 @@ func (a *app) configuredPIN(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return device.SecretFiles{Dir: c.SecretsDir}.Read(complete.PINFile)
+	return c.SecretFiles().Read(complete.PINFile)
 }

@@ -58,7 +58,7 @@ func (a *app) devices() (*deviceSet, error) {
 	a.onClose(netHSMs.Close)
 	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(device.Options{
 		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
-		Secrets: device.SecretFiles{Dir: c.SecretsDir},
+		Secrets: c.SecretFiles(),
 		Logger:  a.logger(),
 	})}
 	return a.set, nil

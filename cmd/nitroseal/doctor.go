@@ -136,7 +136,7 @@ func vaultToken(c *config.Config) ([]byte, error) {
 	case c.Vault == nil:
 		return nil, nil
 	case c.Vault.TokenFile != "":
-		return device.SecretFiles{Dir: c.SecretsDir}.Read(c.Vault.TokenFile)
+		return c.SecretFiles().Read(c.Vault.TokenFile)
 	case c.Vault.TokenEnv != "":
 		token, trouble := device.CutSecret([]byte(os.Getenv(c.Vault.TokenEnv)))
 		if trouble != "" {

@@ -146,7 +146,7 @@ func (t *nethsmTarget) configuredOptions() (nethsm.Options, error) {
 func (t *nethsmTarget) configuredSecret(file, env string) ([]byte, error) {
 	switch {
 	case file != "":
-		return device.SecretFiles{Dir: t.secretsDir}.Read(file)
+		return device.SecretFiles{Dir: t.secretsDir, Credentials: true}.Read(file)
 	case env != "":
 		value := os.Getenv(env)
 		if value == "" {

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -116,6 +117,9 @@ func (a *app) takeStdin(by string) error {
 // secretFile reads a secret from a file that a flag names, by the rule of the files that the configuration names; it may
 // lie anywhere, since whoever types its name may read it. A pipe, as a shell makes for <(…), will do.
 func secretFile(path string) ([]byte, error) {
+	if strings.HasPrefix(path, device.CredentialPrefix) { // what the configuration names may come this way
+		return device.SecretFiles{Credentials: true}.Read(path)
+	}
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, usage("the secret file %s cannot be read: %w", path, pathless(err))

@@ -45,7 +45,7 @@ func (a *app) etcdStore(c *config.Config, configured config.Store) (store.Store,
 		CACert: configured.CACert, ClientCert: configured.ClientCert, ServerName: configured.ServerName,
 		RequestTimeout: configured.RequestTimeout, Insecure: configured.Insecure,
 	}
-	secrets := device.SecretFiles{Dir: c.SecretsDir}
+	secrets := c.SecretFiles()
 	if configured.ClientKeyFile != "" {
 		key, err := secrets.ReadPEM(configured.ClientKeyFile)
 		if err != nil {

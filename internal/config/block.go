@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -28,7 +29,7 @@ type block struct {
 }
 
 // secrets are attributes that would hold a secret itself.
-var secrets = []string{"pin", "password", "admin_password", "unlock_passphrase", "backup_passphrase", "token", "client_key"}
+var secrets = []string{"pin", "password", "admin_password", "unlock_passphrase", "backup_passphrase", "token", "client_key", "tls_key"}
 
 // decode fills a struct with gohcl's tags from the block's attributes. Secrets and names that the struct does not know
 // are complained about and left out.
@@ -193,17 +194,32 @@ func (b *block) duration(attribute, value string) time.Duration {
 const maxPEM = 1 << 20
 
 // pem reads the certificates in a file that an attribute names; nil where none is named.
-func (b *block) pem(attribute, path string) []byte {
+func (b *block) pem(attribute, path string) []byte { return b.trusted(attribute, path, maxPEM) }
+
+// trusted reads a file that says whom to trust; nil where none is named.
+func (b *block) trusted(attribute, path string, limit int64) []byte {
 	if path == "" {
 		return nil
 	}
 	path = b.resolve(path)
-	content, err := readTrusted(path, maxPEM)
+	content, err := readTrusted(path, limit)
 	if err != nil {
 		b.wrong(attribute, "%s: reading %s: %v", attribute, path, err)
 		return nil
 	}
 	return content
+}
+
+// secretFile is the file of a secret: a path, or a credential of systemd, which stays as it is.
+func (b *block) secretFile(attribute, path string) string {
+	name, credential := strings.CutPrefix(path, device.CredentialPrefix)
+	if !credential {
+		return b.resolve(path)
+	}
+	if !device.IsCredential(path) {
+		b.wrong(attribute, "%s names the credential %q, which is no file name; write %sNAME as after LoadCredential=", attribute, name, device.CredentialPrefix)
+	}
+	return path
 }
 
 // secret checks where a secret comes from: a file or the environment, not both.

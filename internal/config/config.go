@@ -1,5 +1,5 @@
 // Package config reads nitroseal.hcl, the operator's configuration: which HSMs there are and how to log in to them,
-// where envelopes lie, and which Vault to ask.
+// where envelopes lie, which Vault to ask, and which clusters' unseal material is kept.
 //
 // The file is HCL, and read strictly. Whatever is not known is refused with file, line, column and the closest name
 // that is; all complaints come at once, so that a file is mended in one go. Nothing is evaluated: there are no variables
@@ -7,7 +7,8 @@
 //
 // The file holds no secret. A PIN, a password and a passphrase each come from a file or from an environment variable
 // that the configuration names (pin_file, pin_env); an attribute that would hold the secret itself is refused. [Load]
-// reads no secret either: who opens a device does, through package device, by its one rule for secret files.
+// reads no secret either: who opens a device does, through package device, by its one rule for secret files. A file may be
+// a credential that systemd hands over, "credential:NAME"; whether it is there is known to who reads it.
 //
 // Paths are relative to the folder of the file. It names the PKCS#11 modules that are loaded into a process of ours, so
 // it must not be writable by others than its owner.
@@ -39,9 +40,12 @@ type Config struct {
 	// SecretsDir is the folder under which secret files must lie; "/" where the configuration names none.
 	SecretsDir string
 	PKCS11     PKCS11
-	Devices    []Device // in the order of the file, names unique
-	Stores     []Store  // in the order of the file, names unique
-	Vault      *Vault   // nil where there is no such block
+	Devices    []Device  // in the order of the file, names unique
+	Stores     []Store   // in the order of the file, names unique
+	Vault      *Vault    // nil where there is no such block
+	Clusters   []Cluster // in the order of the file, names unique
+	Run        Run
+	Audits     []Audit // in the order of the file; none where it names none
 }
 
 // PKCS11 says what may be loaded into a module host.
@@ -113,4 +117,19 @@ func (c *Config) Store(name string) (found Store, ok bool) {
 		}
 	}
 	return Store{}, false
+}
+
+// SecretFiles is where the secrets that the file names may lie.
+func (c *Config) SecretFiles() device.SecretFiles {
+	return device.SecretFiles{Dir: c.SecretsDir, Credentials: true}
+}
+
+// Cluster returns the cluster of that name; ok is false where there is none.
+func (c *Config) Cluster(name string) (found Cluster, ok bool) {
+	for _, cluster := range c.Clusters {
+		if cluster.Name == name {
+			return cluster, true
+		}
+	}
+	return Cluster{}, false
 }

@@ -32,6 +32,7 @@ func write(t testing.TB, source string) (path string) {
 	path = filepath.Join(dir, "nitroseal.hcl")
 	for name, content := range map[string][]byte{
 		path: []byte(source), filepath.Join(dir, "ca.pem"): certificate(t), filepath.Join(dir, "client.pem"): certificate(t),
+		filepath.Join(dir, "alice.asc"): []byte("alice's key"), filepath.Join(dir, "bob.asc"): []byte("bob's key"),
 	} {
 		if err := os.WriteFile(name, content, 0o600); err != nil {
 			t.Fatal(err)
@@ -122,6 +123,29 @@ func TestTheExampleIsReadWhole(t *testing.T) {
 			TokenFile: dir + "/secrets/vault.token", Mount: "nitrokey", PluginName: "vault-plugin-secrets-nitrokey",
 			PluginFile: "/etc/vault/plugins/vault-plugin-secrets-nitrokey",
 		},
+		Clusters: []Cluster{
+			{
+				Name:   "prod",
+				Nodes:  []string{"https://vault-1.example.org:8200", "https://vault-2.example.org:8200", "https://vault-3.example.org:8200"},
+				CACert: ca, TLSServerName: "vault.example.org",
+				TLSPins: []string{"a1:b2:c3:d4:e5:f6:07:18:29:3a:4b:5c:6d:7e:8f:90:a1:b2:c3:d4:e5:f6:07:18:29:3a:4b:5c:6d:7e:8f:90"},
+				Key:     "prod", Store: "cluster", Shares: 5, Threshold: 3, RecoveryShares: 5, RecoveryThreshold: 3,
+				Persons:   []Person{{"alice", []byte("alice's key")}, {"bob", []byte("bob's key")}},
+				RootToken: RootTokenPGP, RootPGPKey: []byte("alice's key"), RaftLeaderCACert: ca, Timeout: 10 * time.Second,
+			},
+			{
+				Name: "bunkered", Nodes: []string{"http://127.0.0.1:8200"}, PlainHTTP: true,
+				Spread: "2 of office, bunker, bank", Store: "here", RootToken: RootTokenDiscard,
+			},
+		},
+		Run: Run{
+			Listen: "0.0.0.0:9108", TLSCertFile: filepath.Join(dir, "run.pem"), TLSKeyFile: "credential:run.key", Interval: 5 * time.Second,
+		},
+		Audits: []Audit{
+			{Kind: AuditFile, Path: "/var/log/nitroseal/audit.log"},
+			{Kind: AuditJournal},
+			{Kind: AuditSyslog, Address: "udp://syslog.example.org:514"},
+		},
 	}
 	got, err := Load(path)
 	if err != nil {
@@ -146,6 +170,11 @@ func TestTheExampleNamesEveryAttribute(t *testing.T) {
 		objectStoreAttributes{},
 		fileStoreAttributes{},
 		vaultAttributes{},
+		clusterAttributes{},
+		personAttributes{},
+		runAttributes{},
+		fileAuditAttributes{},
+		syslogAuditAttributes{},
 	} {
 		schema, _ := gohcl.ImpliedBodySchema(attributes)
 		for _, attribute := range schema.Attributes {
@@ -285,6 +314,13 @@ func TestComplaintsSayWhereAndWhatToWrite(t *testing.T) {
 		"a client certificate without its key": {
 			minimal("store \"s\" {\n  type = \"etcd\"\n  endpoints = [\"https://h:2379\"]\n  prefix = \"n\"\n  client_cert_file = \"ca.pem\"\n}\n"),
 			[]string{":9:22: store \"s\": client_cert_file and client_key_file belong together"},
+		},
+		"a key of TLS in the file": {
+			minimal("run {\n  tls_key = \"648219\"\n}\n"), []string{":6:3: run: tls_key would hold a secret, and this file holds none; set tls_key_file"},
+		},
+		"a credential that is no file name": {
+			minimal("device \"one\" {\n  type = \"pkcs11\"\n  slot = 1\n  pin_file = \"credential:../pin\"\n}\n"),
+			[]string{":8:14: device \"one\": pin_file names the credential \"../pin\", which is no file name; write credential:NAME"},
 		},
 		"text that is no HCL": {"state_dir = \"s\n", []string{":1:"}},
 		"several at once, in the order of the file": {

@@ -47,7 +47,7 @@ func (b *block) pkcs11Device(d *Device, allowed PKCS11) {
 		given.Module = allowed.Modules[0]
 	}
 	d.Module, d.Serial, d.TokenLabel, d.Slot = given.Module, given.Serial, given.TokenLabel, given.Slot
-	d.PINFile, d.PINEnv = b.resolve(given.PINFile), given.PINEnv
+	d.PINFile, d.PINEnv = b.secretFile("pin_file", given.PINFile), given.PINEnv
 	d.Parallel = given.Parallel
 	d.DecryptTimeout = b.duration("decrypt_timeout", given.DecryptTimeout)
 	d.GenerateTimeout = b.duration("generate_timeout", given.GenerateTimeout)
@@ -88,9 +88,9 @@ func (b *block) nethsmDevice(d *Device) {
 		b.wrong("admin_username", "admin_username and its password belong together; give both (admin_password_file or admin_password_env) or neither")
 	}
 	d.URLs, d.Username, d.AdminUsername = given.URLs, given.Username, given.AdminUsername
-	d.PasswordFile, d.PasswordEnv = b.resolve(given.PasswordFile), given.PasswordEnv
-	d.AdminPasswordFile, d.AdminPasswordEnv = b.resolve(given.AdminPasswordFile), given.AdminPasswordEnv
-	d.UnlockPassphraseFile, d.UnlockPassphraseEnv = b.resolve(given.UnlockPassphraseFile), given.UnlockPassphraseEnv
+	d.PasswordFile, d.PasswordEnv = b.secretFile("password_file", given.PasswordFile), given.PasswordEnv
+	d.AdminPasswordFile, d.AdminPasswordEnv = b.secretFile("admin_password_file", given.AdminPasswordFile), given.AdminPasswordEnv
+	d.UnlockPassphraseFile, d.UnlockPassphraseEnv = b.secretFile("unlock_passphrase_file", given.UnlockPassphraseFile), given.UnlockPassphraseEnv
 	d.CACert = string(b.pem("ca_cert_file", given.CACertFile))
 	d.TLSPins, d.TLSServerName, d.Insecure = given.TLSPins, given.TLSServerName, given.TLSInsecure
 	d.RequestTimeout = b.duration("request_timeout", given.RequestTimeout)

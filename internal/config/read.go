@@ -14,12 +14,15 @@ import (
 
 // top is the file as a whole.
 type top struct {
-	StateDir   string        `hcl:"state_dir,optional"`
-	SecretsDir string        `hcl:"secrets_dir,optional"`
-	PKCS11     []pkcs11Block `hcl:"pkcs11,block"`
-	Devices    []typed       `hcl:"device,block"`
-	Stores     []typed       `hcl:"store,block"`
-	Vault      []vaultBlock  `hcl:"vault,block"`
+	StateDir   string       `hcl:"state_dir,optional"`
+	SecretsDir string       `hcl:"secrets_dir,optional"`
+	PKCS11     []single     `hcl:"pkcs11,block"`
+	Devices    []typed      `hcl:"device,block"`
+	Stores     []typed      `hcl:"store,block"`
+	Vault      []single     `hcl:"vault,block"`
+	Clusters   []typed      `hcl:"cluster,block"`
+	Run        []single     `hcl:"run,block"`
+	Audits     []auditBlock `hcl:"audit,block"`
 }
 
 // The blocks are taken out of the file by their syntax, so that each can be read with complaints of its own; these
@@ -29,17 +32,18 @@ type (
 		Name string   `hcl:"name,label"`
 		Rest hcl.Body `hcl:",remain"`
 	}
-	pkcs11Block struct {
+	single struct {
 		Rest hcl.Body `hcl:",remain"`
 	}
-	vaultBlock struct {
+	auditBlock struct {
+		Kind string   `hcl:"kind,label"`
 		Rest hcl.Body `hcl:",remain"`
 	}
 )
 
 // read reads the whole file.
 func (r *reader) read(body *hclsyntax.Body) *Config {
-	config := &Config{Path: r.path}
+	config := &Config{Path: r.path, Run: Run{Listen: DefaultListen}}
 	file := &block{reader: r, what: "the file", body: body, at: hcl.Range{Start: hcl.InitialPos}, good: true}
 	var whole top
 	file.decode(&whole)
@@ -68,11 +72,26 @@ func (r *reader) read(body *hclsyntax.Body) *Config {
 			}
 		case "vault":
 			config.Vault = b.vault()
+		case "cluster":
+			if c := b.cluster(); !b.again {
+				config.Clusters = append(config.Clusters, c)
+			}
+		case "run":
+			config.Run = b.run()
+		case "audit":
+			a := b.audit()
+			if slices.ContainsFunc(config.Audits, func(other Audit) bool { return other.where() == a.where() }) {
+				b.complain(b.at, "%s is there twice for the same place; keep one", b.what)
+			}
+			config.Audits = append(config.Audits, a)
 		}
 	}
 	r.checkReferences(config, body)
 	return config
 }
+
+// labelled are the blocks that have a label.
+var labelled = []string{"device", "store", "cluster", "audit"}
 
 // blocks returns the blocks of the file whose labels are right; about those of others HCL complained.
 func (r *reader) blocks(body *hclsyntax.Body) []*block {
@@ -80,7 +99,7 @@ func (r *reader) blocks(body *hclsyntax.Body) []*block {
 	seen := map[string]bool{}
 	for _, nested := range body.Blocks {
 		labels := 0
-		if nested.Type == "device" || nested.Type == "store" {
+		if slices.Contains(labelled, nested.Type) {
 			labels = 1
 		}
 		if len(nested.Labels) != labels {
@@ -92,7 +111,7 @@ func (r *reader) blocks(body *hclsyntax.Body) []*block {
 			b.what = fmt.Sprintf("%s %q", nested.Type, b.label)
 			b.checkName(nested.LabelRanges[0])
 		}
-		if b.again = seen[b.what]; b.again {
+		if b.again = seen[b.what] && b.kindOf != "audit"; b.again { // acts may be written to several files
 			b.complain(b.at, "%s is there twice; keep one", b.what)
 		}
 		seen[b.what] = true
@@ -185,7 +204,7 @@ func (b *block) vault() *Vault {
 	}
 	return &Vault{
 		Address: given.Address, CACert: b.pem("ca_cert_file", given.CACertFile), TLSServerName: given.TLSServerName,
-		TokenFile: b.resolve(given.TokenFile), TokenEnv: given.TokenEnv,
+		TokenFile: b.secretFile("token_file", given.TokenFile), TokenEnv: given.TokenEnv,
 		Mount: strings.Trim(given.Mount, "/"), PluginName: given.PluginName, PluginFile: b.resolve(given.PluginFile),
 	}
 }
@@ -215,15 +234,24 @@ func loopback(host string) bool {
 // checkReferences checks what one block says about another.
 func (r *reader) checkReferences(config *Config, body *hclsyntax.Body) {
 	for _, nested := range body.Blocks {
-		if nested.Type != "store" || len(nested.Labels) != 1 {
+		if len(nested.Labels) != 1 {
 			continue
 		}
-		store, found := config.Store(nested.Labels[0])
-		if !found || store.Type != StoreObject || store.Device == "" {
-			continue
+		switch nested.Type {
+		case "store":
+			r.checkStoreReferences(config, nested)
+		case "cluster":
+			r.checkClusterReferences(config, nested)
 		}
-		if _, known := config.Device(store.Device); !known {
-			r.complain(nested.Body.Attributes["device"].Expr.Range(), "store %q: there is no device %q in this file", store.Name, store.Device)
-		}
+	}
+}
+
+func (r *reader) checkStoreReferences(config *Config, nested *hclsyntax.Block) {
+	store, found := config.Store(nested.Labels[0])
+	if !found || store.Type != StoreObject || store.Device == "" {
+		return
+	}
+	if _, known := config.Device(store.Device); !known {
+		r.complain(nested.Body.Attributes["device"].Expr.Range(), "store %q: there is no device %q in this file", store.Name, store.Device)
 	}
 }

@@ -70,10 +70,10 @@ func (b *block) etcd(s *Store) {
 		b.wrong("client_cert_file", "client_cert_file and client_key_file belong together; give both or neither")
 	}
 	s.Endpoints, s.Prefix, s.ServerName, s.Insecure = given.Endpoints, given.Prefix, given.ServerName, given.Insecure
-	s.Username, s.PasswordFile, s.PasswordEnv = given.Username, b.resolve(given.PasswordFile), given.PasswordEnv
+	s.Username, s.PasswordFile, s.PasswordEnv = given.Username, b.secretFile("password_file", given.PasswordFile), given.PasswordEnv
 	s.CACert = b.pem("ca_cert_file", given.CACertFile)
 	s.ClientCert = b.pem("client_cert_file", given.ClientCertFile)
-	s.ClientKeyFile = b.resolve(given.ClientKeyFile)
+	s.ClientKeyFile = b.secretFile("client_key_file", given.ClientKeyFile)
 	if s.RequestTimeout = b.duration("request_timeout", given.RequestTimeout); s.RequestTimeout > maxStoreTimeout {
 		b.wrong("request_timeout", "request_timeout is longer than %v", maxStoreTimeout)
 	}

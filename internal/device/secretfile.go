@@ -22,12 +22,49 @@ const maxPEMFile = 64 << 10
 type SecretFiles struct {
 	// Dir is given by the plugin's own arguments, -secrets-dir.
 	Dir string
+	// Credentials lets "credential:NAME" stand for a file that systemd hands over (LoadCredential), whatever Dir is. Only
+	// the command sets it: whoever may write a mount's configuration must not reach the credentials of Vault's own unit.
+	Credentials bool
+}
+
+// CredentialPrefix begins the name of a credential where a path could stand.
+const CredentialPrefix = "credential:"
+
+// IsCredential tells whether a path names a credential that can exist.
+func IsCredential(path string) bool {
+	name, credential := strings.CutPrefix(path, CredentialPrefix)
+	return credential && name != "" && name != "." && name != ".." && !strings.ContainsRune(name, '/')
+}
+
+// credentialsVariable holds the folder in which systemd puts the credentials of a service.
+const credentialsVariable = "CREDENTIALS_DIRECTORY"
+
+// place resolves the name of a credential: the file, and the rules of the folder that it lies in. Any other path comes back
+// as it is.
+func (s SecretFiles) place(path string) (SecretFiles, string, error) {
+	if !s.Credentials || !strings.HasPrefix(path, CredentialPrefix) {
+		return s, path, nil
+	}
+	name := strings.TrimPrefix(path, CredentialPrefix)
+	dir := os.Getenv(credentialsVariable)
+	switch {
+	case !IsCredential(path):
+		return s, "", complain(`the credential %q is no file name`, name)
+	case dir == "" || !filepath.IsAbs(dir):
+		return s, "", complain(`the credential %q is handed over by systemd (LoadCredential=%s:FILE in the unit), and this program was not started by it: the environment variable %s is not set`,
+			name, name, credentialsVariable)
+	}
+	return SecretFiles{Dir: dir}, filepath.Join(dir, name), nil
 }
 
 // Read returns the content of the file without a final line break. Symbolic links are followed as long as they stay
 // inside the directory, as those of a mounted Kubernetes secret do. An unreadable or empty file is an error: an empty
 // PIN would cost a try. The caller wipes the result.
 func (s SecretFiles) Read(path string) ([]byte, error) {
+	s, path, err := s.place(path)
+	if err != nil {
+		return nil, err
+	}
 	file, err := s.open(path)
 	if err != nil {
 		return nil, err
@@ -38,6 +75,10 @@ func (s SecretFiles) Read(path string) ([]byte, error) {
 
 // ReadPEM is [SecretFiles.Read] for a private key of TLS, which has lines. What lies in the file is not looked at.
 func (s SecretFiles) ReadPEM(path string) ([]byte, error) {
+	s, path, err := s.place(path)
+	if err != nil {
+		return nil, err
+	}
 	file, err := s.open(path)
 	if err != nil {
 		return nil, err

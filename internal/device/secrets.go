@@ -112,6 +112,10 @@ func (s SecretFiles) states(config Config) (states [kinds]fileState) {
 }
 
 func (s SecretFiles) state(path string) fileState {
+	s, path, err := s.place(path)
+	if err != nil {
+		return fileState{}
+	}
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(s.Dir, path)
 	}

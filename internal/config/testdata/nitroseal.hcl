@@ -1,8 +1,9 @@
 # nitroseal.hcl: the configuration of the command nitroseal, with everything that can be set.
 #
 # Paths are relative to the folder of this file. The file holds no secret: each comes from a file (…_file) or from an
-# environment variable (…_env). Secret files, like this one, must not be writable by others than their owner. What is not
-# known is refused: "nitroseal config check" says where.
+# environment variable (…_env). Secret files, like this one, must not be writable by others than their owner. A secret file
+# may be "credential:NAME" as well: what systemd hands over by LoadCredential=NAME:FILE in the unit. What is not known is
+# refused: "nitroseal config check" says where.
 
 # Where the command keeps wrapping keys, and the PIN ledger that makes sure that a wrong PIN is sent once only. All programs
 # of ours on this machine share it. It must exist, belong to the user who runs the command and be writable by nobody else:
@@ -149,4 +150,75 @@ vault {
   mount       = "nitrokey"
   plugin_name = "vault-plugin-secrets-nitrokey"
   plugin_file = "/etc/vault/plugins/vault-plugin-secrets-nitrokey"
+}
+
+# A Vault or OpenBao cluster whose unseal material is kept here: "nitroseal init" initialises it, "nitroseal run" unseals its
+# nodes. The name is part of what the envelopes are sealed for: it cannot be changed afterwards.
+cluster "prod" {
+  # The nodes themselves, not a balancer, which would see the shares. The first one is initialised; on raft the others join it.
+  nodes = ["https://vault-1.example.org:8200", "https://vault-2.example.org:8200", "https://vault-3.example.org:8200"]
+  # How a node is known before a share is sent to it: the authority of this cluster's certificates, or the SHA-256 of its
+  # nodes' public keys, or both. The system's authorities are never asked. tls_server_name is the name in the certificates
+  # where it is not the host of the address.
+  ca_cert_file    = "ca.pem"
+  tls_pins        = ["a1:b2:c3:d4:e5:f6:07:18:29:3a:4b:5c:6d:7e:8f:90:a1:b2:c3:d4:e5:f6:07:18:29:3a:4b:5c:6d:7e:8f:90"]
+  tls_server_name = "vault.example.org"
+  # The wrapping key that seals the material: any of its HSMs opens it. Or spread, below.
+  key = "prod"
+  # Where the envelopes lie.
+  store = "cluster"
+  # How many unseal keys there are and how many of them unseal. Defaults 5 and 3.
+  shares    = 5
+  threshold = 3
+  # The same for the recovery keys of a cluster that unseals itself (seal "transit" and the like). Defaults 5 and 3.
+  recovery_shares    = 5
+  recovery_threshold = 3
+  # Each person takes one of the shares, encrypted to the OpenPGP key; nobody else ever sees it. Optional.
+  person "alice" {
+    pgp_key_file = "alice.asc"
+  }
+  person "bob" {
+    pgp_key_file = "bob.asc"
+  }
+  # What becomes of the root token: "discard" (default) revokes it, "keep" seals it like the unseal keys, "pgp" gives it
+  # out, encrypted to root_pgp_key_file.
+  root_token        = "pgp"
+  root_pgp_key_file = "alice.asc"
+  # The authority by which the other nodes know the first one when they join it. Default: ca_cert_file.
+  raft_leader_ca_file = "ca.pem"
+  # How long an ordinary call of a node may take. Default 10s.
+  timeout = "10s"
+}
+
+cluster "bunkered" {
+  nodes = ["http://127.0.0.1:8200"]
+  # true allows http:// to this machine: every program that takes the port gets the shares. Default false.
+  plain_http = true
+  # The shares are dealt to the HSMs of these wrapping keys, so that this many of them must take part.
+  spread = "2 of office, bunker, bank"
+  store  = "here"
+}
+
+# How "nitroseal run" behaves. Optional.
+run {
+  # Where it answers /healthz, /readyz and /metrics; "" for nowhere. Default "127.0.0.1:9108".
+  listen        = "0.0.0.0:9108"
+  tls_cert_file = "run.pem"
+  tls_key_file  = "credential:run.key"
+  # How often a node that is well is looked at. Default 5s.
+  interval = "5s"
+}
+
+# Where acts of custody are written down before they are done. Each needs one of these to take it. Default: audit.log in
+# state_dir.
+audit "file" {
+  path = "/var/log/nitroseal/audit.log"
+}
+
+audit "journal" {
+}
+
+audit "syslog" {
+  # "udp://host:514", "tcp://host:514" or the path of a socket. Default: this machine's.
+  address = "udp://syslog.example.org:514"
 }
