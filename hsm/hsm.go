@@ -2,7 +2,8 @@
 //
 // A [Device] is one HSM: a PKCS#11 token, or a NetHSM cluster behind its REST API. It finds and makes [Key] values;
 // what a key can do is asked by type assertion: [Decrypter] for RSA, [Agreer] for elliptic curves. What else a device
-// can do is asked the same way: [ObjectStore], [Randomer], [Unlocker], [PINChanger], [Clustered].
+// can do is asked the same way: [ObjectStore], [Randomer], [Unlocker], [PINChanger], [Clustered]. What older programs left is
+// taken over through [LegacyDecrypter] and [ForeignObjects].
 //
 // Three rules hold for every provider, and package hsmtest checks them:
 //

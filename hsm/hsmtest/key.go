@@ -65,7 +65,10 @@ func (k boundKey) begin(ctx context.Context) error {
 // rsaKey adds what an RSA key can do.
 type rsaKey struct{ boundKey }
 
-var _ hsm.Decrypter = rsaKey{}
+var (
+	_ hsm.Decrypter       = rsaKey{}
+	_ hsm.LegacyDecrypter = rsaKey{}
+)
 
 // OAEPHashes implements [hsm.Decrypter].
 func (k rsaKey) OAEPHashes() []crypto.Hash {

@@ -33,6 +33,8 @@ var (
 	_ hsm.ObjectStore = (*Memory)(nil)
 	_ hsm.Randomer    = (*Memory)(nil)
 	_ hsm.PINChanger  = (*Memory)(nil)
+
+	_ hsm.ForeignObjects = (*Memory)(nil)
 )
 
 // token is what all handles to one Memory share.

@@ -26,7 +26,11 @@ func TestMemoryKeepsTheContract(t *testing.T) {
 		MaxObject:       64 << 10,
 		DuplicateObject: func(_ *testing.T, ref hsm.ObjectRef, value []byte) { memory.AddObject(ref, value) },
 		Random:          true,
-		Operations:      func(*testing.T) int { return memory.Operations() },
+		Legacy:          true,
+		Foreign: func(_ *testing.T, label string, value []byte) {
+			memory.AddObject(hsm.ObjectRef{Label: label}, value)
+		},
+		Operations: func(*testing.T) int { return memory.Operations() },
 	})
 	keys, err := memory.FindKeys(t.Context(), hsm.KeyQuery{})
 	if err != nil || len(keys) != len([]string{"rsa2048", "rsa3072", "p256", "p384"}) {

@@ -35,6 +35,11 @@ type Capabilities struct {
 	DuplicateObject func(t *testing.T, ref hsm.ObjectRef, value []byte)
 	// Random is true for an hsm.Randomer.
 	Random bool
+	// Legacy is true where RSA keys are hsm.LegacyDecrypter and the token can do it.
+	Legacy bool
+	// Foreign makes a data object behind the device's back as another program does, without an application; nil where the
+	// device is no hsm.ForeignObjects.
+	Foreign func(t *testing.T, label string, value []byte)
 	// Operations returns how many private-key operations the HSM has performed so far. With it the suite checks that
 	// one call costs one operation; nil where nobody counts.
 	Operations func(t *testing.T) int
@@ -65,6 +70,9 @@ func TestDevice(t *testing.T, open func(t *testing.T) hsm.Device, caps Capabilit
 			if isRSA(algorithm) {
 				t.Run("decrypts what crypto/rsa encrypted", func(t *testing.T) { s.testDecrypt(t, algorithm) })
 				t.Run("a block that does not decrypt is ErrCiphertext and harms nothing", func(t *testing.T) { s.testCorrupt(t, algorithm) })
+				if caps.Legacy {
+					t.Run("decrypts PKCS#1 v1.5 for those who take old values over", func(t *testing.T) { s.testLegacy(t, algorithm) })
+				}
 			} else {
 				t.Run("agrees with crypto/ecdh", func(t *testing.T) { s.testAgree(t, algorithm) })
 			}
@@ -76,6 +84,9 @@ func TestDevice(t *testing.T, open func(t *testing.T) hsm.Device, caps Capabilit
 	t.Run("a key is deleted only by its id and its fingerprint", s.testDelete)
 	if caps.Objects {
 		t.Run("objects", s.testObjects)
+	}
+	if caps.Foreign != nil {
+		t.Run("objects of other programs", s.testForeign)
 	}
 	if caps.Random {
 		t.Run("random bytes come in the wanted number and differ", s.testRandom)

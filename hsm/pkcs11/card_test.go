@@ -110,7 +110,8 @@ func TestCardKeepsTheContract(t *testing.T) {
 				}
 				return device
 			}, hsmtest.Capabilities{
-				Algorithms: []hsm.Algorithm{hsm.RSA2048, hsm.ECDHP256}, DuplicateLabels: true, Objects: true, Random: true,
+				Algorithms: []hsm.Algorithm{hsm.RSA2048, hsm.ECDHP256}, DuplicateLabels: true, Objects: true, Random: true, Legacy: true,
+				Foreign:    func(t *testing.T, label string, value []byte) { t.Helper(); card.WriteForeignObject(t, label, value) },
 				Operations: func(t *testing.T) int { t.Helper(); return card.Operations(t) },
 				DuplicateObject: func(t *testing.T, ref hsm.ObjectRef, value []byte) {
 					t.Helper()

@@ -12,7 +12,8 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
 
-// Device is one mount's view of one token. It implements hsm.Device, hsm.ObjectStore, hsm.Randomer and hsm.PINChanger.
+// Device is one mount's view of one token. It implements hsm.Device, hsm.ObjectStore, hsm.ForeignObjects,
+// hsm.Randomer and hsm.PINChanger.
 // Everything that can be lost with the token (slot, sessions, log-in, handles) belongs to an [attachment], which dies
 // with its host; a device only remembers which token it is.
 type Device struct {
@@ -32,6 +33,8 @@ var (
 	_ hsm.ObjectStore = (*Device)(nil)
 	_ hsm.Randomer    = (*Device)(nil)
 	_ hsm.PINChanger  = (*Device)(nil)
+
+	_ hsm.ForeignObjects = (*Device)(nil)
 )
 
 func newDevice(m *Manager, mod *module, config Config) *Device {

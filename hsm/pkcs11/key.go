@@ -134,7 +134,8 @@ func (d *Device) key(t *token, k wire.Key, known map[uint]wire.Mechanism) (hsm.K
 	}
 	switch public := public.(type) {
 	case *rsa.PublicKey:
-		return &rsaKey{keyBase: base, public: public, token: t, way: wayToDecrypt(known)}, nil
+		raw := known[ckmRSAX509].Flags&ckfDecrypt != 0
+		return &rsaKey{keyBase: base, public: public, token: t, way: wayToDecrypt(known), raw: raw}, nil
 	case *ecdh.PublicKey:
 		return &ecKey{keyBase: base, public: public}, nil
 	default:

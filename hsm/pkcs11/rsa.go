@@ -51,6 +51,7 @@ type rsaKey struct {
 	public *rsa.PublicKey
 	token  *token
 	way    way
+	raw    bool // the token does the bare RSA operation
 }
 
 var (

@@ -73,6 +73,10 @@ func TestSoftHSMKeepsTheContract(t *testing.T) {
 		return device
 	}, hsmtest.Capabilities{
 		Algorithms: []hsm.Algorithm{hsm.RSA2048, hsm.ECDHP256, hsm.ECDHP384}, DuplicateLabels: true,
-		Objects: true, MaxObject: 64 << 10, Random: true,
+		Objects: true, MaxObject: 64 << 10, Random: true, Legacy: true,
+		Foreign: func(t *testing.T, label string, value []byte) {
+			t.Helper()
+			s.token.WriteForeignObject(t, label, value)
+		},
 	})
 }

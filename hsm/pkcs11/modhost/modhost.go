@@ -6,7 +6,7 @@
 //   - serve.go reads requests and answers each in a goroutine of its own. The reader calls nothing that can block, so
 //     that the end of the pipe ends the process at once, even while the module hangs.
 //   - birth_linux.go makes the process a safe place for a PIN; memory_linux.go keeps secrets out of the swap.
-//   - library.go loads the module; slot.go, session.go, key.go and object.go are the operations. Where a secret passes,
+//   - library.go loads the module; slot.go, session.go, key.go, object.go and foreign.go are the operations. Where a secret passes,
 //     or where every call counts, call.go goes to the module directly instead of through miekg/pkcs11, which copies PINs
 //     and plaintexts to memory that nobody wipes, and which asks for the length of a plaintext with an operation that a
 //     card performs in full.
@@ -77,6 +77,9 @@ type library interface {
 	readObject(wire.ObjectRequest) ([]byte, error)
 	createObject(r wire.ObjectRequest, value []byte) error
 	destroyObject(wire.ObjectRequest) error
+	foreignObjects(slot uint) (wire.Objects, error)
+	readForeign(wire.ForeignRequest) (wire.Foreign, []byte, error)
+	destroyForeign(wire.ForeignRequest) error
 }
 
 // badRequest says that the client broke the protocol.

@@ -1,6 +1,7 @@
 package modhost
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -283,6 +284,23 @@ var handlers = map[wire.Op]func(library, wire.Frame, *response) error{
 			return badRequest("an old and a new PIN are needed, neither of them empty")
 		}
 		return l.setPIN(r.Slot, pins[:r.OldLen:r.OldLen], pins[r.OldLen:])
+	}),
+	wire.OpForeignObjects: with(func(l library, r wire.SlotRequest, _ []byte, reply *response) (err error) {
+		reply.meta, err = l.foreignObjects(r.Slot)
+		return err
+	}),
+	wire.OpReadForeign: with(func(l library, r wire.ForeignRequest, _ []byte, reply *response) (err error) {
+		if r.Label == "" || len(r.SHA256) != 0 {
+			return badRequest("foreign objects are read by their label alone")
+		}
+		reply.meta, reply.data, err = l.readForeign(r)
+		return err
+	}),
+	wire.OpDestroyForeign: with(func(l library, r wire.ForeignRequest, _ []byte, _ *response) error {
+		if r.Label == "" || len(r.SHA256) != sha256.Size {
+			return badRequest("foreign objects are destroyed by their label and the SHA-256 of their value")
+		}
+		return l.destroyForeign(r)
 	}),
 }
 

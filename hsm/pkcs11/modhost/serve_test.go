@@ -91,6 +91,14 @@ func (f *fake) objects(wire.ObjectRequest) (wire.Objects, error) {
 
 func (f *fake) readObject(wire.ObjectRequest) ([]byte, error) { return f.value, f.err }
 
+func (f *fake) foreignObjects(uint) (wire.Objects, error) { return wire.Objects{}, f.err }
+
+func (f *fake) readForeign(wire.ForeignRequest) (wire.Foreign, []byte, error) {
+	return wire.Foreign{Objects: []wire.ForeignObject{{Size: len(f.value)}}}, f.value, f.err
+}
+
+func (f *fake) destroyForeign(wire.ForeignRequest) error { return f.err }
+
 func (f *fake) createObject(wire.ObjectRequest, []byte) error { return f.err }
 
 func (f *fake) destroyObject(wire.ObjectRequest) error { return f.err }
@@ -167,6 +175,9 @@ func wellFormed() []wire.Frame {
 		{Op: wire.OpDestroyObject, Meta: wire.Encode(wire.ObjectRequest{Slot: 3, Application: "a", Label: "l"})},
 		{Op: wire.OpRandom, Meta: wire.Encode(wire.RandomRequest{Slot: 3, Count: 32})},
 		{Op: wire.OpSetPIN, Meta: wire.Encode(wire.SetPINRequest{Slot: 3, OldLen: 6}), Data: []byte("123456654321")},
+		{Op: wire.OpForeignObjects, Meta: wire.Encode(wire.SlotRequest{Slot: 3})},
+		{Op: wire.OpReadForeign, Meta: wire.Encode(wire.ForeignRequest{Slot: 3, Label: "l"})},
+		{Op: wire.OpDestroyForeign, Meta: wire.Encode(wire.ForeignRequest{Slot: 3, Label: "l", SHA256: make([]byte, 32)})},
 	}
 	for i := range frames {
 		frames[i].ID = uint64(i + 1)
@@ -230,42 +241,45 @@ func TestBadRequests(t *testing.T) {
 	}
 	object := wire.ObjectRequest{Application: "a", Label: "l"}
 	for name, frame := range map[string]wire.Frame{
-		"operation 0":                             request(0, nil, 0),
-		"an operation of the future":              request(99, nil, 0),
-		"no meta where one is needed":             {ID: 1, Op: wire.OpMechanisms},
-		"meta that is no JSON":                    {ID: 1, Op: wire.OpMechanisms, Meta: []byte("{")},
-		"meta of a wrong type":                    request(wire.OpMechanisms, map[string]string{"Slot": "one"}, 0),
-		"a negative slot":                         request(wire.OpMechanisms, map[string]int{"Slot": -1}, 0),
-		"a log-in without a PIN":                  request(wire.OpLogin, wire.SlotRequest{}, 0),
-		"no old PIN":                              request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 0}, 6),
-		"no new PIN":                              request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 6}, 6),
-		"an old PIN behind the end":               request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 60}, 6),
-		"a negative old PIN":                      request(wire.OpSetPIN, wire.SetPINRequest{OldLen: -1}, 6),
-		"a modulus of no bytes":                   request(wire.OpDecryptOAEP, wire.DecryptRequest{}, 0),
-		"a modulus of a gigabyte":                 request(wire.OpDecryptOAEP, wire.DecryptRequest{Size: 1 << 30}, 256),
-		"a negative modulus":                      request(wire.OpDecryptRaw, wire.DecryptRequest{Size: -256}, 256),
-		"a ciphertext shorter than the modulus":   request(wire.OpDecryptOAEP, wire.DecryptRequest{Size: 256}, 255),
-		"a raw block longer than the modulus":     request(wire.OpDecryptRaw, wire.DecryptRequest{Size: 256}, 257),
-		"a field element of 66 bytes":             request(wire.OpDerive, wire.DeriveRequest{Size: 66}, 133),
-		"a point that is too short":               request(wire.OpDerive, wire.DeriveRequest{Size: 32}, 33),
-		"a point that is not uncompressed":        {ID: 1, Op: wire.OpDerive, Meta: wire.Encode(wire.DeriveRequest{Size: 32}), Data: make([]byte, 65)},
-		"no random bytes":                         request(wire.OpRandom, wire.RandomRequest{}, 0),
-		"too many random bytes":                   request(wire.OpRandom, wire.RandomRequest{Count: 1025}, 0),
-		"objects without an application":          request(wire.OpObjects, wire.ObjectRequest{}, 0),
-		"objects with a label":                    request(wire.OpObjects, object, 0),
-		"reading an object without a label":       request(wire.OpReadObject, wire.ObjectRequest{Application: "a"}, 0),
-		"creating an object without a value":      request(wire.OpCreateObject, object, 0),
-		"creating an object without a label":      request(wire.OpCreateObject, wire.ObjectRequest{Application: "a"}, 3),
-		"destroying an object of no application":  request(wire.OpDestroyObject, wire.ObjectRequest{Label: "l"}, 0),
-		"a second Hello":                          request(wire.OpHello, wire.Hello{Version: wire.Version, Module: "/m.so", MaxSessions: 1}, 0),
-		"a Hello of another version":              request(wire.OpHello, wire.Hello{Version: wire.Version + 1, MaxSessions: 1}, 0),
-		"a Hello without sessions":                request(wire.OpHello, wire.Hello{Version: wire.Version}, 0),
-		"a Hello with a million sessions":         request(wire.OpHello, wire.Hello{Version: wire.Version, MaxSessions: 1e6}, 0),
-		"a Hello without a module":                request(wire.OpHello, wire.Hello{Version: wire.Version, MaxSessions: 1}, 0),
-		"a Hello with a module's bare name":       request(wire.OpHello, wire.Hello{Version: wire.Version, Module: "m.so", MaxSessions: 1}, 0),
-		"a Hello that is none":                    {ID: 1, Op: wire.OpHello, Meta: []byte("hello")},
-		"an answer that is taken for a request":   {ID: 1, Op: wire.OpMechanisms, Failed: true, Meta: []byte(`[]`)},
-		"a meta of null where a number is needed": {ID: 1, Op: wire.OpRandom, Meta: []byte(`null`)},
+		"operation 0":                              request(0, nil, 0),
+		"an operation of the future":               request(99, nil, 0),
+		"no meta where one is needed":              {ID: 1, Op: wire.OpMechanisms},
+		"meta that is no JSON":                     {ID: 1, Op: wire.OpMechanisms, Meta: []byte("{")},
+		"meta of a wrong type":                     request(wire.OpMechanisms, map[string]string{"Slot": "one"}, 0),
+		"a negative slot":                          request(wire.OpMechanisms, map[string]int{"Slot": -1}, 0),
+		"a log-in without a PIN":                   request(wire.OpLogin, wire.SlotRequest{}, 0),
+		"no old PIN":                               request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 0}, 6),
+		"no new PIN":                               request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 6}, 6),
+		"an old PIN behind the end":                request(wire.OpSetPIN, wire.SetPINRequest{OldLen: 60}, 6),
+		"foreign objects of no label":              request(wire.OpReadForeign, wire.ForeignRequest{}, 0),
+		"foreign objects read by their value":      request(wire.OpReadForeign, wire.ForeignRequest{Label: "l", SHA256: make([]byte, 32)}, 0),
+		"foreign objects destroyed by label alone": request(wire.OpDestroyForeign, wire.ForeignRequest{Label: "l"}, 0),
+		"a negative old PIN":                       request(wire.OpSetPIN, wire.SetPINRequest{OldLen: -1}, 6),
+		"a modulus of no bytes":                    request(wire.OpDecryptOAEP, wire.DecryptRequest{}, 0),
+		"a modulus of a gigabyte":                  request(wire.OpDecryptOAEP, wire.DecryptRequest{Size: 1 << 30}, 256),
+		"a negative modulus":                       request(wire.OpDecryptRaw, wire.DecryptRequest{Size: -256}, 256),
+		"a ciphertext shorter than the modulus":    request(wire.OpDecryptOAEP, wire.DecryptRequest{Size: 256}, 255),
+		"a raw block longer than the modulus":      request(wire.OpDecryptRaw, wire.DecryptRequest{Size: 256}, 257),
+		"a field element of 66 bytes":              request(wire.OpDerive, wire.DeriveRequest{Size: 66}, 133),
+		"a point that is too short":                request(wire.OpDerive, wire.DeriveRequest{Size: 32}, 33),
+		"a point that is not uncompressed":         {ID: 1, Op: wire.OpDerive, Meta: wire.Encode(wire.DeriveRequest{Size: 32}), Data: make([]byte, 65)},
+		"no random bytes":                          request(wire.OpRandom, wire.RandomRequest{}, 0),
+		"too many random bytes":                    request(wire.OpRandom, wire.RandomRequest{Count: 1025}, 0),
+		"objects without an application":           request(wire.OpObjects, wire.ObjectRequest{}, 0),
+		"objects with a label":                     request(wire.OpObjects, object, 0),
+		"reading an object without a label":        request(wire.OpReadObject, wire.ObjectRequest{Application: "a"}, 0),
+		"creating an object without a value":       request(wire.OpCreateObject, object, 0),
+		"creating an object without a label":       request(wire.OpCreateObject, wire.ObjectRequest{Application: "a"}, 3),
+		"destroying an object of no application":   request(wire.OpDestroyObject, wire.ObjectRequest{Label: "l"}, 0),
+		"a second Hello":                           request(wire.OpHello, wire.Hello{Version: wire.Version, Module: "/m.so", MaxSessions: 1}, 0),
+		"a Hello of another version":               request(wire.OpHello, wire.Hello{Version: wire.Version + 1, MaxSessions: 1}, 0),
+		"a Hello without sessions":                 request(wire.OpHello, wire.Hello{Version: wire.Version}, 0),
+		"a Hello with a million sessions":          request(wire.OpHello, wire.Hello{Version: wire.Version, MaxSessions: 1e6}, 0),
+		"a Hello without a module":                 request(wire.OpHello, wire.Hello{Version: wire.Version, MaxSessions: 1}, 0),
+		"a Hello with a module's bare name":        request(wire.OpHello, wire.Hello{Version: wire.Version, Module: "m.so", MaxSessions: 1}, 0),
+		"a Hello that is none":                     {ID: 1, Op: wire.OpHello, Meta: []byte("hello")},
+		"an answer that is taken for a request":    {ID: 1, Op: wire.OpMechanisms, Failed: true, Meta: []byte(`[]`)},
+		"a meta of null where a number is needed":  {ID: 1, Op: wire.OpRandom, Meta: []byte(`null`)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			answers := conversation(t, &fake{}, frame)

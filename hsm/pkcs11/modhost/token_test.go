@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
+	"crypto/sha256"
 	"fmt"
 	"slices"
 	"strings"
@@ -350,6 +351,41 @@ func TestDataObjects(t *testing.T) {
 	h.must(wire.OpDestroyObject, object, nil, nil)
 	_, err = h.call(wire.OpReadObject, object, nil, nil)
 	wantCode(t, err, wire.CodeNotFound)
+}
+
+func TestForeignObjects(t *testing.T) {
+	h, k, slot := openToken(t)
+	one := sha256.Sum256([]byte("one"))
+	destroy := wire.ForeignRequest{Slot: slot, Label: "vault-test", SHA256: one[:]}
+	_, err := h.call(wire.OpReadForeign, wire.ForeignRequest{Slot: slot, Label: "vault-test"}, nil, nil)
+	wantCode(t, err, wire.CodeNotFound)
+	_, err = h.call(wire.OpDestroyForeign, destroy, nil, nil)
+	wantCode(t, err, wire.CodeNotFound)
+
+	k.WriteForeignObject(t, "vault-test", []byte("one"))
+	k.WriteForeignObject(t, "vault-test", []byte("another"))
+	k.WriteObject(t, "an-application", "vault-test", []byte("one"))
+	k.WriteForeignObject(t, "vault-test-2", []byte("one"))
+	again := startHost(t, environment(k)...)
+	if _, err := again.hello(k.Module); err != nil {
+		t.Fatal(err)
+	}
+	again.must(wire.OpLogin, wire.SlotRequest{Slot: slot}, []byte(k.PIN), nil)
+	var list wire.Objects
+	again.must(wire.OpForeignObjects, wire.SlotRequest{Slot: slot}, nil, &list)
+	if diff := cmp.Diff([]string{"vault-test", "vault-test", "vault-test", "vault-test-2"}, list.Labels); diff != "" {
+		t.Errorf("labels (-want +got):\n%s", diff)
+	}
+	var found wire.Foreign
+	values := again.must(wire.OpReadForeign, wire.ForeignRequest{Slot: slot, Label: "vault-test"}, nil, &found)
+	want := wire.Foreign{Objects: []wire.ForeignObject{{Size: 7}, {Size: 3}, {Application: "an-application", Size: 3}}}
+	if diff := cmp.Diff(want, found); diff != "" || string(values) != "anotheroneone" {
+		t.Errorf("values %q (-want +got):\n%s", values, diff)
+	}
+	again.must(wire.OpDestroyForeign, destroy, nil, nil)
+	if shown := k.Tool(t, "--list-objects", "--type", "data"); strings.Count(shown, "'vault-test'") != 1 || !strings.Contains(shown, "vault-test-2") {
+		t.Errorf("left on the token:\n%s", shown)
+	}
 }
 
 func TestObjectsSurviveTheHost(t *testing.T) {

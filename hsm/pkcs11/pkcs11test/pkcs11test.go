@@ -191,6 +191,17 @@ func (k *Token) WriteObject(t testing.TB, application, label string, value []byt
 		"--application-label", application, "--label", label)
 }
 
+// WriteForeignObject makes a public data object without an application with pkcs11-tool, as other programs leave them. The
+// label may be taken.
+func (k *Token) WriteForeignObject(t testing.TB, label string, value []byte) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "value")
+	if err := os.WriteFile(file, value, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.Tool(t, "--write-object", file, "--type", "data", "--label", label)
+}
+
 // Tool runs pkcs11-tool on the token in a process of its own, straight on SoftHSM, logged in. It returns what the tool
 // prints.
 func (k *Token) Tool(t testing.TB, args ...string) string {

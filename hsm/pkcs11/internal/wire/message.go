@@ -40,6 +40,12 @@ const (
 	OpRandom
 	// OpSetPIN: SetPINRequest, old PIN followed by new PIN → nothing.
 	OpSetPIN
+	// OpForeignObjects: SlotRequest → Objects: those of all data objects, whatever their application.
+	OpForeignObjects
+	// OpReadForeign: ForeignRequest (SHA256 empty) → Foreign, all values one after the other.
+	OpReadForeign
+	// OpDestroyForeign: ForeignRequest → nothing. All that match both; one at least.
+	OpDestroyForeign
 )
 
 // Hello opens the conversation.
@@ -159,6 +165,23 @@ type ObjectRequest struct {
 
 // Objects answers OpObjects with labels, one for each object, sorted; two objects of one label are two entries.
 type Objects struct{ Labels []string }
+
+// ForeignRequest names data objects by their label alone, whatever their application, and those to be destroyed by the
+// SHA-256 of their value as well.
+type ForeignRequest struct {
+	Slot   uint
+	Label  string
+	SHA256 []byte
+}
+
+// Foreign answers OpReadForeign, one entry for each object. Data holds their values in this order.
+type Foreign struct{ Objects []ForeignObject }
+
+// ForeignObject is one of them. Size is the length of its value in bytes.
+type ForeignObject struct {
+	Application string
+	Size        int
+}
 
 // RandomRequest asks for bytes.
 type RandomRequest struct {
