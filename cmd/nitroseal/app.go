@@ -7,11 +7,13 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/term"
 
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
 // How long a command may take where --timeout does not say.
@@ -20,16 +22,23 @@ const (
 	generateTimeout = 15 * time.Minute // an RSA-4096 key takes a card minutes
 )
 
-// app is what the verbs share: the process's files, the global flags, and what is opened when a verb first needs it.
+// app is what the verbs share: the process's files, the global flags, and what is opened when a verb first needs it. Verbs
+// use it from one goroutine; what a custodian uses of it from many, store and what lies behind it, guards itself.
 type app struct {
 	stdin, stdout, stderr *os.File
 
 	configPath string
 	format     format
 	timeout    time.Duration
+	log        *slog.Logger // instead of warnings for people; nil but for the daemon
+	critical   criticalWork
+	cancel     context.CancelCauseFunc // ends the command in good order; nil in tests
 
 	configuration *config.Config
 	set           *deviceSet
+	keys          *keyring.Keyring
+	stores        storeSet
+	closing       sync.Mutex // guards closers
 	closers       []func() error
 	begun         bool          // a verb began its work
 	limit         time.Duration // that within gave it, 0 for none
@@ -39,7 +48,9 @@ type app struct {
 }
 
 func newApp(stdin, stdout, stderr *os.File) *app {
-	return &app{stdin: stdin, stdout: stdout, stderr: stderr, format: formatTable}
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, format: formatTable}
+	a.critical.app = a
+	return a
 }
 
 // config reads the configuration, once.
@@ -68,8 +79,13 @@ func (a *app) deviceConfig(name string) (config.Device, error) {
 	return found, nil
 }
 
-// logger writes what an operator should know, warnings and errors, to stderr.
-func (a *app) logger() *slog.Logger { return slog.New(personLog{app: a, waits: &a.warnings}) }
+// logger writes what an operator should know, warnings and errors, to stderr; the daemon has a log of its own.
+func (a *app) logger() *slog.Logger {
+	if a.log != nil {
+		return a.log
+	}
+	return slog.New(personLog{app: a, waits: &a.warnings})
+}
 
 // patience is the value of --timeout. None would be a command that ends before it begins.
 type patience time.Duration
@@ -106,16 +122,26 @@ func (a *app) within(ctx context.Context, usual time.Duration) (context.Context,
 }
 
 // onClose remembers something to be closed at the end, the last one first.
-func (a *app) onClose(closer func() error) { a.closers = append(a.closers, closer) }
+func (a *app) onClose(closer func() error) {
+	a.closing.Lock()
+	defer a.closing.Unlock()
+	a.closers = append(a.closers, closer)
+}
 
 func (a *app) close() error {
 	var errs []error
-	for len(a.closers) > 0 {
+	for {
+		a.closing.Lock()
 		last := len(a.closers) - 1
-		errs = append(errs, a.closers[last]())
+		if last < 0 {
+			a.closing.Unlock()
+			return errors.Join(errs...)
+		}
+		closer := a.closers[last]
 		a.closers = a.closers[:last]
+		a.closing.Unlock()
+		errs = append(errs, closer())
 	}
-	return errors.Join(errs...)
 }
 
 // report prints what the command warns of and its error, once, and returns the exit code.

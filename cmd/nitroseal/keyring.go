@@ -26,6 +26,9 @@ const keyringDir = "keyring"
 // keyring opens the wrapping keys of this machine. Several commands may run at a time: what they change takes turns, by
 // compare-and-swap and by a lock for each key.
 func (a *app) keyring() (*keyring.Keyring, error) {
+	if a.keys != nil {
+		return a.keys, nil
+	}
 	c, err := a.config()
 	if err != nil {
 		return nil, err
@@ -42,11 +45,12 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 		return nil, fmt.Errorf("opening the wrapping keys: %w", err)
 	}
 	a.onClose(records.Close)
-	return keyring.New(keyring.Config{
+	a.keys = keyring.New(keyring.Config{
 		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
 		Words: &words,
 		Lock:  func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
-	}), nil
+	})
+	return a.keys, nil
 }
 
 // checkStateDir refuses a state directory that is not there: made here, it might lie where a volume should be mounted, and

@@ -28,12 +28,16 @@ func main() {
 
 // run is the command with the process's own files; the result is its exit code.
 func run(args []string) int {
-	// The first signal ends what is under way in an orderly manner, the second one ends the process at once.
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// The first signal ends what is under way in an orderly manner, the second one ends the process at once, but for work that
+	// cannot be left as it is, see criticalWork.
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)()
 
 	a := newApp(os.Stdin, os.Stdout, os.Stderr)
+	a.cancel = cancel
 	root := newRootCommand(a)
 	root.SetArgs(longFlags(root, args))
 	err := root.ExecuteContext(ctx)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"sync"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/config"
@@ -16,9 +17,64 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/store/object"
 )
 
-// store opens a store of the configuration. Nothing is connected before it is used, but for one on an HSM, whose serial
-// number names its lock.
+// storeSet holds the stores that are open, each opened once however many goroutines ask for it.
+type storeSet struct {
+	mu   sync.Mutex
+	open map[string]*openStore
+}
+
+// openStore is a store, or one that is to be opened: turn holds one token, and whoever took it may open it. A store on an HSM
+// that does not answer keeps only those waiting who need it, and each no longer than its ctx.
+type openStore struct {
+	turn  chan struct{}
+	store store.Store // nil until it was opened
+}
+
+func (s *storeSet) of(name string) *openStore {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open == nil {
+		s.open = map[string]*openStore{}
+	}
+	if s.open[name] == nil {
+		s.open[name] = &openStore{turn: make(chan struct{}, 1)}
+	}
+	return s.open[name]
+}
+
+// store returns a store of the configuration, and opens it where it is not yet.
 func (a *app) store(ctx context.Context, name string) (store.Store, error) {
+	entry := a.stores.of(name)
+	select {
+	case entry.turn <- struct{}{}:
+		defer func() { <-entry.turn }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for store %q to be opened: %w", name, ctx.Err())
+	}
+	if entry.store != nil {
+		return entry.store, nil
+	}
+	opened, err := a.openStore(ctx, name)
+	if err == nil {
+		entry.store = opened
+	}
+	return opened, err
+}
+
+// appStores is the app as [custody.Stores].
+type appStores struct{ app *app }
+
+// Store implements [custody.Stores].
+func (s appStores) Store(ctx context.Context, name string) (store.Store, error) {
+	opened, err := s.app.store(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return opened, nil
+}
+
+// openStore opens a store. Nothing is connected before it is used, but for one on an HSM, whose serial number names its lock.
+func (a *app) openStore(ctx context.Context, name string) (store.Store, error) {
 	c, err := a.config()
 	if err != nil {
 		return nil, err

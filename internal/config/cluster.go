@@ -108,7 +108,7 @@ func (b *block) cluster() Cluster {
 }
 
 // maxPGPKey is the size of the largest file with a person's key, in bytes: keys that many people signed are long.
-const maxPGPKey = 256 << 10
+const maxPGPKey = 1 << 20
 
 // person reads a block `person "NAME" { … }`.
 func (b *block) person() Person {

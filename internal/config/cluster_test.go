@@ -75,6 +75,7 @@ func TestRunAndAuditAreRefusedWhereTheyCannotBeMeant(t *testing.T) {
 		"a file without a path":       {"audit \"file\" {\n}\n", ":5:14: Missing required argument"},
 		"a file with an empty path":   {"audit \"file\" {\n  path = \"\"\n}\n", ":6:10: audit \"file\": path is empty"},
 		"one file twice":              {"audit \"file\" {\n  path = \"a\"\n}\naudit \"file\" {\n  path = \"./a\"\n}\n", ":8:1: audit \"file\" is there twice for the same place"},
+		"a syslog server elsewhere":   {"audit \"syslog\" {\n  address = \"udp://h:514\"\n}\n", ":6:13: audit \"syslog\": address is the path of the local syslog server's socket"},
 		"a journal with a path":       {"audit \"journal\" {\n  path = \"a\"\n}\n", ":6:3: audit \"journal\": path is not known"},
 	} {
 		t.Run(name, func(t *testing.T) { refusedWith(t, minimal(test.source), test.want) })

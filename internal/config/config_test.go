@@ -144,7 +144,7 @@ func TestTheExampleIsReadWhole(t *testing.T) {
 		Audits: []Audit{
 			{Kind: AuditFile, Path: "/var/log/nitroseal/audit.log"},
 			{Kind: AuditJournal},
-			{Kind: AuditSyslog, Address: "udp://syslog.example.org:514"},
+			{Kind: AuditSyslog, Address: "/run/systemd/journal/syslog"},
 		},
 	}
 	got, err := Load(path)

@@ -2,6 +2,7 @@ package config
 
 import (
 	"cmp"
+	"path/filepath"
 	"time"
 )
 
@@ -66,7 +67,7 @@ const (
 type Audit struct {
 	Kind    string
 	Path    string // AuditFile
-	Address string // AuditSyslog: "/dev/log", or "udp://host:514", "tcp://host:514"; "" for this machine's
+	Address string // AuditSyslog: the path of the local server's socket; "" for the usual one
 }
 
 // fileAuditAttributes are those of a block `audit "file" { … }`.
@@ -95,7 +96,9 @@ func (b *block) audit() Audit {
 	case AuditSyslog:
 		var given syslogAuditAttributes
 		b.decode(&given)
-		a.Address = given.Address
+		if a.Address = given.Address; a.Address != "" && !filepath.IsAbs(a.Address) {
+			b.wrong("address", `address is the path of the local syslog server's socket, "/dev/log"; let that server send the lines on to another machine`)
+		}
 	default:
 		b.refuse(b.at, "%s is not known; it is one of %s, %s and %s", b.what, AuditFile, AuditJournal, AuditSyslog)
 	}

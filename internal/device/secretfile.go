@@ -28,7 +28,7 @@ type SecretFiles struct {
 }
 
 // CredentialPrefix begins the name of a credential where a path could stand.
-const CredentialPrefix = "credential:"
+const CredentialPrefix = "credential:" //nolint:gosec // the name of a place, no credential
 
 // IsCredential tells whether a path names a credential that can exist.
 func IsCredential(path string) bool {

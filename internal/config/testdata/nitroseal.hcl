@@ -219,6 +219,6 @@ audit "journal" {
 }
 
 audit "syslog" {
-  # "udp://host:514", "tcp://host:514" or the path of a socket. Default: this machine's.
-  address = "udp://syslog.example.org:514"
+  # The socket of this machine's syslog server, which may send the lines on to another. Default "/dev/log".
+  address = "/run/systemd/journal/syslog"
 }
