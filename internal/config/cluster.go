@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"net"
 	"net/url"
 	"regexp"
 	"slices"
@@ -252,10 +251,4 @@ func (r *reader) checkClusterReferences(config *Config, nested *hclsyntax.Block)
 	if _, known := config.Store(c.Store); !known {
 		r.complain(nested.Body.Attributes["store"].Expr.Range(), "cluster %q: there is no store %q in this file", c.Name, c.Store)
 	}
-}
-
-// hostPort tells whether an address is a host, which may be empty, and a port.
-func hostPort(address string) (host string, ok bool) {
-	host, port, err := net.SplitHostPort(address)
-	return host, err == nil && port != ""
 }

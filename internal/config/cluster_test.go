@@ -65,6 +65,7 @@ func TestAClusterIsRefusedWhereItsSharesCouldGoAstray(t *testing.T) {
 func TestRunAndAuditAreRefusedWhereTheyCannotBeMeant(t *testing.T) {
 	for name, test := range map[string]struct{ source, want string }{
 		"an address without a port":   {"run {\n  listen = \"127.0.0.1\"\n}\n", ":6:12: run: listen is not host and port"},
+		"an open address without TLS": {"run {\n  listen = \":9108\"\n}\n", ":6:12: run: listen is an address that others can reach"},
 		"a certificate without a key": {"run {\n  tls_cert_file = \"run.pem\"\n}\n", ":6:19: run: tls_cert_file and tls_key_file belong together"},
 		"a key without a certificate": {"run {\n  tls_key_file = \"run.key\"\n}\n", ":5:1: run: tls_cert_file and tls_key_file belong together"},
 		"an interval that hammers":    {"run {\n  interval = \"10ms\"\n}\n", ":6:14: run: interval is not between 1s and 1h0m0s"},

@@ -2,6 +2,7 @@ package config
 
 import (
 	"cmp"
+	"net"
 	"path/filepath"
 	"time"
 )
@@ -15,6 +16,8 @@ type Run struct {
 	Listen string
 	// TLSCertFile and TLSKeyFile are PEM; both or neither. They are read anew at each reload.
 	TLSCertFile, TLSKeyFile string
+	// PlainHTTP allows an address that others can reach without TLS.
+	PlainHTTP bool
 	// Interval is how often a node that is well is looked at; 0 for the usual.
 	Interval time.Duration
 }
@@ -27,6 +30,7 @@ type runAttributes struct {
 	Listen      *string `hcl:"listen,optional"`
 	TLSCertFile string  `hcl:"tls_cert_file,optional"`
 	TLSKeyFile  string  `hcl:"tls_key_file,optional"`
+	PlainHTTP   bool    `hcl:"plain_http,optional"`
 	Interval    string  `hcl:"interval,optional"`
 }
 
@@ -39,15 +43,24 @@ const (
 func (b *block) run() Run {
 	var given runAttributes
 	b.decode(&given)
-	r := Run{Listen: DefaultListen, TLSCertFile: b.resolve(given.TLSCertFile), TLSKeyFile: b.secretFile("tls_key_file", given.TLSKeyFile)}
+	r := Run{
+		Listen: DefaultListen, PlainHTTP: given.PlainHTTP,
+		TLSCertFile: b.resolve(given.TLSCertFile), TLSKeyFile: b.secretFile("tls_key_file", given.TLSKeyFile),
+	}
 	if given.Listen != nil {
 		r.Listen = *given.Listen
 	}
-	if _, ok := hostPort(r.Listen); r.Listen != "" && !ok {
-		b.wrong("listen", `listen is not host and port; write "127.0.0.1:9108", or "" for none`)
-	}
-	if (r.TLSCertFile == "") != (r.TLSKeyFile == "") {
+	host, port, err := net.SplitHostPort(r.Listen)
+	switch {
+	case !b.good:
+	case (r.TLSCertFile == "") != (r.TLSKeyFile == ""):
 		b.wrong("tls_cert_file", "tls_cert_file and tls_key_file belong together; give both or neither")
+	case r.Listen == "":
+	case err != nil || port == "":
+		b.wrong("listen", `listen is not host and port; write "127.0.0.1:9108", or "" for none`)
+	case !loopback(host) && !r.Secure() && !r.PlainHTTP:
+		b.wrong("listen", "listen is an address that others can reach, and without TLS what is answered there can be forged on its way; set tls_cert_file and "+
+			"tls_key_file, or plain_http = true")
 	}
 	r.Interval = b.duration("interval", given.Interval)
 	if given.Interval != "" && b.good && (r.Interval < minInterval || r.Interval > maxInterval) {

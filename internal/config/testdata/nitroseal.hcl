@@ -205,6 +205,9 @@ run {
   listen        = "0.0.0.0:9108"
   tls_cert_file = "run.pem"
   tls_key_file  = "credential:run.key"
+  # true lets it answer others than this machine without TLS: they can read it, and those on the way can change it. Default
+  # false.
+  plain_http = false
   # How often a node that is well is looked at. Default 5s.
   interval = "5s"
 }
