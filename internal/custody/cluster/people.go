@@ -40,7 +40,7 @@ type PGPKey struct {
 	entity *openpgp.Entity
 }
 
-// ReadPGPKey reads one public key, armored or binary. Whether it may be used today is asked where it is used, so that a key
+// ReadPGPKey reads one public key: armored, binary, or the base64 of the binary form. Whether it may be used today is asked where it is used, so that a key
 // that expires keeps nobody from unsealing.
 func ReadPGPKey(raw []byte) (*PGPKey, error) {
 	if len(raw) > maxPGPKey {
@@ -76,7 +76,10 @@ const publicKeyHeader = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 // unarmor returns the binary form of a key.
 func unarmor(raw []byte) ([]byte, error) {
 	if !bytes.Contains(raw, []byte("-----BEGIN PGP ")) {
-		return raw, nil
+		if binary, err := base64.StdEncoding.DecodeString(string(raw)); err == nil { // it passes over line ends
+			return binary, nil
+		}
+		return raw, nil // its first byte is none of base64
 	}
 	if bytes.Count(raw, []byte(publicKeyHeader)) > 1 {
 		return nil, fmt.Errorf("%w: there is more than one key in it; export that of one person", ErrPGPKey)

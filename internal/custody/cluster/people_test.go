@@ -131,6 +131,7 @@ func TestReadPGPKey(t *testing.T) {
 	}{
 		"a binary key":                      {binary, ""},
 		"an armored key":                    {text, ""},
+		"a key in base64":                   {[]byte(base64.StdEncoding.EncodeToString(binary) + "\n"), ""},
 		"an armored key in a letter":        {append([]byte("Here it is, Alice\n\n"), text...), ""},
 		"two keys, binary":                  {both, "more than one key"},
 		"two keys in one armor":             {armored(t, openpgp.PublicKeyType, both), "more than one key"},
