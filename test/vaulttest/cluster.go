@@ -23,7 +23,7 @@ type Cluster struct {
 func StartCluster(t testing.TB, nodes int, retryJoin bool) *Cluster {
 	t.Helper()
 	c := &Cluster{Authority: NewAuthority(t)}
-	ports := freePorts(t, 2*nodes)
+	ports := FreePorts(t, 2*nodes)
 	var addresses []string
 	for i := range nodes {
 		addresses = append(addresses, "https://"+ports[2*i])

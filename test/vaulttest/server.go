@@ -175,7 +175,7 @@ func (s *Server) run(t testing.TB) {
 	const tries = 5
 	for try := 1; ; try++ {
 		if s.cluster == "" || try > 1 && s.RootToken == "" && !s.options.Bare {
-			ports := freePorts(t, 2)
+			ports := FreePorts(t, 2)
 			s.Address, s.cluster = "https://"+ports[0], ports[1]
 		}
 		var config bytes.Buffer
@@ -527,8 +527,8 @@ func copyFile(t testing.TB, from, to string) {
 	must(t, os.Rename(to+".new", to))
 }
 
-// freePorts finds loopback addresses that are free at this moment, all different.
-func freePorts(t testing.TB, n int) []string {
+// FreePorts finds loopback addresses that are free at this moment, all different.
+func FreePorts(t testing.TB, n int) []string {
 	t.Helper()
 	var addresses []string
 	for range n {
