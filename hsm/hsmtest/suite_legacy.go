@@ -13,6 +13,7 @@ import (
 
 // testLegacy checks an hsm.LegacyDecrypter.
 func (s *suite) testLegacy(t *testing.T, algorithm hsm.Algorithm) {
+	t.Helper()
 	device := s.device(t)
 	found, err := hsm.FindKey(s.context(t), device, hsm.KeyQuery{Fingerprint: s.keys[algorithm].Fingerprint})
 	if err != nil {
