@@ -19,6 +19,10 @@
 // An envelope older than the record does not open ([ErrStale]), nor does one that is newer than anything foreseen
 // ([ErrAhead]: the record was restored from a backup, or another mount writes the store), until an operator accepts it.
 // Where there is no record at all, as after the loss of the mount, the first open says so and begins one.
+//
+// Where several keepers with records of their own write one store ([Config.Shared]), nobody foresees what the others write.
+// What a keeper has seen counts up all the same: an envelope that is newer than its record is opened, which proves that it was
+// made by one who has the wrapping key, and the record catches up; an older one stays ErrStale.
 package custody
 
 import (
@@ -55,6 +59,8 @@ type Config struct {
 	Stores Stores
 	// Records keeps what is expected of the stores, "material/<cluster>/<name>". It must not be one of the stores.
 	Records store.Store
+	// Shared is set where other keepers, with records of their own, write the same stores: hosts that share an etcd.
+	Shared bool
 	// DefaultStore names the store of items that name none and have no record; nil or "" for none.
 	DefaultStore func(ctx context.Context) (string, error)
 	Logger       *slog.Logger     // nil for none
@@ -66,6 +72,7 @@ type Keeper struct {
 	keys         Keys
 	stores       Stores
 	records      store.Store
+	shared       bool
 	defaultStore func(ctx context.Context) (string, error)
 	logger       *slog.Logger
 	now          func() time.Time
@@ -77,6 +84,7 @@ func New(config Config) *Keeper {
 		keys:         config.Keys,
 		stores:       config.Stores,
 		records:      config.Records,
+		shared:       config.Shared,
 		defaultStore: config.DefaultStore,
 		logger:       config.Logger,
 		now:          config.Now,
@@ -123,7 +131,7 @@ const (
 	StateUnconfirmed State = "unconfirmed" // a write ended unclear; opening the item confirms what it left
 	StateUnrecorded  State = "unrecorded"  // no record here; opening the item begins one
 	StateStale       State = "stale"       // ErrStale
-	StateAhead       State = "ahead"       // ErrAhead
+	StateAhead       State = "ahead"       // ErrAhead, or where keepers share the store: somebody wrote it, opening it catches up
 	StateVanished    State = "vanished"    // ErrVanished
 )
 

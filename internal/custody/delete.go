@@ -68,7 +68,8 @@ func (k *Keeper) remove(ctx context.Context, i *item, by string) error {
 	if rec.record == nil {
 		rec.record = k.begin(i, nil, by)
 	}
-	if !rec.Deleted || i.state == StateUnconfirmed { // else somebody put an old envelope on the grave
+	// Else somebody put an old envelope on the grave.
+	if !rec.Deleted || i.state == StateUnconfirmed || i.state == StateAhead {
 		rec.Deleting, rec.Deleted, rec.Highest = max(rec.Generation, generation), false, max(rec.Highest, generation)
 		rec.Updated, rec.UpdatedBy = k.today(), by
 		if _, err := k.saveRecord(ctx, i.cluster, i.name, rec); err != nil {

@@ -20,6 +20,7 @@ type item struct {
 	envelope      *envelope.Envelope // nil where the store holds none
 	claimed       envelope.Context   // by the envelope, proved only by opening it
 	state         State              // "" where there is no such item
+	shared        bool               // Config.Shared
 }
 
 // exists tells whether the store holds an envelope.
@@ -68,7 +69,7 @@ func (i *item) inOrder() bool {
 }
 
 func (k *Keeper) lookOnce(ctx context.Context, cluster, name, wanted string) (*item, error) {
-	i := &item{cluster: cluster, name: name}
+	i := &item{cluster: cluster, name: name, shared: k.shared}
 	var err error
 	if i.rec, err = k.loadRecord(ctx, cluster, name); err != nil {
 		return nil, err
@@ -148,15 +149,33 @@ func (i *item) judge() State {
 		return StateCurrent
 	case rec.foresees(generation):
 		return StateUnconfirmed
-	case generation < rec.Generation || rec.Deleted && generation <= rec.Highest:
+	case generation < rec.Generation || rec.Deleted && generation <= i.grave():
 		return StateStale
 	default:
 		return StateAhead
 	}
 }
 
-// problem returns the error of an item that must not be used, nil for one in order or absent.
+// grave is the last generation that a deletion took with it. Where nobody else writes the store, that is the highest ever
+// given; where others do, they give the same numbers, and what they wrote after it is alive.
+func (i *item) grave() uint64 {
+	if i.shared {
+		return i.rec.Buried
+	}
+	return i.rec.Highest
+}
+
+// problem returns the error of an item that must not be used, nil for one in order or absent. One that another keeper wrote is
+// in order.
 func (i *item) problem() error {
+	if i.state == StateAhead && i.shared {
+		return nil
+	}
+	return i.disorder()
+}
+
+// disorder is problem without regard to other keepers.
+func (i *item) disorder() error {
 	where := fmt.Sprintf("%s in store %q", describe(i.cluster, i.name), i.storeName)
 	switch i.state {
 	case StateStale:
@@ -170,6 +189,10 @@ func (i *item) problem() error {
 		return fmt.Errorf("%s: %w: generation %d is expected at most and %d is there; where this mount was restored from a backup, or another "+
 			"mount writes the store, accept-generation %d lets it open", where, ErrAhead, i.rec.Highest, i.claimed.Generation, i.claimed.Generation)
 	case StateVanished:
+		if i.shared {
+			return fmt.Errorf("%s: %w: generation %d is expected; where another host deleted it, delete it here as well, else put a backup of "+
+				"the store back, or write it anew", where, ErrVanished, i.rec.Generation)
+		}
 		return fmt.Errorf("%s: %w: generation %d is expected; put a backup of the store back, or write it anew, or delete it",
 			where, ErrVanished, i.rec.Generation)
 	default:
@@ -196,6 +219,10 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 	switch i.state {
 	case StateUnrecorded:
 		m.Warnings = append(m.Warnings, notRecorded)
+	case StateAhead:
+		if i.shared {
+			m.Warnings = append(m.Warnings, "Another host has written it since; opening it notes that here.")
+		}
 	case StateUnconfirmed:
 		m.Warnings = append(m.Warnings, "A write of it ended unclear; opening it confirms which generation counts.")
 	}

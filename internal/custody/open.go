@@ -84,6 +84,8 @@ func (k *Keeper) settle(ctx context.Context, i *item, fields []string, by string
 			rec.confirm(i.claimed.Generation)
 			rec.Key, rec.Fields = i.claimed.Key, fields
 		})
+	case StateAhead:
+		return k.catchUp(ctx, i, fields, by)
 	case StateUnrecorded:
 		begun := k.begin(i, fields, by)
 		_, err := k.saveRecord(ctx, i.cluster, i.name, recorded{begun, store.NoRevision})
@@ -95,6 +97,29 @@ func (k *Keeper) settle(ctx context.Context, i *item, fields []string, by string
 	default:
 		return nil
 	}
+}
+
+// catchUp notes in the record a generation that another keeper wrote. It never goes back: somebody may have seen a newer one
+// meanwhile.
+func (k *Keeper) catchUp(ctx context.Context, i *item, fields []string, by string) (warnings []string) {
+	generation := i.claimed.Generation
+	var before uint64
+	err := k.updateRecord(ctx, i.cluster, i.name, func(rec *record) bool {
+		if generation <= rec.Generation || generation <= rec.Buried {
+			return false
+		}
+		before = rec.Generation
+		rec.Highest = max(rec.Highest, generation)
+		rec.confirm(generation)
+		rec.Key, rec.Fields, rec.Updated, rec.UpdatedBy = i.claimed.Key, fields, k.today(), by
+		return true
+	})
+	if err != nil {
+		k.logger.Warn("noting what another host wrote failed", "cluster", i.cluster, "name", i.name, "generation", generation, "error", err)
+		return []string{fmt.Sprintf("It is open, and noting generation %d in the record failed (%v); open it again.", generation, err)}
+	}
+	k.logger.Info("another host has written an item", "cluster", i.cluster, "name", i.name, "before", before, "generation", generation)
+	return nil
 }
 
 // begin is a record that expects what was found.

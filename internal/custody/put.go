@@ -142,8 +142,14 @@ func (i *item) expect(cas *uint64) error {
 			describe(i.cluster, i.name), ErrConflict, i.current(), *cas)
 	}
 	switch i.state {
-	case StateStale, StateAhead:
-		return i.problem()
+	case StateAhead:
+		if i.shared {
+			return fmt.Errorf("writing %s in store %q: %w: somebody else wrote generation %d, which was not opened here yet; open it, then "+
+				"write it again", describe(i.cluster, i.name), i.storeName, ErrAhead, i.claimed.Generation)
+		}
+		return i.disorder()
+	case StateStale:
+		return i.disorder()
 	case StateUnrecorded:
 		if cas == nil {
 			return fmt.Errorf("writing %s in store %q: %w: it is there, at generation %d; open it to begin a record, or give cas=%d to write over it",
@@ -265,7 +271,7 @@ func (k *Keeper) foreseeing(i *item, c change) *record {
 		next.Key, next.Generation, next.Highest = i.claimed.Key, i.claimed.Generation, i.claimed.Generation
 	case rec == nil:
 	case i.state == "": // deleted, or a first write ended unclear
-		next.Highest, next.Pending, next.Requests = rec.Highest, rec.Pending.clone(), rec.Requests
+		next.Highest, next.Buried, next.Pending, next.Requests = rec.Highest, rec.Buried, rec.Pending.clone(), rec.Requests
 	default:
 		*next = *rec
 		next.Pending = rec.Pending.clone()

@@ -39,6 +39,8 @@ type record struct {
 	// is gone: the record is a gravestone.
 	Deleting uint64 `json:"deleting,omitempty"`
 	Deleted  bool   `json:"deleted,omitempty"`
+	// Buried is the last generation that a deletion took with it, 0 for none.
+	Buried uint64 `json:"buried,omitempty"`
 
 	// Requests are the newest writes that carried a request id, the newest first.
 	Requests []request `json:"requests,omitempty"`
@@ -196,6 +198,7 @@ func (r *record) mayBeGone() bool { return r.Deleting > 0 && r.Deleting >= r.Gen
 // item back.
 func (r *record) bury(generation uint64) {
 	r.settle(generation)
+	r.Buried = max(r.Buried, generation)
 	r.Generation, r.Deleting, r.Deleted, r.Fields, r.Requests = 0, 0, true, nil, nil
 }
 
@@ -211,7 +214,7 @@ func (r *record) validate() error {
 		return fmt.Errorf("%w: generation %d above the highest, %d", ErrRecordMalformed, r.Generation, r.Highest)
 	case p != nil && (p.First > p.Last || p.First <= r.Generation || p.Last > r.Highest):
 		return fmt.Errorf("%w: pending %d to %d with generation %d and highest %d", ErrRecordMalformed, p.First, p.Last, r.Generation, r.Highest)
-	case r.Deleting > r.Highest || r.Deleted && (r.Generation != 0 || r.Deleting != 0):
+	case r.Deleting > r.Highest || r.Buried > r.Highest || r.Deleted && (r.Generation != 0 || r.Deleting != 0):
 		return fmt.Errorf("%w: deleted and yet there", ErrRecordMalformed)
 	}
 	return nil

@@ -84,6 +84,15 @@ func (k *Keeper) rewrap(ctx context.Context, ref Ref, key, by string) (i *item, 
 		if err != nil {
 			return nil, rewrapped, err
 		}
+		if i.state == StateAhead {
+			if i, err = k.caughtUp(ctx, i, payload, by); err != nil || i == nil {
+				clear(payload)
+				if err != nil {
+					return nil, rewrapped, err
+				}
+				continue
+			}
+		}
 		// The request that wrote the item is kept with the new envelope, which holds the same: its repeat has happened.
 		_, err = k.replace(ctx, i, payload, change{key: key, by: by, request: i.writer()})
 		clear(payload)
@@ -93,6 +102,22 @@ func (k *Keeper) rewrap(ctx context.Context, ref Ref, key, by string) (i *item, 
 		rewrapped = rewrapped || err == nil // the next look tells what lies there now
 	}
 	return nil, rewrapped, fmt.Errorf("rewrapping %s: %w: it changes all the time; try again", describe(ref.Cluster, ref.Name), ErrConflict)
+}
+
+// caughtUp notes that what another host wrote has been opened here, and returns the item as the record knows it then: nil
+// where it has changed meanwhile.
+func (k *Keeper) caughtUp(ctx context.Context, i *item, payload []byte, by string) (*item, error) {
+	fields, err := decodeFields(payload)
+	if err != nil {
+		return nil, fmt.Errorf("opening %s: %w", describe(i.cluster, i.name), err)
+	}
+	fields.Wipe()
+	k.catchUp(ctx, i, fields.Names(), by)
+	now, err := k.look(ctx, i.cluster, i.name, "")
+	if err != nil || now.state != StateCurrent || now.entry.Revision != i.entry.Revision {
+		return nil, err
+	}
+	return now, nil
 }
 
 // outdated tells whether an envelope is not sealed to exactly the recipients of its key's newest version.
