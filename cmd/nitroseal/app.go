@@ -12,7 +12,10 @@ import (
 
 	"golang.org/x/term"
 
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -38,6 +41,9 @@ type app struct {
 	set           *deviceSet
 	keys          *keyring.Keyring
 	stores        storeSet
+	kept          *custody.Keeper
+	acts          *audit.Log
+	custody       *cluster.Custodian
 	closing       sync.Mutex // guards closers
 	closers       []func() error
 	begun         bool          // a verb began its work

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"cmp"
+	"strings"
+
 	"github.com/spf13/cobra"
 
 	"vault-plugin-secrets-nitrokey/internal/config"
@@ -8,7 +11,7 @@ import (
 
 func newConfigCommand(a *app) *cobra.Command {
 	return group("config", "Look at the configuration",
-		"The configuration says which HSMs there are, how to log in to them, and where envelopes lie.", newConfigCheckCommand(a))
+		"The configuration says which HSMs there are, how to log in to them, where envelopes lie, and which clusters are in custody.", newConfigCheckCommand(a))
 }
 
 func newConfigCheckCommand(a *app) *cobra.Command {
@@ -27,7 +30,8 @@ name are read as well, and not shown. No HSM, store or Vault is touched: "nitros
 			if err := a.checkSecrets(c); err != nil {
 				return err
 			}
-			return a.print(showConfig(c), func(t *table) {
+			view := showConfig(c)
+			return a.print(view, func(t *table) {
 				t.row(c.Path + " is in order")
 				t.field("state_dir", c.StateDir)
 				for _, d := range c.Devices {
@@ -39,6 +43,12 @@ name are read as well, and not shown. No HSM, store or Vault is touched: "nitros
 				if c.Vault != nil {
 					t.row("vault", c.Vault.Address)
 				}
+				for _, known := range view.Clusters {
+					t.row("cluster", known.Name, known.OpensWith+", in store "+known.Store+": "+strings.Join(known.Nodes, ", "))
+				}
+				for _, kind := range view.Audit {
+					t.row("audit", kind)
+				}
 			})
 		},
 	}
@@ -46,11 +56,24 @@ name are read as well, and not shown. No HSM, store or Vault is touched: "nitros
 
 // configView is a configuration as JSON: what it names, not how.
 type configView struct {
-	Path     string      `json:"path"`
-	StateDir string      `json:"state_dir"`
-	Devices  []namedView `json:"devices"`
-	Stores   []namedView `json:"stores"`
-	Vault    string      `json:"vault"` // its address; empty for none
+	Path     string              `json:"path"`
+	StateDir string              `json:"state_dir"`
+	Devices  []namedView         `json:"devices"`
+	Stores   []namedView         `json:"stores"`
+	Vault    string              `json:"vault"` // its address; empty for none
+	Clusters []clusterConfigView `json:"clusters"`
+	Listen   string              `json:"listen"` // of "nitroseal run"
+	Audit    []string            `json:"audit"`  // where acts are written to
+}
+
+// clusterConfigView is a cluster of the configuration.
+type clusterConfigView struct {
+	Name      string   `json:"name"`
+	Nodes     []string `json:"nodes"`
+	Key       string   `json:"key"`    // empty with a spread
+	Spread    string   `json:"spread"` // empty with a key
+	Store     string   `json:"store"`
+	OpensWith string   `json:"-"`
 }
 
 // namedView is a device or store.
@@ -69,6 +92,20 @@ func showConfig(c *config.Config) configView {
 	}
 	if c.Vault != nil {
 		view.Vault = c.Vault.Address
+	}
+	view.Listen, view.Clusters, view.Audit = c.Run.Listen, []clusterConfigView{}, []string{}
+	for i := range c.Clusters {
+		known := clusterConfigView{
+			Name: c.Clusters[i].Name, Nodes: c.Clusters[i].Nodes, Key: c.Clusters[i].Key, Spread: c.Clusters[i].Spread, Store: c.Clusters[i].Store,
+			OpensWith: "key " + c.Clusters[i].Key,
+		}
+		if known.Spread != "" {
+			known.OpensWith = known.Spread
+		}
+		view.Clusters = append(view.Clusters, known)
+	}
+	for _, configured := range auditsOf(c) {
+		view.Audit = append(view.Audit, strings.TrimSpace(configured.Kind+" "+cmp.Or(configured.Path, configured.Address)))
 	}
 	return view
 }

@@ -115,7 +115,7 @@ func (a *app) device(ctx context.Context, name string) (hsm.Device, error) {
 }
 
 // checkSecrets reads the secrets of all devices, of etcd and of Vault, and forgets them. What etcd's client finds wrong with
-// its part of the configuration comes out as well; nothing is connected.
+// its part of the configuration comes out as well, and what custody finds wrong with clusters; nothing is connected.
 func (a *app) checkSecrets(c *config.Config) error {
 	set, err := a.devices()
 	if err != nil {
@@ -141,6 +141,10 @@ func (a *app) checkSecrets(c *config.Config) error {
 			_, err := a.etcdStore(c, configured)
 			complain(err)
 		}
+	}
+	for i := range c.Clusters {
+		_, err := newCluster(c.Clusters[i])
+		complain(err)
 	}
 	token, err := vaultToken(c)
 	clear(token)

@@ -8,7 +8,11 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
@@ -30,9 +34,9 @@ const exitCodesHelp = `Exit codes:
   0    done
   1    failed, and the message says why
   2    wrong usage or configuration
-  3    an HSM or a store is unavailable: trying again may help
-  4    there is no device, key or store of that name
-  5    refused: a PIN, a password, a role, or a locked HSM; a person has to act
+  3    an HSM, a store or a node is unavailable, or busy: trying again may help
+  4    there is no device, key, store, cluster or item of that name, or nothing is kept of the cluster
+  5    refused: a PIN, a password, a role, a locked HSM, or a node that is not what it should be; a person has to act
   130  interrupted`
 
 // usageError is a mistake on the command line.
@@ -52,11 +56,20 @@ var exitCodes = []struct {
 	errors []error
 }{
 	{exitInterrupted, []error{context.Canceled}},
-	{exitUsage, []error{config.ErrInvalid, device.ErrConfig, pkcs11.ErrConfig}},
-	{exitRefused, []error{hsm.ErrLocked, hsm.ErrForbidden, store.ErrDenied}},
-	{exitUnavailable, []error{context.DeadlineExceeded, hsm.ErrUnavailable, store.ErrUnavailable}},
-	{exitNotFound, []error{keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound}},
-	{exitUsage, []error{keyring.ErrInvalid}},
+	{exitUsage, []error{config.ErrInvalid, device.ErrConfig, pkcs11.ErrConfig, audit.ErrUnsafe}},
+	{exitRefused, []error{
+		hsm.ErrLocked, hsm.ErrForbidden, store.ErrDenied,
+		cluster.ErrForeignCluster, cluster.ErrMismatch, cluster.ErrWrongShares, node.ErrIdentity, node.ErrRedirect, node.ErrDenied,
+	}},
+	{exitUnavailable, []error{
+		context.DeadlineExceeded, hsm.ErrUnavailable, store.ErrUnavailable,
+		cluster.ErrHeld, cluster.ErrBusy, cluster.ErrIntentElsewhere, node.ErrUnavailable, node.ErrInProgress,
+	}},
+	{exitNotFound, []error{
+		keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound,
+		cluster.ErrNoMaterial, cluster.ErrNotInitialized, custody.ErrNotFound,
+	}},
+	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, custody.ErrInvalid}},
 }
 
 // errNotFound is for names that the configuration lacks.

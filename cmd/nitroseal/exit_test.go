@@ -9,7 +9,11 @@ import (
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -59,6 +63,23 @@ func TestErrorsHaveExitCodes(t *testing.T) {
 		"no room on the HSM":                             {hsm.ErrFull, 1},
 		"an HSM that cannot do that":                     {hsm.ErrUnsupported, 1},
 		"a change of which nobody knows whether it came": {hsm.ErrMayHaveHappened, 1},
+		"a cluster that is described wrong":              {cluster.ErrInvalid, 2},
+		"an audit log that others may write":             {audit.ErrUnsafe, 2},
+		"an audit log that nothing takes":                {audit.ErrNoSink, 1},
+		"a node that is away":                            {node.ErrUnavailable, 3},
+		"a node that somebody else is at":                {cluster.ErrBusy, 3},
+		"another host that initialises":                  {cluster.ErrIntentElsewhere, 3},
+		"keys that the store did not take yet":           {cluster.ErrHeld, 3},
+		"a cluster without keys in custody":              {cluster.ErrNoMaterial, 4},
+		"a cluster that is not initialised":              {cluster.ErrNotInitialized, 4},
+		"an item that is not there":                      {custody.ErrNotFound, 4},
+		"shares that went to another cluster":            {cluster.ErrForeignCluster, 5},
+		"a node that is not as recorded":                 {cluster.ErrMismatch, 5},
+		"a node that TLS does not know":                  {node.ErrIdentity, 5},
+		"shares that do not fit":                         {cluster.ErrWrongShares, 5},
+		"a cluster whose keys nobody has":                {cluster.ErrEmpty, 1},
+		"an envelope that is older than expected":        {custody.ErrStale, 1},
+		"one node away and another one foreign":          {errors.Join(node.ErrUnavailable, node.ErrIdentity), 5},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := exitCode(test.err); got != test.code {

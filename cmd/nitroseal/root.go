@@ -74,6 +74,7 @@ var nouns = []func(*app) *cobra.Command{
 	newWrapCommand,
 	newUnwrapCommand,
 	newRewrapCommand,
+	newMaterialCommand,
 	newKeyCommand,
 	newDeviceCommand,
 	newNetHSMCommand,
