@@ -43,6 +43,7 @@ type Options struct {
 	// of it, and a server of their own that it is sent to: so none goes to a NetHSM that is not among NetHSMs.
 	Strangers bool
 	Logger    *slog.Logger
+	Observer  Observer // is told of every operation; nil for none
 }
 
 // Registry opens devices for all mounts of a process.
@@ -52,6 +53,7 @@ type Registry struct {
 	netHSMs   []string
 	strangers bool
 	logger    *slog.Logger
+	observer  Observer
 }
 
 // New returns a registry. It does no I/O.
@@ -62,6 +64,7 @@ func New(options Options) *Registry {
 	}
 	return &Registry{
 		openers: options.Openers, secrets: options.Secrets, netHSMs: options.NetHSMs, strangers: options.Strangers, logger: logger,
+		observer: options.Observer,
 	}
 }
 
@@ -99,7 +102,7 @@ func (r *Registry) Open(owner, name string, config Config) (*Handle, error) {
 	}
 	h := &Handle{
 		owner: owner, name: name, config: config, open: opener, secrets: r.secrets,
-		logger:  r.logger.With("device", name),
+		logger:  r.logger.With("device", name), observer: r.observer,
 		opening: make(chan struct{}, 1),
 	}
 	_, _ = rand.Read(h.digestKey[:]) // never fails: crypto/rand
@@ -113,6 +116,7 @@ type Handle struct {
 	open        Opener
 	secrets     SecretFiles
 	logger      *slog.Logger
+	observer    Observer // nil for none
 
 	// opening is held while the device is opened or closed: one opens, the others wait for it or for their ctx.
 	opening chan struct{}
@@ -171,6 +175,7 @@ func (h *Handle) Device(ctx context.Context) (hsm.Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening device %q: %w", h.name, err)
 	}
+	device = observe(h.name, device, h.observer)
 	if !h.keep(device, files, digest) {
 		return nil, errors.Join(fmt.Errorf("device %q: %w", h.name, ErrClosed), device.Close())
 	}

@@ -1,0 +1,131 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// crew is everything that works for one site: a watch for each node, a tender for each cluster, probes of devices and stores.
+type crew struct {
+	site    *Site
+	tenders []*tender
+	watches []*watch
+	devices []*deviceProbe
+
+	stop    context.CancelFunc // of watches and probes
+	acts    context.CancelFunc // of acts
+	running sync.WaitGroup     // all of them
+	looked  chan struct{}      // closed when every node was looked at
+}
+
+// newCrew starts working for a site. What is remembered of nodes is taken over from the crew before, nil for none; what barred
+// them is not. With done, a watch ends when it says so, and there are no probes.
+func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, before *crew, done func(view) bool) *crew {
+	stop, cancelStop := context.WithCancel(context.Background())
+	acts, cancelActs := context.WithCancel(context.Background())
+	c := &crew{site: site, stop: cancelStop, acts: cancelActs, looked: make(chan struct{})}
+	known := map[[2]string]view{}
+	if before != nil {
+		for _, v := range before.views() {
+			known[[2]string{v.cluster, v.address}] = v
+		}
+	}
+	interval := site.Interval
+	if interval == 0 {
+		interval = defaultInterval
+	}
+	for _, configured := range site.Clusters {
+		t := &tender{
+			cluster: configured.Name, custodian: site.Custodian, lanes: shared, stop: stop, acts: acts, running: &c.running,
+		}
+		c.tenders = append(c.tenders, t)
+		for _, address := range configured.Nodes {
+			old := known[[2]string{configured.Name, address}]
+			w := &watch{
+				cluster: configured.Name, address: address, custodian: site.Custodian, tender: t, interval: interval,
+				logger: logger.With("cluster", configured.Name, "node", address), kicks: make(chan func(), 1),
+				view:   view{cluster: configured.Name, address: address, unsealed: old.unsealed, attempts: old.attempts},
+			}
+			t.watches = append(t.watches, w)
+			c.watches = append(c.watches, w)
+		}
+	}
+	var first sync.WaitGroup // of looks
+	for _, w := range c.watches {
+		first.Add(1)
+		w.first = sync.OnceFunc(first.Done)
+		c.running.Go(func() { defer w.first(); w.run(stop, done) })
+	}
+	c.running.Go(func() { first.Wait(); close(c.looked) })
+	if done != nil {
+		return c
+	}
+	for _, d := range site.Devices {
+		p := &deviceProbe{name: d.Name(), device: d, metrics: hooks.metrics, logger: logger}
+		c.devices = append(c.devices, p)
+		c.running.Go(func() { p.run(stop) })
+	}
+	for _, s := range site.Stores {
+		if s.Probe {
+			c.running.Go(func() { probeStore(stop, s.Store) })
+		}
+	}
+	return c
+}
+
+// end stops the crew and waits for the acts that are under way. For a while they may go on as they like; then they are asked
+// to give up, which those in a critical window do not. Waiting, where it is not nil, is called every second.
+func (c *crew) end(waiting func()) {
+	c.stop()
+	defer c.acts()
+	ended := make(chan struct{})
+	go func() { c.running.Wait(); close(ended) }() // the caller waits for it below
+	grace := time.NewTimer(stopGrace)
+	defer grace.Stop()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ended:
+			return
+		case <-grace.C:
+			c.acts()
+		case <-tick.C:
+			if waiting != nil {
+				waiting()
+			}
+		}
+	}
+}
+
+// views tells what is known of every node, in the order of the configuration.
+func (c *crew) views() []view {
+	all := make([]view, len(c.watches))
+	for i, w := range c.watches {
+		all[i] = w.snapshot()
+	}
+	return all
+}
+
+// stuck names a loop that does not turn, "" for none.
+func (c *crew) stuck(now time.Time) string {
+	for _, w := range c.watches {
+		if w.stuck(now) {
+			return fmt.Sprintf("the watch of node %s of cluster %q", w.address, w.cluster)
+		}
+	}
+	for _, t := range c.tenders {
+		if t.stuck(now) {
+			return fmt.Sprintf("an act on cluster %q", t.cluster)
+		}
+	}
+	for _, d := range c.devices {
+		if d.stuck(now) {
+			return fmt.Sprintf("the probe of device %q", d.name)
+		}
+	}
+	return ""
+}

@@ -1,0 +1,172 @@
+package daemon
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// server answers about the daemon. It can move to another address, and takes a renewed certificate, while it serves.
+type server struct {
+	daemon  *daemon
+	handler http.Handler
+
+	mu      sync.Mutex // guards what follows
+	at      Listen
+	open    *http.Server // nil for none
+	serving sync.WaitGroup
+
+	certificate atomic.Pointer[tls.Certificate]
+}
+
+// Bounds of requests: the answers are small, and nobody has a reason to be slow.
+const (
+	requestLimit  = 10 * time.Second
+	maxHeader     = 8 << 10
+	shutdownLimit = 2 * time.Second
+)
+
+func newServer(d *daemon) *server {
+	s := &server{daemon: d}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", s.healthz)
+	mux.HandleFunc("GET /readyz", s.readyz)
+	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics.registry, promhttp.HandlerOpts{
+		MaxRequestsInFlight: 4, Timeout: requestLimit,
+	}))
+	s.handler = mux
+	return s
+}
+
+// check refuses an address that others reach without TLS, unless the configuration says that this is wanted.
+func (l Listen) check() error {
+	if l.Address == "" {
+		return nil
+	}
+	host, _, err := net.SplitHostPort(l.Address)
+	if err != nil {
+		return fmt.Errorf("%w: the listener's address %q is not host and port: %w", ErrConfig, l.Address, err)
+	}
+	if l.Certificate != nil || l.Plain || loopback(host) {
+		return nil
+	}
+	return fmt.Errorf("%w: other machines can reach the listener at %s, and it has no certificate: give it one, listen on 127.0.0.1, "+
+		"or allow plain HTTP", ErrConfig, l.Address)
+}
+
+// loopback tells whether a host is this machine, and nothing else. A name is asked of nobody.
+func loopback(host string) bool {
+	address, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && address.Unmap().IsLoopback()
+}
+
+// listen serves at an address from now on, and no more at the one before. Where that fails nothing changes.
+func (s *server) listen(l Listen) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.open
+	if old != nil && l.Address == s.at.Address && (l.Certificate == nil) == (s.at.Certificate == nil) {
+		s.certificate.Store(l.Certificate)
+		s.at = l
+		return nil
+	}
+	if old != nil && l.Address == s.at.Address { // TLS came or went: the same address cannot be taken twice
+		s.shut(old)
+		s.open, old = nil, nil
+	}
+	if l.Address == "" {
+		s.at, s.open = l, nil
+		s.shut(old)
+		return nil
+	}
+	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
+	if err != nil {
+		return fmt.Errorf("listening on %s: %w", l.Address, err)
+	}
+	address := listener.Addr().String()
+	s.certificate.Store(l.Certificate)
+	if l.Certificate != nil {
+		listener = tls.NewListener(listener, &tls.Config{
+			MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.certificate.Load(), nil },
+		})
+	}
+	open := &http.Server{
+		Handler: s.handler, ReadHeaderTimeout: requestLimit, ReadTimeout: requestLimit, WriteTimeout: 2 * requestLimit,
+		IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
+		ErrorLog: nil,
+	}
+	s.serving.Go(func() {
+		if err := open.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			s.daemon.logger.Error("the listener failed", "address", address, "cause", err)
+		}
+	})
+	s.shut(old)
+	s.at, s.open = l, open
+	if s.daemon.options.Listening != nil {
+		s.daemon.options.Listening(address)
+	}
+	return nil
+}
+
+// shut ends a server that has little to finish.
+func (s *server) shut(open *http.Server) {
+	if open == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
+	defer cancel()
+	if open.Shutdown(ctx) != nil {
+		open.Close() //nolint:gosec,errcheck // it is of no use any more
+	}
+}
+
+func (s *server) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shut(s.open)
+	s.open = nil
+	s.serving.Wait()
+}
+
+// healthz: the process lives and its loops turn. Whoever restarts it for want of that does no harm.
+func (s *server) healthz(w http.ResponseWriter, _ *http.Request) {
+	if err := s.daemon.healthy(); err != nil {
+		respond(w, http.StatusServiceUnavailable, map[string]any{"healthy": false, "reason": err.Error()})
+		return
+	}
+	respond(w, http.StatusOK, map[string]any{"healthy": true})
+}
+
+// readyz: every node was looked at, and an HSM answers where one is needed.
+func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
+	r := s.daemon.readiness()
+	code := http.StatusOK
+	if !r.Ready {
+		code = http.StatusServiceUnavailable
+	}
+	respond(w, code, r)
+}
+
+func respond(w http.ResponseWriter, code int, answer any) {
+	text, err := json.MarshalIndent(answer, "", "  ")
+	if err != nil {
+		http.Error(w, "encoding the answer failed", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	_, _ = w.Write(append(text, '\n')) // whoever went away does not read it
+}
