@@ -162,14 +162,27 @@ func (k *Keyring) Restore(ctx context.Context, name string, request RestoreReque
 	return describe(rec), nil
 }
 
-// parseKeyRecord reads a key record strictly and compares its SHA-256. The hash is taken of what was understood, so
-// white space does not matter and nothing that a reader might overlook gets by.
+// parseKeyRecord reads a key record and compares its SHA-256. The hash is taken of what was understood, so white space does
+// not matter and nothing that a reader might overlook gets by.
 func parseKeyRecord(request RestoreRequest) (keyRecord, error) {
-	var r keyRecord
-	if len(request.Record) > store.MaxValueSize {
-		return r, fmt.Errorf("%w: it has %d bytes, at most %d can be one", ErrRecordMalformed, len(request.Record), store.MaxValueSize)
+	r, err := readKeyRecord(request.Record)
+	if err != nil {
+		return r, err
 	}
-	if err := decodeStrictly(request.Record, &r); err != nil {
+	if actual := r.canonical().SHA256; !strings.EqualFold(actual, request.SHA256) {
+		return r, fmt.Errorf("%w: its SHA-256 is %s and %q was confirmed; compare it with the one that was printed when the key was "+
+			"made, and do not restore it if they differ", ErrRecordMismatch, actual, request.SHA256)
+	}
+	return r, nil
+}
+
+// readKeyRecord reads a key record strictly.
+func readKeyRecord(raw []byte) (keyRecord, error) {
+	var r keyRecord
+	if len(raw) > store.MaxValueSize {
+		return r, fmt.Errorf("%w: it has %d bytes, at most %d can be one", ErrRecordMalformed, len(raw), store.MaxValueSize)
+	}
+	if err := decodeStrictly(raw, &r); err != nil {
 		return r, fmt.Errorf("%w: send the key record as the backup returned it", err)
 	}
 	if r.Type != keyRecordType || r.Format != recordFormat {
@@ -185,10 +198,6 @@ func parseKeyRecord(request RestoreRequest) (keyRecord, error) {
 			return r, fmt.Errorf("%w: version %d has no authentication envelope", ErrRecordMalformed, r.Versions[i].Number)
 		}
 		r.Versions[i].AuthEnvelope = compact.Bytes()
-	}
-	if actual := r.canonical().SHA256; !strings.EqualFold(actual, request.SHA256) {
-		return r, fmt.Errorf("%w: its SHA-256 is %s and %q was confirmed; compare it with the one that was printed when the key was "+
-			"made, and do not restore it if they differ", ErrRecordMismatch, actual, request.SHA256)
 	}
 	return r, nil
 }
