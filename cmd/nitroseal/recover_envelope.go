@@ -28,7 +28,7 @@ func cutEnvelope(text []byte) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("reading the envelope: %w", err)
 		}
-		return raw, nil
+		return bytes.TrimSpace(raw), nil
 	}
 	return text, nil
 }

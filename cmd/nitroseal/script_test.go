@@ -142,6 +142,7 @@ func (s *stage) setup(env *testscript.Env) error {
 		files["secrets/admin.password"] = nethsmtest.AdminPassphrase
 		files["secrets/unlock.passphrase"] = nethsmtest.UnlockPassphrase
 		urls := strings.Join(s.rack.URLs(), `", "`)
+		env.Setenv("RACK_URL", s.rack.URLs()[0])
 		fmt.Fprintf(&config, `
 device "rack" {
   type                = "nethsm"
