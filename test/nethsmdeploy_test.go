@@ -18,6 +18,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -380,7 +381,7 @@ func TestTheComposeFilesSayWhatTheyShould(t *testing.T) {
 	variables := []string{"DEBUG_LOG", "ETCD_CA_CERT", "ETCD_CLIENT_CERT", "ETCD_CLIENT_KEY", "ETCD_HOST", "ETCD_PORT", "MODE"}
 	for _, mode := range []string{"unix", "unikernel"} {
 		t.Run(mode, func(t *testing.T) {
-			composed, text := readCompose(t, mode), readFile(t, deployed, "compose."+mode+".yaml")
+			composed, text := readCompose(t, mode), readFile(t, deployed(), "compose."+mode+".yaml")
 			etcd, nethsm := composed.Services["etcd"], composed.Services["nethsm"]
 
 			if got := slices.Sorted(maps.Keys(nethsm.Environment)); !slices.Equal(got, variables) {
@@ -468,12 +469,12 @@ func TestEveryServiceIsPinnedCheckedAndStartedAgain(t *testing.T) {
 }
 
 // deployed is the folder that the tests are about.
-var deployed = filepath.Join(vaulttest.Root(), "deploy", "nethsm")
+var deployed = sync.OnceValue(func() string { return filepath.Join(vaulttest.Root(), "deploy", "nethsm") })
 
 // readCompose reads a compose file, and refuses what the Compose Specification does not know of a service.
 func readCompose(t *testing.T, name string) compose {
 	t.Helper()
-	content := []byte(readFile(t, deployed, "compose."+name+".yaml"))
+	content := []byte(readFile(t, deployed(), "compose."+name+".yaml"))
 	var composed compose
 	must(t, yaml.Unmarshal(content, &composed))
 	var all struct {
@@ -515,7 +516,7 @@ func runPKI(t *testing.T, arguments ...string) {
 func pki(arguments ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	script := filepath.Join(deployed, "pki.sh")
+	script := filepath.Join(deployed(), "pki.sh")
 	command := exec.CommandContext(ctx, "sh", append([]string{"-c", `umask 022; exec "$0" "$@"`, script}, arguments...)...)
 	out, err := command.CombinedOutput()
 	return string(out), err
