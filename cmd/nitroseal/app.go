@@ -34,6 +34,7 @@ type app struct {
 	format     format
 	timeout    time.Duration
 	log        *slog.Logger // instead of warnings for people; nil but for the daemon
+	steps      bool         // people see the steps of what is done as well
 	critical   criticalWork
 	cancel     context.CancelCauseFunc // ends the command in good order; nil in tests
 

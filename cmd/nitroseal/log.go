@@ -10,7 +10,7 @@ import (
 )
 
 // personLog is a log for people: "nitroseal: warning: the message (device one, …)" on stderr. What the rooms below log at
-// other levels is for servers. Warnings wait a moment for the end of the command: where it fails, those that its error
+// other levels is for servers, but for the steps of a long verb ([app.steps]). Warnings wait a moment for the end of the command: where it fails, those that its error
 // repeats would only be in the way of it, and where it goes on a person wants to know what is waited for.
 type personLog struct {
 	app   *app
@@ -47,7 +47,9 @@ func (w *waitingWarnings) flush(a *app, failure error) {
 }
 
 // Enabled implements [slog.Handler].
-func (l personLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
+func (l personLog) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn || level >= slog.LevelInfo && l.app.steps
+}
 
 // Handle implements [slog.Handler].
 func (l personLog) Handle(_ context.Context, record slog.Record) error {
@@ -68,8 +70,12 @@ func (l personLog) Handle(_ context.Context, record slog.Record) error {
 	if details != nil {
 		line += " (" + strings.Join(details, ", ") + ")"
 	}
-	if record.Level >= slog.LevelError {
+	switch {
+	case record.Level >= slog.LevelError:
 		l.app.say("nitroseal: error: %s", line)
+		return nil
+	case record.Level < slog.LevelWarn:
+		l.app.say("%s", line)
 		return nil
 	}
 	l.waits.mu.Lock()

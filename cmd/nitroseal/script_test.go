@@ -230,7 +230,7 @@ var varying = []struct {
 }{
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ`), "TIME"},
 	{regexp.MustCompile(`(?s)-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----`), "PEM"},
-	{regexp.MustCompile(`"(by|created_by|added_by)": "[^"]*"`), `"$1": "WHO"`},
+	{regexp.MustCompile(`"(by|created_by|added_by|updated_by)": "[^"]*"`), `"$1": "WHO"`},
 	{regexp.MustCompile(`"round_trip_ms": [0-9.e-]+`), `"round_trip_ms": 0`},
 	{regexp.MustCompile(`"mechanisms": \[[^\]]*\]`), `"mechanisms": […]`},
 	{regexp.MustCompile(`"firmware": "[^"]+"`), `"firmware": "…"`},
