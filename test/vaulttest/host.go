@@ -62,14 +62,26 @@ func (h *Host) Put(t testing.TB, name string, content []byte) {
 // NewHost makes a machine without HSM, stores and clusters.
 func NewHost(t testing.TB) *Host {
 	t.Helper()
+	return NewHostOf(t, Build{Command: "nitroseal"})
+}
+
+// NewHostOf is [NewHost] with that build of the command.
+func NewHostOf(t testing.TB, build Build) *Host {
+	t.Helper()
 	h := &Host{
-		Dir: t.TempDir(), program: Build{Command: "nitroseal"}.Binary(t).Path, blocks: map[string]string{},
+		Dir: t.TempDir(), program: build.Binary(t).Path, blocks: map[string]string{},
 		Env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "TMPDIR=" + os.TempDir(), "GORACE=atexit_sleep_ms=20"},
 	}
 	must(t, os.Mkdir(h.File("state"), 0o700))
 	h.listen = FreePorts(t, 1)[0]
-	h.Set(t, "run", "listen = %q\n interval = \"1s\"", h.listen)
+	h.Interval(t, "1s")
 	return h
+}
+
+// Interval is how often its daemon looks at a node that is well: every second unless the test says otherwise.
+func (h *Host) Interval(t testing.TB, interval string) {
+	t.Helper()
+	h.Set(t, "run", "listen = %q\n interval = %q", h.listen, interval)
 }
 
 // WithToken gives it a PKCS#11 token as the device "hsm".
@@ -102,11 +114,17 @@ const EtcdPrefix = "nitroseal/test"
 // WithEtcd gives it an etcd as the store "etcd".
 func (h *Host) WithEtcd(t testing.TB, cluster *etcdtest.Cluster) {
 	t.Helper()
+	h.WithEtcdAt(t, cluster, EtcdPrefix)
+}
+
+// WithEtcdAt is [Host.WithEtcd] with another prefix.
+func (h *Host) WithEtcdAt(t testing.TB, cluster *etcdtest.Cluster, prefix string) {
+	t.Helper()
 	h.Put(t, "etcd-ca.pem", cluster.CACert)
 	h.Put(t, "etcd.pem", cluster.ClientCert)
 	h.Put(t, "etcd.key", cluster.ClientKey)
 	h.Set(t, `store "etcd"`, "type = \"etcd\"\n endpoints = [%s]\n prefix = %q\n ca_cert_file = \"etcd-ca.pem\"\n"+
-		" client_cert_file = \"etcd.pem\"\n client_key_file = \"etcd.key\"\n request_timeout = \"3s\"", quoted(cluster.Endpoints), EtcdPrefix)
+		" client_cert_file = \"etcd.pem\"\n client_key_file = \"etcd.key\"\n request_timeout = \"3s\"", quoted(cluster.Endpoints), prefix)
 }
 
 // WithCluster gives it a cluster "eu" of these nodes, whose keys lie in a store. more is more of its block.
