@@ -34,10 +34,11 @@ func TestTheWayBackWithANetHSMIsOneCurl(t *testing.T) {
 	page := readPage(t, "recovery.md")
 	d := &desk{dir: t.TempDir(), page: page, env: append(os.Environ(), "PATH=/usr/bin:"+os.Getenv("PATH"), // Debian's own Python
 		"NODE="+double.URLs()[0], "ID="+id, "KID="+kid)}
-	write(t, d.dir, "nitroseal-open.py", page["python"])
+	write(t, d.dir, "nitroseal-open.py", page["python open"])
 	write(t, d.dir, "envelope", string(raw))
 	write(t, d.dir, "ca.pem", string(double.CA()))
 	write(t, d.dir, "operator.curl", curlConfig(nethsmtest.OperatorUser, nethsmtest.OperatorPassphrase))
+	d.must(t, "recipients")
 	d.must(t, "rsa-oaep-256-nethsm")
 	d.must(t, "open")
 	if got := read(t, d.dir, "secret"); got != secret {

@@ -78,6 +78,7 @@ var nouns = []func(*app) *cobra.Command{
 	newKeyCommand,
 	newDeviceCommand,
 	newNetHSMCommand,
+	newRecoverCommand,
 	newConfigCommand,
 	newDoctorCommand,
 	newVersionCommand,
