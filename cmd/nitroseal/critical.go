@@ -67,6 +67,11 @@ func (c *criticalWork) tell(caught os.Signal) {
 	if what == "" || caught == syscall.SIGHUP && c.reloads {
 		return
 	}
+	if c.app.log != nil {
+		c.app.log.Warn("a signal has to wait for what cannot be left as it is; to kill the process now loses what is in its memory",
+			"signal", name(caught), "what", what)
+		return
+	}
 	c.app.say("nitroseal: %s came, and this cannot be left as it is: %s. The command ends after that; to kill it now loses what is in its memory",
 		name(caught), what)
 }
