@@ -164,18 +164,15 @@ func (c *call) messages(answer []byte) []string {
 	return messages
 }
 
-// echoes tells whether a message repeats a part of what must not be told.
+// echoes tells whether a message repeats a part of what must not be told, as it is, in base64 or in hex.
 func (c *call) echoes(message []byte) bool {
-	const part = 8
+	const part = 8 // bytes; less is chance
 	for _, secret := range [][]byte{c.secret, c.token} {
-		if len(secret) == 0 {
-			continue
-		}
 		forms := [][]byte{secret, base64.StdEncoding.AppendEncode(nil, secret), hex.AppendEncode(nil, secret)}
 		found := false
 		for _, form := range forms {
-			for at := 0; at == 0 || at+part <= len(form); at++ {
-				found = found || bytes.Contains(message, form[at:min(at+part, len(form))])
+			for at := 0; at+part <= len(form); at++ {
+				found = found || bytes.Contains(message, form[at:at+part])
 			}
 		}
 		clear(forms[1])

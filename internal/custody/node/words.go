@@ -50,10 +50,13 @@ var sentences = []struct {
 	{"no rekey verification in progress", []error{ErrNotInProgress, ErrRefused}, adviceStart},
 	{"no root generation in progress", []error{ErrNotInProgress, ErrRefused}, adviceStart},
 
+	{"invalid rekey seal configuration", []error{ErrRefused}, adviceNumbers},
+	{"invalid recovery configuration", []error{ErrRefused}, adviceNumbers},
+
 	{"raft backend not in use", []error{ErrRefused}, "nodes of this storage need no joining"},
 
 	// What sys/init says before it has done anything. Any other complaint of it may come after it stored keys.
-	{"invalid seal configuration", []error{ErrRefused}, "correct the numbers of shares, or the PGP keys"},
+	{"invalid seal configuration", []error{ErrRefused}, adviceNumbers},
 	{"not applicable to seal type", []error{ErrRefused}, "a seal with a key of its own takes recovery shares, any other takes shares"},
 	{"incorrect number of", []error{ErrRefused}, "give one PGP key for each share"},
 	{"failed to parse json input", []error{ErrRefused}, ""},
@@ -63,6 +66,7 @@ const (
 	adviceShares   = "these are not the shares of this node, or not all of them are; do not repeat it with the same ones"
 	adviceProgress = "look at what is under way; finish it or cancel it before another attempt"
 	adviceStart    = "begin a new attempt"
+	adviceNumbers  = "correct the numbers of shares, or the PGP keys"
 )
 
 // meaning looks the messages up; nil where none is known.

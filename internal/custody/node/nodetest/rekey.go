@@ -186,11 +186,11 @@ func (n *Node) updateRekey(recovery bool, w http.ResponseWriter, r *http.Request
 	}
 	given := k.given
 	k.given = nil
-	switch {
-	case odd(given) && recovery:
-		refuse(w, http.StatusInternalServerError, "failed to compute recovery key: all parts must be the same length")
-	case odd(given):
-		refuse(w, http.StatusInternalServerError, "failed to compute root key: all parts must be the same length")
+	switch why := apart(given); {
+	case why != "" && recovery:
+		refuse(w, http.StatusInternalServerError, "failed to compute recovery key: "+why)
+	case why != "":
+		refuse(w, http.StatusInternalServerError, "failed to compute root key: "+why)
 	case !asked.opens(given) && recovery:
 		refuse(w, http.StatusBadRequest, "recovery key verification failed: recovery key does not match submitted values")
 	case !asked.opens(given):

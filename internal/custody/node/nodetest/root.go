@@ -90,9 +90,9 @@ func (n *Node) updateRoot(w http.ResponseWriter, r *http.Request) {
 	}
 	given := g.given
 	g.given = nil
-	switch {
-	case odd(given):
-		refuse(w, http.StatusBadRequest, "failed to compute root key: all parts must be the same length")
+	switch why := apart(given); {
+	case why != "":
+		refuse(w, http.StatusBadRequest, "failed to compute root key: "+why)
 		return
 	case !asked.opens(given) && n.cluster.recovery != nil:
 		refuse(w, http.StatusBadRequest, "root generation aborted: unable to authenticate: recovery key verification failed: "+

@@ -131,9 +131,9 @@ func (n *Node) collect(share []byte) (status int, problem string) {
 	}
 	given := n.given
 	n.given, n.nonce = nil, ""
-	switch {
-	case odd(given):
-		return http.StatusBadRequest, "invalid key: failed to compute combined key: all parts must be the same length"
+	switch why := apart(given); {
+	case why != "":
+		return http.StatusBadRequest, "invalid key: failed to compute combined key: " + why
 	case n.cluster.unseal.opens(given) && n.joined:
 		n.joined, n.opening, n.looks = false, true, max(n.options.JoinLooks, 1)
 		return 0, ""

@@ -75,9 +75,21 @@ func holds(shares [][]byte, share []byte) bool {
 	return slices.ContainsFunc(shares, func(other []byte) bool { return bytes.Equal(share, other) })
 }
 
-// odd tells whether shares have different lengths, which real secret sharing cannot combine.
-func odd(shares [][]byte) bool {
-	return slices.ContainsFunc(shares, func(share []byte) bool { return len(share) != len(shares[0]) })
+// apart says why shares cannot be combined, as real secret sharing does before it looks at what comes out; "" where they
+// can.
+func apart(shares [][]byte) string {
+	seen := map[byte]bool{}
+	for _, share := range shares {
+		last := share[len(share)-1] // tells the shares of a set apart
+		switch {
+		case len(share) != len(shares[0]):
+			return "all parts must be the same length"
+		case seen[last]:
+			return "duplicate part detected"
+		}
+		seen[last] = true
+	}
+	return ""
 }
 
 // asked is the set that opens rekeys and root tokens.
