@@ -86,6 +86,17 @@ func (f Fields) encode() []byte {
 	return append(payload, '}')
 }
 
+// Encode writes the fields as the payload of an envelope, as an item's are. The caller wipes it.
+func (f Fields) Encode() ([]byte, error) {
+	if err := f.check(); err != nil {
+		return nil, err
+	}
+	return f.encode(), nil
+}
+
+// DecodeFields reads what Encode wrote, and nothing else. The caller wipes the fields. Errors quote nothing of them.
+func DecodeFields(payload []byte) (Fields, error) { return decodeFields(payload) }
+
 // errPayload: the payload is authentic and no encoding of fields.
 var errPayload = errors.New("the envelope holds something else than fields")
 
