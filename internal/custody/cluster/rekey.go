@@ -1,0 +1,497 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
+)
+
+// A rekey gives a cluster new keys, and goes through these steps. Vault keeps the old keys until it has seen that the new
+// ones were kept, so at no point are they the only ones or in one place only. A stands for the old set of shares, B for the
+// new one; the store holds "A", "A, B pending" or "B", each one write of one item.
+//
+//	step                                           a crash after it leaves                    which the next run
+//	1 the attempt is noted on the local disk       a note, A                                  forgets
+//	2 Vault: rekey begun, with verification        a rekey that shows the noted key, A        cancels, and begins again
+//	3 Vault: shares of A given, all but the last   the same                                   cancels, and begins again
+//	4 Vault: the last share of A given             the same; B is made and nobody has it      cancels, and begins again
+//	5 store: A, B pending                          B waits for its verification               verifies, step 6
+//	6 Vault: shares of B given, all but the last   the same, some were given                  restarts the verification, step 6
+//	7 Vault: the last share of B given             Vault takes B; the store has A, B pending  proves that B opens it, step 8
+//	8 store: B                                     B                                          has nothing to do
+//	9 the note is removed                          B                                          has nothing to do
+//
+// The items of a spread are written one after the other in steps 5 and 8. B counts in step 5 once all have it, and in step 8 as
+// soon as one has it alone. Where Vault has lost the rekey of step 5 or 6, because it was restarted, sealed or changed its
+// leader, B is proved not to open it and dropped. A rekey that is neither noted here nor in the store is somebody else's:
+// [ErrBusy], and nothing is touched.
+//
+// Between 4 and 5 the answer is in memory only. That is enough, since A stays valid until 7, so losing it costs a new attempt.
+
+// RekeyOptions say what a rekey makes.
+type RekeyOptions struct {
+	By string
+	// Kind says which keys, "" for those that the cluster has.
+	Kind Kind
+	// Shares and Threshold are those of the new keys, 0 for the numbers of the old ones.
+	Shares, Threshold int
+	// Cancel ends a rekey that is under way, whoever began it, undoes what an own one left, and makes no new keys.
+	Cancel bool
+}
+
+// RekeyResult is what [Custodian.Rekey] has done.
+type RekeyResult struct {
+	Cluster           string
+	Kind              Kind
+	Node              string // that it was done at
+	Shares, Threshold int    // of the keys as they are now
+	Items             []string
+	// People are those who took a share, each with the message that only they can open.
+	People []PersonMessage
+	// Finished is true where an earlier rekey was found that had not ended, and was finished; no other one was made then.
+	Finished bool
+	// Dropped is true where an earlier rekey was found that had not ended, and was undone.
+	Dropped bool
+	// Redealt is true where the configuration names other wrapping keys than the shares were dealt to, and they were dealt
+	// anew.
+	Redealt bool
+	// Cancelled is true where a rekey that was under way in Vault was ended.
+	Cancelled bool
+	// Warnings are sentences that an operator should read, each with what to do.
+	Warnings []string
+}
+
+// Rekey gives a cluster new keys, verifies that they are kept before Vault takes them, and drops the old ones. An earlier
+// rekey that did not end is finished or undone first; where that leaves new keys as they are wanted, none other are made. The
+// new shares are dealt as the configuration says today: to its wrapping key or spread, and to its people.
+func (k *Custodian) Rekey(ctx context.Context, c *Cluster, options RekeyOptions) (result RekeyResult, err error) {
+	if err := c.Check(); err != nil {
+		return RekeyResult{}, err
+	}
+	unlock, err := k.lock(ctx, c)
+	if err != nil {
+		return RekeyResult{}, err
+	}
+	defer unlock()
+	r := &rekey{k: k, c: c, options: options}
+	defer func() { r.m.wipe() }()
+	if err := r.open(ctx); err != nil {
+		return RekeyResult{}, err
+	}
+	end, err := k.act(ctx, "rekey", c, r.n.Address(), options.By, r.detail())
+	if err != nil {
+		return RekeyResult{}, err
+	}
+	defer func() { end(err) }()
+	r.result = RekeyResult{Cluster: c.Name, Kind: r.kind, Node: r.n.Address()}
+	if options.Cancel {
+		return r.cancel(ctx)
+	}
+	if err := r.settle(ctx); err != nil {
+		return RekeyResult{}, err
+	}
+	if r.c == c && r.result.Finished && r.asWanted() {
+		return r.done()
+	}
+	if r.c != c { // dealt first, so that the new keys are never under HSMs that shall not have them
+		m, err := k.redeal(ctx, r.c, c, r.m, options.By)
+		if err != nil {
+			return RekeyResult{}, err
+		}
+		r.m.wipe()
+		r.m, r.c, r.result.Redealt = m, c, true
+	}
+	if err := r.renew(ctx); err != nil {
+		return RekeyResult{}, err
+	}
+	return r.done()
+}
+
+// rekey is one call of Rekey.
+type rekey struct {
+	k       *Custodian
+	c       *Cluster
+	options RekeyOptions
+	kind    Kind
+	m       *material
+	n       *node.Node
+	result  RekeyResult
+	failed  error // why Vault did not take the new keys; nil where it did, or none were made
+}
+
+func (r *rekey) detail() map[string]string {
+	detail := map[string]string{"kind": string(r.kind)}
+	if r.options.Shares > 0 {
+		detail["shares"] = strconv.Itoa(r.options.Shares)
+	}
+	if r.options.Threshold > 0 {
+		detail["threshold"] = strconv.Itoa(r.options.Threshold)
+	}
+	if r.options.Cancel {
+		detail["cancel"] = "true"
+	}
+	return detail
+}
+
+// open opens the shares and finds the node.
+func (r *rekey) open(ctx context.Context) (err error) {
+	if r.kind, err = r.k.kindOf(ctx, r.c, r.options.Kind); err != nil {
+		return err
+	}
+	if r.c, err = r.k.asDealt(ctx, r.c, r.kind); err != nil {
+		return err
+	}
+	if r.m, err = r.k.loadAll(ctx, r.c, r.kind); err != nil {
+		return err
+	}
+	r.n, _, err = r.k.activeNode(ctx, r.c, r.m)
+	return err
+}
+
+// kindOf says which keys of a cluster are meant: those named, or those that are in custody.
+func (k *Custodian) kindOf(ctx context.Context, c *Cluster, named Kind) (Kind, error) {
+	switch named {
+	case KindUnseal, KindRecovery:
+		return named, nil
+	case "":
+	default:
+		return "", fmt.Errorf("cluster %q: %w: the kind of keys %q; it is %q or %q", c.Name, ErrInvalid, named, KindUnseal, KindRecovery)
+	}
+	for _, kind := range []Kind{KindUnseal, KindRecovery} {
+		names, err := k.kindItems(ctx, c, kind)
+		if err != nil {
+			return "", err
+		}
+		for _, key := range c.keys() { // of which there may be no record on this host
+			if name := c.item(kind, key); !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+		for _, name := range names {
+			_, err := k.keeper.Get(ctx, c.Name, name, custody.ReadOptions{Store: c.Store, By: k.host})
+			if err == nil {
+				return kind, nil
+			}
+			if !errors.Is(err, custody.ErrNotFound) {
+				return "", err
+			}
+		}
+	}
+	return "", fmt.Errorf("cluster %q: %w: store %q has none; initialise or import the cluster", c.Name, ErrNoMaterial, c.Store)
+}
+
+// settle finishes or undoes what an earlier rekey left. Afterwards there is one set, the active one, and no rekey of ours is
+// under way.
+func (r *rekey) settle(ctx context.Context) error {
+	if pending := r.m.pending(); pending != nil {
+		st, err := r.n.RekeyStatus(ctx, r.kind.nodeKind())
+		if err != nil {
+			return r.k.refusedAttempt(r.c, r.n, whatRekey, err)
+		}
+		if st.Started && st.VerificationNonce != "" && st.Nonce == pending.VerificationNonce {
+			return r.critical(ctx, func(ctx context.Context) error { return r.finish(ctx, *pending) })
+		}
+	}
+	if err := r.endLeft(ctx); err != nil {
+		return err
+	}
+	return r.decide(ctx)
+}
+
+// endLeft ends a rekey of ours that is under way: one that is noted here, or that the pending set was made by.
+func (r *rekey) endLeft(ctx context.Context) error {
+	nonce := ""
+	if pending := r.m.pending(); pending != nil {
+		nonce = pending.VerificationNonce
+	}
+	return r.k.endLeftRekey(ctx, r.c, r.n, r.kind, nonce)
+}
+
+// decide drops all sets but one, where a rekey left more and is not under way any more. Vault is asked which one it takes.
+func (r *rekey) decide(ctx context.Context) error {
+	active, pending := r.m.active(), r.m.pending()
+	if len(r.m.Sets) == 1 {
+		return nil
+	}
+	if pending == nil { // the items of a spread were being written
+		old := slices.ContainsFunc(r.m.Sets, func(set Set) bool { return set.ID != active.ID && set.State == SetActive })
+		r.result.Finished, r.result.Dropped = old, !old
+		return r.promote(ctx, active.ID)
+	}
+	err := r.prove(ctx, *pending)
+	if err == nil {
+		r.result.Finished = true
+		return r.promote(ctx, pending.ID)
+	}
+	if !errors.Is(err, ErrWrongShares) {
+		return err
+	}
+	if err := r.prove(ctx, *active); err != nil {
+		return fmt.Errorf("cluster %q: a rekey was cut off, and node %s takes neither the shares from before it nor the new ones; both are kept: "+
+			"restore a snapshot of the cluster that fits one of them, or import its shares: %w", r.c.Name, r.n.Address(), err)
+	}
+	r.k.logger.Info("dropping the new shares of a rekey that was cut off: Vault does not take them", "cluster", r.c.Name, "set", pending.ID)
+	r.result.Dropped = true
+	return r.promote(ctx, active.ID)
+}
+
+// prove asks Vault whether it takes a set.
+func (r *rekey) prove(ctx context.Context, set Set) error {
+	shares, err := r.enough(set)
+	if err != nil {
+		return err
+	}
+	return r.k.proveAt(ctx, r.c, r.n, r.kind, shares, r.options.By)
+}
+
+// enough returns as many shares of a set as its threshold asks for.
+func (r *rekey) enough(set Set) ([][]byte, error) {
+	shares := r.m.take(&set, set.Threshold)
+	if len(shares) < set.Threshold {
+		return nil, fmt.Errorf("cluster %q: %w: the HSM holds %d of its shares and %d are needed; people hold the others, so `vault operator rekey` "+
+			"has to be done with them, and the new shares imported", r.c.Name, ErrInvalid, len(shares), set.Threshold)
+	}
+	return shares, nil
+}
+
+// promote makes a set the only one. No HSM is touched.
+func (r *rekey) promote(ctx context.Context, id string) error {
+	r.m.promote(id)
+	if err := r.k.save(ctx, r.c, r.m, r.options.By, newID()); err != nil {
+		return fmt.Errorf("cluster %q: the keys that Vault takes are kept, and store %q did not take that they are the only ones; run it again: %w",
+			r.c.Name, r.c.Store, err)
+	}
+	r.k.forgetAttempt(ctx, r.c, string(r.kind))
+	return nil
+}
+
+// finish has Vault verify a pending set, and makes it the only one. Where Vault does not take it any more it is dropped; that
+// is no error, and told in the result.
+func (r *rekey) finish(ctx context.Context, set Set) error {
+	verifying := r.verify(ctx, set)
+	if verifying == nil {
+		r.result.Finished = true
+		return r.promote(ctx, set.ID)
+	}
+	// The answer was lost, or Vault has lost the rekey. It is asked which keys it takes.
+	if err := r.endLeft(ctx); err != nil {
+		return join(verifying, err)
+	}
+	if err := r.decide(ctx); err != nil {
+		return join(verifying, err)
+	}
+	r.k.logger.Warn("the verification of new keys went wrong, and Vault was asked which ones it takes", "cluster", r.c.Name,
+		"taken", r.result.Finished, "error", verifying)
+	if r.result.Dropped {
+		r.failed = verifying
+	}
+	return nil
+}
+
+// verify gives the shares of a pending set to the verification that waits for them.
+func (r *rekey) verify(ctx context.Context, set Set) error {
+	shares, err := r.enough(set)
+	if err != nil {
+		return err
+	}
+	st, err := r.n.VerifyStatus(ctx, r.kind.nodeKind())
+	if err == nil && st.Progress > 0 { // given by a run that was cut off; the same share twice is refused
+		st, err = r.n.VerifyCancel(ctx, r.kind.nodeKind())
+	}
+	if err != nil {
+		return err
+	}
+	for _, share := range shares {
+		answer, err := r.n.VerifyUpdate(ctx, r.kind.nodeKind(), share, st.Nonce)
+		if err != nil || answer.Complete {
+			return err
+		}
+	}
+	return fmt.Errorf("verifying the new keys at node %s: %w: it took %d shares and wants more", r.n.Address(), ErrMismatch, len(shares))
+}
+
+// renew makes new keys.
+func (r *rekey) renew(ctx context.Context) error {
+	active := *r.m.active()
+	old, err := r.enough(active)
+	if err != nil {
+		return err
+	}
+	shares, threshold := cmp.Or(r.options.Shares, active.Shares), cmp.Or(r.options.Threshold, active.Threshold)
+	people, err := r.newHolders(shares, threshold)
+	if err != nil {
+		return err
+	}
+	if err := r.k.ready(ctx, r.c); err != nil {
+		return err
+	}
+	under, err := r.k.beginRekey(ctx, r.c, r.n, r.kind, whatRekey, r.options.By, shares, threshold, people.keys)
+	if err != nil {
+		return err
+	}
+	// Whoever asks the process to end waits from here on: what is half done would be undone by the next run only.
+	return r.critical(ctx, func(ctx context.Context) error {
+		set, err := r.take(ctx, under, old, Set{
+			ID: newID(), Shares: shares, Threshold: threshold, State: SetPending, Made: r.k.today(), MadeBy: r.options.By,
+			People: people.shares, VerificationNonce: under.nonce,
+		})
+		if err != nil {
+			under.end(ctx)
+			return err
+		}
+		if err := r.finish(ctx, set); err != nil {
+			return err
+		}
+		if r.failed != nil {
+			return fmt.Errorf("cluster %q: Vault did not take the new keys, and those from before are as they were; run it again: %w", r.c.Name, r.failed)
+		}
+		r.result.Finished = false // that is said of an earlier one
+		return nil
+	})
+}
+
+// holders are people who take new shares.
+type holders struct {
+	keys   []string // as Vault wants them
+	shares []PersonShare
+}
+
+// newHolders checks who is to have the new shares.
+func (r *rekey) newHolders(shares, threshold int) (holders, error) {
+	wanted := *r.c
+	if wanted.Shares, wanted.Threshold = shares, threshold; r.kind == KindRecovery {
+		wanted.Shares, wanted.Threshold = r.c.Shares, r.c.Threshold
+		wanted.RecoveryShares, wanted.RecoveryThreshold = shares, threshold
+	}
+	if err := wanted.Check(); err != nil {
+		return holders{}, err
+	}
+	own := shares - len(r.c.People)
+	if own < threshold {
+		return holders{}, fmt.Errorf("cluster %q: %w: of %d new shares people take %d, and the HSM needs the threshold of %d to verify them; make more "+
+			"shares, or fewer people's", r.c.Name, ErrInvalid, shares, len(r.c.People), threshold)
+	}
+	var h holders
+	for i, person := range r.c.People {
+		key, err := ReadPGPKey(person.PGPKey)
+		if err != nil {
+			return holders{}, fmt.Errorf("cluster %q: the key of person %q: %w", r.c.Name, person.Name, err)
+		}
+		given, err := key.forVault(r.k.now())
+		if err != nil {
+			return holders{}, fmt.Errorf("cluster %q: the key of person %q: %w", r.c.Name, person.Name, err)
+		}
+		h.keys = append(h.keys, given)
+		h.shares = append(h.shares, PersonShare{Index: own + i, Name: person.Name, Fingerprint: key.Fingerprint})
+	}
+	return h, nil
+}
+
+// take has Vault make new keys, and stores them as the pending set beside the active one.
+func (r *rekey) take(ctx context.Context, under *rekeying, old [][]byte, set Set) (Set, error) {
+	answer, err := under.give(ctx, old)
+	if err != nil {
+		return Set{}, fmt.Errorf("cluster %q: making new keys: %w", r.c.Name, err)
+	}
+	defer answer.Wipe()
+	if len(answer.Shares) != set.Shares || !answer.VerificationRequired {
+		return Set{}, fmt.Errorf("cluster %q: node %s made %d shares where %d were asked for: %w", r.c.Name, r.n.Address(), len(answer.Shares), set.Shares,
+			node.ErrMalformed)
+	}
+	shares, messages := map[int][]byte{}, map[int][]byte{}
+	for i, message := range answer.Shares {
+		if i >= set.Shares-len(set.People) {
+			messages[i] = slices.Clone(message)
+			continue
+		}
+		if shares[i], err = under.own.openShare(message); err != nil {
+			wipeAll(slices.Collect(maps.Values(shares)))
+			return Set{}, fmt.Errorf("cluster %q: new share %d: %w", r.c.Name, i+1, err)
+		}
+	}
+	r.m.add(set, shares, messages)
+	if err := r.k.save(ctx, r.c, r.m, r.options.By, newID()); err != nil {
+		return Set{}, fmt.Errorf("cluster %q: the new keys could not be stored, so Vault was not told to take them, and those from before are as they were: %w",
+			r.c.Name, err)
+	}
+	return *r.m.set(set.ID), nil
+}
+
+// rekeyTimeout is how long the part of a rekey may take that goes on when its caller has gone.
+const rekeyTimeout = 2 * time.Minute
+
+// critical does what should not be cut off.
+func (r *rekey) critical(ctx context.Context, do func(context.Context) error) error {
+	defer r.k.critical(fmt.Sprintf("the rekey of cluster %q", r.c.Name))()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rekeyTimeout)
+	defer cancel()
+	return do(ctx)
+}
+
+// cancel ends whatever rekey is under way, and undoes or finishes what an own one left.
+func (r *rekey) cancel(ctx context.Context) (RekeyResult, error) {
+	st, err := r.n.RekeyStatus(ctx, r.kind.nodeKind())
+	if err != nil {
+		return RekeyResult{}, r.k.refusedAttempt(r.c, r.n, whatRekey, err)
+	}
+	if st.Started {
+		if err := r.n.RekeyCancel(ctx, r.kind.nodeKind(), st.Nonce); err != nil {
+			return RekeyResult{}, fmt.Errorf("cluster %q: cancelling the rekey: %w", r.c.Name, err)
+		}
+		r.result.Cancelled = true
+	}
+	r.k.forgetAttempt(ctx, r.c, string(r.kind))
+	if err := r.decide(ctx); err != nil {
+		return RekeyResult{}, err
+	}
+	return r.done()
+}
+
+// asWanted tells whether the active set, which an earlier rekey made, is what this one is to make.
+func (r *rekey) asWanted() bool {
+	active := r.m.active()
+	if cmp.Or(r.options.Shares, active.Shares) != active.Shares || cmp.Or(r.options.Threshold, active.Threshold) != active.Threshold {
+		return false
+	}
+	return slices.EqualFunc(active.People, r.c.People, func(has PersonShare, wanted Person) bool {
+		key, err := ReadPGPKey(wanted.PGPKey)
+		return err == nil && key.Fingerprint == has.Fingerprint
+	})
+}
+
+// done describes the keys as they are now.
+func (r *rekey) done() (RekeyResult, error) {
+	active := r.m.active()
+	r.result.Shares, r.result.Threshold = active.Shares, active.Threshold
+	for _, item := range r.m.items {
+		r.result.Items = append(r.result.Items, item.name)
+	}
+	var err error
+	r.result.People, err = r.m.people(active)
+	return r.result, err
+}
+
+// people are those who have shares of a set, each with the message that only they can open.
+func (m *material) people(set *Set) ([]PersonMessage, error) {
+	var people []PersonMessage
+	for _, person := range set.People {
+		message := m.messages[shareName{set.ID, person.Index}]
+		if message == nil {
+			continue
+		}
+		text, err := armorMessage(message)
+		if err != nil {
+			return nil, err
+		}
+		people = append(people, PersonMessage{PersonShare: person, Message: text})
+	}
+	return people, nil
+}
