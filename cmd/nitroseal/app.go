@@ -16,6 +16,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
+	"vault-plugin-secrets-nitrokey/internal/daemon"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -45,7 +46,8 @@ type app struct {
 	kept          *custody.Keeper
 	acts          *audit.Log
 	custody       *cluster.Custodian
-	closing       sync.Mutex // guards closers
+	hooks         *daemon.Hooks // what devices and stores report to; nil but in the daemon
+	closing       sync.Mutex    // guards closers
 	closers       []func() error
 	begun         bool          // a verb began its work
 	limit         time.Duration // that within gave it, 0 for none

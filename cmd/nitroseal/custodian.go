@@ -39,8 +39,21 @@ func (a *app) custodian() (*cluster.Custodian, error) {
 	}
 	a.custody = cluster.New(cluster.Config{
 		Keeper: keeper, Keys: keys, Stores: appStores{a}, Local: local, Audit: log,
-		Logger: a.logger(), UserAgent: "nitroseal/" + version, Critical: a.critical.enter,
+		Logger: a.logger(), UserAgent: "nitroseal/" + version, Critical: a.enterCritical,
 	})
 	a.onClose(a.custody.Close)
 	return a.custody, nil
+}
+
+// enterCritical begins a window in which the process must not end: no signal ends it, and the daemon's own end waits as well.
+func (a *app) enterCritical(what string) (leave func()) {
+	leave = a.critical.enter(what)
+	if a.hooks == nil {
+		return leave
+	}
+	calm := a.hooks.Critical(what)
+	return func() {
+		calm()
+		leave()
+	}
 }

@@ -56,11 +56,15 @@ func (a *app) devices() (*deviceSet, error) {
 	a.onClose(tokens.Close)
 	netHSMs := nethsm.NewManager(a.logger())
 	a.onClose(netHSMs.Close)
-	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(device.Options{
+	options := device.Options{
 		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
 		Secrets: c.SecretFiles(),
 		Logger:  a.logger(),
-	})}
+	}
+	if a.hooks != nil {
+		options.Observer = a.hooks
+	}
+	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(options)}
 	return a.set, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
+	"vault-plugin-secrets-nitrokey/internal/daemon"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
@@ -63,13 +64,14 @@ var exitCodes = []struct {
 	}},
 	{exitUnavailable, []error{
 		context.DeadlineExceeded, hsm.ErrUnavailable, store.ErrUnavailable,
-		cluster.ErrHeld, cluster.ErrBusy, cluster.ErrIntentElsewhere, node.ErrUnavailable, node.ErrInProgress,
+		cluster.ErrHeld, cluster.ErrBusy, cluster.ErrIntentElsewhere, node.ErrUnavailable, node.ErrInProgress, errSilent,
 	}},
 	{exitNotFound, []error{
 		keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound,
 		cluster.ErrNoMaterial, cluster.ErrNotInitialized, custody.ErrNotFound,
 	}},
-	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, custody.ErrInvalid}},
+	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, custody.ErrInvalid, daemon.ErrConfig}},
+	{exitUnavailable, []error{daemon.ErrSealed}}, // and nothing is known to be wrong
 }
 
 // errNotFound is for names that the configuration lacks.

@@ -14,6 +14,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
+	"vault-plugin-secrets-nitrokey/internal/daemon"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -79,6 +80,11 @@ func TestErrorsHaveExitCodes(t *testing.T) {
 		"shares that do not fit":                         {cluster.ErrWrongShares, 5},
 		"a cluster whose keys nobody has":                {cluster.ErrEmpty, 1},
 		"an envelope that is older than expected":        {custody.ErrStale, 1},
+		"a daemon that is configured wrong":              {daemon.ErrConfig, 2},
+		"nodes that are sealed when the time is up":      {daemon.ErrSealed, 3},
+		"a sealed node whose keys are not here":          {errors.Join(daemon.ErrSealed, cluster.ErrNoMaterial), 4},
+		"a sealed node that the shares do not open":      {errors.Join(daemon.ErrSealed, cluster.ErrWrongShares), 5},
+		"nothing but silence":                            {errSilent, 3},
 		"one node away and another one foreign":          {errors.Join(node.ErrUnavailable, node.ErrIdentity), 5},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -74,6 +74,8 @@ var nouns = []func(*app) *cobra.Command{
 	newWrapCommand,
 	newUnwrapCommand,
 	newRewrapCommand,
+	newInitCommand,
+	newStatusCommand,
 	newMaterialCommand,
 	newKeyCommand,
 	newDeviceCommand,

@@ -55,10 +55,14 @@ func (a *app) store(ctx context.Context, name string) (store.Store, error) {
 		return entry.store, nil
 	}
 	opened, err := a.openStore(ctx, name)
-	if err == nil {
-		entry.store = opened
+	if err != nil {
+		return nil, err
 	}
-	return opened, err
+	if a.hooks != nil {
+		opened = a.hooks.Store(name, opened)
+	}
+	entry.store = opened
+	return opened, nil
 }
 
 // appStores is the app as [custody.Stores].
