@@ -10,7 +10,7 @@
 // request needs them, through the process-wide device registry.
 //
 // What must outlive a request belongs to the backend, which waits for it in Clean: the making of an HSM key, which takes
-// a card half a minute, and the open devices and stores.
+// a card half a minute, what is done to a cluster in custody, and the open devices and stores.
 package backend
 
 import (
@@ -24,6 +24,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	vaultstore "vault-plugin-secrets-nitrokey/internal/store/vault"
@@ -44,6 +45,8 @@ const (
 	keysPrefix     = "keys/"     // the keyring's records are "keys/<name>"
 	materialPrefix = "material/" // custody's own records: what it expects the stores to hold
 	ownStorePrefix = "kept/"     // values of stores of type "vault": kept/<store>/<name>
+	clustersPrefix = "clusters/" // how clusters in custody are configured
+	custodyPrefix  = "custody/"  // what the custodian notes and holds on this side: intents, answers that no store has yet
 )
 
 // Options are what the plugin's process gives to each of its mounts.
@@ -81,6 +84,7 @@ type backend struct {
 	stores   storeShelf
 	keys     *keyring.Keyring
 	keeper   *custody.Keeper
+	clusters clusterShelf
 	jobs     jobs
 
 	// closing ends when the mount is cleaned up, and every request and job with it.
@@ -112,6 +116,14 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 	b.keeper = custody.New(custody.Config{
 		Keys: b.keys, Stores: b, Records: records, DefaultStore: b.defaultStore, Logger: b.logger,
 	})
+	b.clusters.watch.slots = make(chan struct{}, watchParallel)
+	b.clusters.custodian = cluster.New(cluster.Config{
+		Keeper: b.keeper, Keys: b.keys, Stores: b, Logger: b.logger,
+		Local: &mountLocal{Store: vaultstore.New(b.storage, custodyPrefix, locks)},
+		Audit: actLog{b.logger},
+		// Whichever node of this Vault is active: its storage is the disk.
+		Host: "the mount " + b.mount, UserAgent: "vault-plugin-secrets-nitrokey/" + Version,
+	})
 
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
@@ -119,10 +131,11 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 		Help:           strings.TrimSpace(backendHelp),
 		Paths:          b.paths(),
 		PathsSpecial: &logical.Paths{
-			SealWrapStorage: []string{devicesPrefix, storesPrefix, keysPrefix, ownStorePrefix},
+			SealWrapStorage: []string{devicesPrefix, storesPrefix, keysPrefix, ownStorePrefix, custodyPrefix},
 			LocalStorage:    []string{framework.WALPrefix},
 		},
 		InitializeFunc:    b.initialize,
+		PeriodicFunc:      b.tick,
 		Invalidate:        b.invalidate,
 		Clean:             b.clean,
 		WALRollback:       b.rollback,
@@ -149,6 +162,8 @@ func (b *backend) paths() []*framework.Path {
 		b.wrapPaths(),
 		b.transitPaths(),
 		b.materialPaths(),
+		b.clusterActionPaths(),
+		b.clusterPaths(),
 		b.randomPaths(),
 		b.healthPaths(),
 		b.benchPaths(),
@@ -163,7 +178,7 @@ func (b *backend) initialize(ctx context.Context, _ *logical.InitializationReque
 	}
 	b.resumeGeneration(ctx)
 	b.resumeRewraps(ctx)
-	return nil
+	return b.tick(ctx, nil) // after a power cut the others wait for their keys as well
 }
 
 // invalidate forgets what was cached of a record that another node changed.
@@ -177,16 +192,40 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.dropStore(strings.TrimPrefix(key, storesPrefix))
 	case strings.HasPrefix(key, keysPrefix):
 		b.keys.Invalidate(strings.TrimPrefix(key, keysPrefix))
+	case strings.HasPrefix(key, clustersPrefix):
+		b.clusters.watch.forget(strings.TrimPrefix(key, clustersPrefix))
 	}
 }
 
+// cleanPatience is how long a mount that is being cleaned up waits for what must not be cut off: a Vault that is being
+// initialised, whose answer is the only copy of its keys. It is held in the mount's storage one write after it came, so
+// this is the time that sys/init takes.
+const cleanPatience = 30 * time.Second
+
 // clean ends what the mount still does and gives everything back. Vault holds a lock of all mounts of the process
-// meanwhile: nothing here waits for an HSM, because everything that does ends with b.closing.
+// meanwhile: nothing here waits for an HSM, because everything that does ends with b.closing. What does not end with it
+// is waited for with patience. After that, the mount's storage is gone for it, and the store that the keys belong to is what it
+// goes on trying for as long as the process lives.
 func (b *backend) clean(context.Context) {
 	b.close()
-	b.jobs.wait()
-	b.dropStores("")
-	b.dropAllDevices()
+	ended := make(chan struct{})
+	go func() { // ends with the last job
+		defer close(ended)
+		b.jobs.wait()
+		if err := b.clusters.custodian.Close(); err != nil {
+			b.logger.Warn("closing the connections to clusters", "error", err)
+		}
+		b.dropStores("")
+		b.dropAllDevices()
+	}()
+	patience := time.NewTimer(cleanPatience)
+	defer patience.Stop()
+	select {
+	case <-ended:
+	case <-patience.C:
+		b.logger.Error("the mount ends while the keys of a new Vault are not stored; read status of the clusters at once when it is back",
+			"clusters", strings.Join(b.clusters.acts.atWork(), ","))
+	}
 }
 
 // walMinAge is the age at which Vault hands us a journal entry for rollback, which tries again what the HSM's absence
@@ -200,5 +239,6 @@ public half only, and opening costs one operation in the HSM.
 
 Begin with "devices/<name>" (an HSM), then "keys/<name>" (a wrapping key on it). "wrap/<key>" and "unwrap/<key>" seal and
 open a value that you keep yourself; "material/<cluster>/<name>" keeps it for you in a store, "stores/<name>";
-"encrypt/<key>" and "decrypt/<key>" serve the seal "transit" of other Vaults.
+"encrypt/<key>" and "decrypt/<key>" serve the seal "transit" of other Vaults; "clusters/<name>" takes other Vaults into
+custody: it initialises them, keeps their keys and unseals their nodes.
 `

@@ -15,6 +15,8 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -67,8 +69,14 @@ func status(err error) int {
 var passing = []error{
 	context.DeadlineExceeded, context.Canceled,
 	hsm.ErrUnavailable, store.ErrUnavailable, device.ErrClosed, keyring.ErrGenerating,
-	hsm.ErrMayHaveHappened, // every write here knows its own repetition
+	hsm.ErrMayHaveHappened, node.ErrMayHaveHappened, // every write here knows its own repetition
+	node.ErrUnavailable, cluster.ErrBusy, cluster.ErrIntentElsewhere,
+	cluster.ErrHeld,      // the repetition stores what is held
+	cluster.ErrTokenLeft, // and revokes what is left
 }
+
+// alarms want a person, whatever else is the matter: shares went to another cluster, or a cluster's keys are lost.
+var alarms = []error{cluster.ErrForeignCluster, cluster.ErrEmpty}
 
 // passes tells whether the same request may succeed a little later.
 func passes(err error) bool {
@@ -84,11 +92,14 @@ var statuses = []struct {
 	code   int
 	errors []error
 }{
+	{http.StatusConflict, alarms},
 	{http.StatusServiceUnavailable, passing},
 	// What lies in a store is damaged: nobody's mistake in this request either, and a backup mends it. The parts of a
 	// record have mistakes of their own, which are none of the request's.
-	{http.StatusServiceUnavailable, []error{keyring.ErrRecordMalformed, custody.ErrRecordMalformed, store.ErrCorrupt}},
-	{http.StatusNotFound, []error{keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound}},
+	{http.StatusServiceUnavailable, []error{keyring.ErrRecordMalformed, custody.ErrRecordMalformed, cluster.ErrFacts, store.ErrCorrupt}},
+	// A node and what is kept of its cluster do not fit, and no repeat mends that. Before what is said of the item.
+	{http.StatusConflict, []error{cluster.ErrMismatch, cluster.ErrWrongShares, cluster.ErrExists, node.ErrWrongShares, node.ErrAlreadyInitialized, node.ErrInProgress}},
+	{http.StatusNotFound, []error{cluster.ErrNoMaterial, keyring.ErrKeyNotFound, custody.ErrNotFound, store.ErrNotFound}},
 	{http.StatusConflict, []error{store.ErrAmbiguous}},
 	{http.StatusInsufficientStorage, []error{hsm.ErrFull, store.ErrFull}},
 	{http.StatusBadRequest, []error{
@@ -102,12 +113,15 @@ var statuses = []struct {
 		keyring.ErrDeletionNotAllowed, keyring.ErrNotOurs, keyring.ErrRequestReused, keyring.ErrRecordMismatch,
 		keyring.ErrTooLarge,
 		custody.ErrInvalid, custody.ErrConflict, custody.ErrStale, custody.ErrAhead, custody.ErrVanished, custody.ErrUnrecorded,
+		cluster.ErrInvalid, cluster.ErrPGPKey, cluster.ErrNotInitialized, node.ErrConfig, node.ErrUninitialized,
 	}},
 	// What follows is nobody's mistake in this request, and no repeat mends it: an HSM lost its key, is locked, does not let
-	// the configured user do what it did before, or something else answers in its place and understands no request. It is not 403, which says that Vault's own policy forbids the request.
+	// the configured user do what it did before, or something else answers in its place and understands no request; a node of a
+	// cluster likewise. It is not 403, which says that Vault's own policy forbids the request.
 	{http.StatusServiceUnavailable, []error{
 		hsm.ErrLocked, hsm.ErrForbidden, device.ErrRequest, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 		store.ErrDenied, keyring.ErrNoDevice,
+		node.ErrIdentity, node.ErrRedirect, node.ErrRefused, node.ErrStandby, node.ErrMalformed, node.ErrNotInProgress,
 	}},
 }
 
@@ -144,10 +158,11 @@ func (b *backend) fail(ctx context.Context, req *logical.Request, err error) (*l
 
 // failures describes the errors that clients meet.
 var failures = map[int]string{
-	http.StatusBadRequest:          "The request is wrong; the error says what to do.",
-	http.StatusNotFound:            "There is nothing of that name, or nothing to list.",
-	http.StatusConflict:            "The store holds two values where one belongs, written by two machines at once; the error names them.",
-	http.StatusServiceUnavailable:  "An HSM or a store did not answer in time, or cannot be used now. Repeating the request is harmless.",
+	http.StatusBadRequest: "The request is wrong; the error says what to do.",
+	http.StatusNotFound:   "There is nothing of that name, or nothing to list.",
+	http.StatusConflict: "What is there contradicts itself, and wants a person: the store holds two values where one belongs, written by two machines at " +
+		"once, or a cluster and what is kept of it do not fit; the error says which, and what to do.",
+	http.StatusServiceUnavailable:  "An HSM, a store or a node did not answer in time, or cannot be used now. Repeating the request is harmless.",
 	http.StatusInsufficientStorage: "The HSM or the store has no room.",
 }
 
@@ -170,16 +185,18 @@ func mayAnswer(pattern string, captured []string, kind logical.Operation) []int 
 	writes := kind == logical.CreateOperation || kind == logical.UpdateOperation
 	material := strings.HasPrefix(pattern, "material/")
 	one := strings.HasSuffix(pattern, framework.GenericNameRegex("name")) // and not an action on it
-	// Devices and stores are made by the same write that changes them, and what is not there is deleted without a word.
-	configures := one && (strings.HasPrefix(pattern, devicesPrefix) || strings.HasPrefix(pattern, storesPrefix))
+	// Devices, stores and clusters are made by the same write that changes them, and what is not there is deleted without a word.
+	clusters := strings.HasPrefix(pattern, clustersPrefix)
+	configures := one && (strings.HasPrefix(pattern, devicesPrefix) || strings.HasPrefix(pattern, storesPrefix) || clusters)
 	named := len(captured) > 0 && kind != logical.DeleteOperation
 	if kind == logical.ListOperation || named && (!writes || !configures) {
 		codes = append(codes, http.StatusNotFound)
 	}
+	acts := clusters && !one && len(captured) > 0
 	usesStore := material && len(captured) > 0 || writes && strings.HasPrefix(pattern, storesPrefix)
-	if usesStore {
+	if usesStore || acts {
 		codes = append(codes, http.StatusConflict)
-		if writes && one {
+		if writes && (one || acts) {
 			codes = append(codes, http.StatusInsufficientStorage)
 		}
 	}

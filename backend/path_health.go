@@ -24,6 +24,10 @@ func (b *backend) healthPaths() []*framework.Path {
 		"version": {Type: framework.TypeString, Description: "The version of the plugin.", Required: true},
 		"devices": {Type: framework.TypeMap, Description: "Each device: usable, error, state, serial, keys, round_trip_ms; a NetHSM also nodes.", Required: true},
 		"stores":  {Type: framework.TypeMap, Description: "Each store: usable, error, type.", Required: true},
+		"clusters": {
+			Type: framework.TypeMap, Required: true,
+			Description: "Each cluster in custody, as the watch found it last: watched, looked, and the nodes that are troubled: sealed, or not served.",
+		},
 	}
 	return []*framework.Path{{
 		Pattern:      "health",
@@ -55,10 +59,14 @@ func (b *backend) health(ctx context.Context, req *logical.Request, _ *framework
 	if err != nil {
 		return nil, fmt.Errorf("listing the stores: %w", err)
 	}
+	clusters, err := b.clustersHealth(ctx)
+	if err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
 	data := map[string]any{
-		"version": Version,
+		"version": Version, "clusters": clusters,
 		"devices": askAll(devices, func(name string) map[string]any { return b.deviceHealth(ctx, name) }),
 		"stores":  askAll(stores, func(name string) map[string]any { return b.storeHealth(ctx, name) }),
 	}
@@ -134,4 +142,26 @@ func (b *backend) storeHealth(ctx context.Context, name string) map[string]any {
 		shown["usable"], shown["error"] = false, err.Error()
 	}
 	return shown
+}
+
+// clustersHealth tells what the watch knows; no node is asked.
+func (b *backend) clustersHealth(ctx context.Context) (map[string]any, error) {
+	names, err := b.storage.List(ctx, clustersPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("listing the clusters: %w", err)
+	}
+	shown := map[string]any{}
+	for _, name := range names {
+		record, err := b.readCluster(ctx, name)
+		if err != nil {
+			shown[name] = map[string]any{"error": err.Error()}
+			continue
+		}
+		if record == nil {
+			continue // it was deleted just now
+		}
+		looked, troubled := b.clusters.watch.troubled(name, record.Nodes)
+		shown[name] = map[string]any{"watched": record.Watch, "looked": stamp(looked), "troubled": present(troubled), "error": ""}
+	}
+	return shown, nil
 }

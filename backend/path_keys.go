@@ -341,9 +341,16 @@ func (b *backend) keyDelete(ctx context.Context, req *logical.Request, data *fra
 	return nil, nil
 }
 
-// keyUser tells the keyring whether stored material is sealed with a wrapping key. What cannot be looked at may be; where
-// that may pass, as a store that is down, it is an error, so that the client tries again.
+// keyUser tells the keyring whether stored material is sealed with a wrapping key, or is to be. What cannot be looked at may
+// be; where that may pass, as a store that is down, it is an error, so that the client tries again.
 func (b *backend) keyUser(ctx context.Context, name string) (string, error) {
+	clusters, err := b.clustersUsing(ctx, func(record *clusterRecord) bool { return slices.Contains(record.keys(), name) })
+	if err != nil {
+		return "", err
+	}
+	if len(clusters) > 0 {
+		return fmt.Sprintf("what unseals %s is, or is to be, sealed with it", summarise(clusters)), nil
+	}
 	survey, err := b.keeper.Survey(ctx, name)
 	if err != nil {
 		return "", err

@@ -392,6 +392,13 @@ func (b *backend) storeDelete(ctx context.Context, _ *logical.Request, data *fra
 	}
 	defer done()
 	if !data.Get("force").(bool) {
+		clusters, err := b.clustersUsing(ctx, func(record *clusterRecord) bool { return record.Store == name })
+		if err != nil {
+			return nil, err
+		}
+		if len(clusters) > 0 {
+			return nil, mistake("store %q is where %s keeps its keys, or is to; delete that first, or forget the store with force=true", name, summarise(clusters))
+		}
 		if err := b.checkEmpty(ctx, name); err != nil {
 			return nil, err
 		}

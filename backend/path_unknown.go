@@ -46,6 +46,7 @@ var shapes = map[string]string{
 	"encrypt":  "encrypt/KEY",
 	"decrypt":  "decrypt/KEY",
 	"material": "material/CLUSTER/NAME, and below it open and accept-generation",
+	"clusters": "clusters/NAME, and below it init, unseal, status, rekey, root and alarm",
 	"random":   "random",
 	"health":   "health",
 }
@@ -69,9 +70,6 @@ func unknownPath(path string) string {
 	if shape, known := shapes[first]; known {
 		return fmt.Sprintf("there is no path %q here; what there is: %s. Names consist of letters, digits, \".\", \"_\" and \"-\", "+
 			"and begin and end with a letter, a digit or \"_\"", path, shape)
-	}
-	if first == "clusters" {
-		return fmt.Sprintf("there is no path %q here: clusters/ is not in this version of the plugin; material/CLUSTER/NAME keeps what you have", path)
 	}
 	return fmt.Sprintf("there is no path %q here; `vault path-help` on the mount lists the paths that there are", path)
 }

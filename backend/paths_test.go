@@ -15,7 +15,7 @@ import (
 )
 
 // existenceChecks are the only paths that may have one: their records lie in the mount's own storage.
-var existenceChecks = []string{"config", "devices/", "stores/", "keys/"}
+var existenceChecks = []string{"config", "devices/", "stores/", "keys/", "clusters/"}
 
 func TestEveryPathIsDocumented(t *testing.T) {
 	m := newMount(t)
@@ -109,6 +109,12 @@ func TestErrorsAreDocumentedWhereTheyOccur(t *testing.T) {
 		{logical.UpdateOperation, "material/c/a", []int{404, 409, 507}},
 		{logical.UpdateOperation, "material/c/a/open", []int{404, 409}},
 		{logical.DeleteOperation, "material/c/a", []int{409}},
+		{logical.ReadOperation, "clusters/a", []int{404}},
+		{logical.UpdateOperation, "clusters/a", nil},
+		{logical.DeleteOperation, "clusters/a", nil},
+		{logical.UpdateOperation, "clusters/a/init", []int{404, 409, 507}},
+		{logical.UpdateOperation, "clusters/a/unseal", []int{404, 409, 507}},
+		{logical.ReadOperation, "clusters/a/status", []int{404, 409}},
 		{logical.UpdateOperation, "random", nil},
 		{logical.ReadOperation, "config", nil},
 	} {
@@ -192,6 +198,8 @@ func TestOpenAPIDocumentIsWholeAndItsOperationIDsAreUnique(t *testing.T) {
 		"/wrap/{name}", "/unwrap/{name}", "/rewrap/{name}", "/encrypt/{name}", "/decrypt/{name}", "/random", "/health",
 		"/material/", "/material/{cluster}/", "/material/{cluster}/{name}", "/material/{cluster}/{name}/open",
 		"/material/{cluster}/{name}/accept-generation",
+		"/clusters/", "/clusters/{name}", "/clusters/{name}/init", "/clusters/{name}/unseal", "/clusters/{name}/status", "/clusters/{name}/rekey",
+		"/clusters/{name}/root", "/clusters/{name}/alarm",
 	} {
 		if document.Paths[want] == nil {
 			t.Errorf("the document lacks %s; it has %v", want, keysOf(document.Paths))
@@ -203,7 +211,7 @@ func TestPathHelpWorksForEveryPath(t *testing.T) {
 	m := newMount(t)
 	for _, path := range []string{
 		"", "config", "devices", "devices/a", "devices/a/keys", "stores", "keys", "keys/a", "keys/a/public.pem", "wrap/a", "material",
-		"material/c", "material/c/n", "material/c/n/open", "health", "nothing/here",
+		"material/c", "material/c/n", "material/c/n/open", "clusters", "clusters/c", "clusters/c/init", "clusters/c/unseal", "clusters/c/root", "health", "nothing/here",
 	} {
 		response, err := m.HandleRequest(context.Background(), &logical.Request{Operation: logical.HelpOperation, Path: path})
 		if err != nil {

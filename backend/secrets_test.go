@@ -124,7 +124,7 @@ func TestDamagedRecordsAreReportedWithoutTheirContent(t *testing.T) {
 func TestSecretsAreSealWrappedAndTheJournalStaysOnThisCluster(t *testing.T) {
 	m := newMount(t)
 	special := m.SpecialPaths()
-	for _, prefix := range []string{"devices/", "stores/", "keys/"} {
+	for _, prefix := range []string{"devices/", "stores/", "keys/", "custody/"} {
 		if !strings.Contains(strings.Join(special.SealWrapStorage, " "), prefix) {
 			t.Errorf("%s is not seal-wrapped", prefix)
 		}

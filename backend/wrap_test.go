@@ -283,7 +283,7 @@ func TestPathsThatDoNotExistAreNamed(t *testing.T) {
 		"devices/card/statsu":  "status, keys, unlock",
 		"keys/-bad-":           "letters, digits",
 		"wrap":                 "wrap/KEY",
-		"clusters/prod":        "not in this version",
+		"clusters/prod/unsaal": "init, unseal, status",
 		"material/a/b/c/d":     "material/CLUSTER/NAME",
 		"transit/encrypt/prod": "path-help",
 	} {
