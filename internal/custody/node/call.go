@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -56,8 +57,8 @@ func (n *Node) do(ctx context.Context, c *call) error {
 		}
 	}()
 
-	var connected atomic.Bool // the handshake is over: something may have been sent
-	traced := httptrace.WithClientTrace(limited, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }})
+	var so progress
+	traced := httptrace.WithClientTrace(limited, so.trace())
 	sent := &body{bytes: c.body}
 	defer sent.wipe()
 	request, err := n.request(traced, c, sent)
@@ -66,7 +67,7 @@ func (n *Node) do(ctx context.Context, c *call) error {
 	}
 	response, err := n.transport.RoundTrip(request)
 	if err != nil {
-		return c.lost(ctx, n, err, connected.Load(), timeout)
+		return c.lost(ctx, n, err, &so, timeout)
 	}
 	defer response.Body.Close()
 	answer, err := readAnswer(response.Body, response.ContentLength)
@@ -85,11 +86,28 @@ func (n *Node) do(ctx context.Context, c *call) error {
 	case errors.Is(err, errTooLarge):
 		return c.malformed(n, response, "the answer is longer than "+strconv.Itoa(MaxAnswer)+" bytes")
 	case err != nil:
-		return c.lost(ctx, n, err, true, timeout)
+		return c.lost(ctx, n, err, &so, timeout)
 	case scanned != nil:
 		return c.malformed(n, response, "the answer is none of Vault's: "+scanned.Error())
 	}
 	return nil
+}
+
+// progress tells how far a request came.
+type progress struct {
+	connected atomic.Bool           // the handshake is over: something may have been sent
+	handshake atomic.Pointer[error] // why it failed
+}
+
+func (so *progress) trace() *httptrace.ClientTrace {
+	return &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { so.connected.Store(true) },
+		TLSHandshakeDone: func(_ tls.ConnectionState, err error) {
+			if err != nil {
+				so.handshake.Store(&err)
+			}
+		},
+	}
 }
 
 // request builds the request. It cannot be sent twice: no GetBody.
@@ -184,8 +202,9 @@ func (c *call) echoes(message []byte) bool {
 	return false
 }
 
-// lost is a request without a complete answer. connected says that something may have been sent.
-func (c *call) lost(ctx context.Context, n *Node, err error, connected bool, timeout time.Duration) error {
+// lost is a request without a complete answer.
+func (c *call) lost(ctx context.Context, n *Node, err error, so *progress, timeout time.Duration) error {
+	connected := so.connected.Load()
 	e := &Error{is: []error{ErrUnavailable}, advice: "check that the node runs and can be reached"}
 	if connected && c.changes {
 		e.is = append(e.is, ErrMayHaveHappened)
@@ -193,7 +212,7 @@ func (c *call) lost(ctx context.Context, n *Node, err error, connected bool, tim
 	}
 	what, advice, isForeign := "", "", false
 	if !connected {
-		what, advice, isForeign = foreign(err)
+		what, advice, isForeign = foreign(err, so.handshake.Load())
 	}
 	switch {
 	case isForeign:

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -9,6 +10,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -139,7 +142,8 @@ type foreignError struct{ text string }
 func (e *foreignError) Error() string { return e.text }
 
 // foreign tells whether a connection failed because what answers is not the node that we know, and says so in words.
-func foreign(err error) (what, advice string, is bool) {
+// handshake is why the TLS handshake failed, if it did: where that was not the network, the node could not prove itself.
+func foreign(err error, handshake *error) (what, advice string, is bool) {
 	if own, is := errors.AsType[*foreignError](err); is {
 		return own.text, "if the node has a new key, pin that as well; if not, somebody stands in between", true
 	}
@@ -153,7 +157,17 @@ func foreign(err error) (what, advice string, is bool) {
 	if alert, is := errors.AsType[tls.AlertError](err); is {
 		return "the TLS handshake failed: " + alert.Error(), "check that the node speaks TLS 1.2 or later and asks for no client certificate", true
 	}
+	if handshake != nil && !isNetwork(*handshake) {
+		return "the TLS handshake failed: " + printable((*handshake).Error()), "check the address and the certificate of the node", true
+	}
 	return "", "", false
+}
+
+// isNetwork tells trouble of the network from what TLS finds out.
+func isNetwork(err error) bool {
+	_, is := errors.AsType[net.Error](err)
+	return is || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 func whyRefused(refused *tls.CertificateVerificationError) (what, advice string) {
