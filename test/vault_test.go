@@ -7,10 +7,17 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-func TestMain(m *testing.M) { os.Exit(vaulttest.Main(m)) }
+func TestMain(m *testing.M) {
+	modhost.RunIfStarted()
+	if order := os.Getenv(workerVariable); order != "" {
+		os.Exit(work(order))
+	}
+	os.Exit(vaulttest.Main(m))
+}
 
 func TestVaultItselfSurvivesARestart(t *testing.T) {
 	vault := vaulttest.Start(t, vaulttest.Options{})

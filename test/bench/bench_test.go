@@ -131,6 +131,7 @@ func measureAll(b *testing.B) {
 	table.add("a new module host serves after", newHost(b, site, parts[len(parts)-1]), "≤ 50 ms more than an unwrap")
 	progress("start of the plugin")
 	table.add("plugin ready after its start", startTime(b), "≤ 300 ms")
+	table.custody(b, site, raw)
 	table.netHSM(b)
 	table.memory(b, "without mlock", site, "≤ 60 MB")
 	table.memory(b, "with mlock, built without cgo", lockedSite(b), "≤ 140 MB")
