@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -56,6 +57,12 @@ type Sink interface {
 	// Reopen makes the sink begin anew where it writes to: a rotated file, a restarted server.
 	Reopen() error
 	Close() error
+}
+
+// counts tells whether a line that the sink took allows an act.
+func counts(sink Sink) bool {
+	uncertain, ok := sink.(interface{ Uncertain() bool })
+	return !ok || !uncertain.Uncertain()
 }
 
 // Line is one line of the log, with what a sink may want to tell about it besides its text.
@@ -120,8 +127,11 @@ func Open(options Options) (*Log, error) {
 	if l.limit == 0 {
 		l.limit = defaultLimit
 	}
+	if !slices.ContainsFunc(options.Sinks, counts) {
+		return nil, fmt.Errorf("opening the audit log: %w: nobody knows whether a syslog server elsewhere took a line; add a file or the journal", ErrNoSink)
+	}
 	for _, sink := range options.Sinks {
-		l.writers = append(l.writers, newWriter(sink, l.logger, l.now))
+		l.writers = append(l.writers, newWriter(sink, l.logger, l.now, l.patience))
 	}
 	return l, nil
 }
@@ -172,7 +182,7 @@ func (l *Log) write(ctx context.Context, r record, must bool) (maybe bool, err e
 		return false, fmt.Errorf("writing the audit log: %w", ErrClosed)
 	}
 	for _, w := range l.writers {
-		switch hangs, err := w.enqueue(r, answers, l.patience); {
+		switch hangs, err := w.enqueue(r, answers); {
 		case err != nil:
 			failed = append(failed, err)
 		case hangs:
@@ -198,7 +208,7 @@ func (l *Log) write(ctx context.Context, r record, must bool) (maybe bool, err e
 			} else {
 				prompt--
 			}
-			taken = taken || a.err == nil
+			taken = taken || a.err == nil && a.counts
 			if a.err != nil {
 				failed = append(failed, a.err)
 			}
@@ -210,10 +220,10 @@ func (l *Log) write(ctx context.Context, r record, must bool) (maybe bool, err e
 			return true, fmt.Errorf("writing the audit log: %w", ctx.Err())
 		}
 	}
-	if taken || len(failed) < len(l.writers) {
+	if taken || !must && len(failed) < len(l.writers) {
 		return true, nil
 	}
-	return false, l.noSink(failed)
+	return len(failed) < len(l.writers), l.noSink(failed)
 }
 
 // noSink says why no sink took a line.

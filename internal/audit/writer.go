@@ -15,9 +15,10 @@ const (
 
 // writer is a sink with the goroutine that writes to it.
 type writer struct {
-	sink   Sink
-	logger *slog.Logger
-	now    func() time.Time
+	sink     Sink
+	logger   *slog.Logger
+	now      func() time.Time
+	patience time.Duration // after which the sink counts as one that hangs
 
 	queue    chan entry
 	ended    chan struct{} // closed when the goroutine has ended
@@ -38,15 +39,16 @@ type entry struct {
 	hung    bool
 }
 
-// answer is what came of an entry; hung is true where the sink already hung when it was given the record.
+// answer is what came of an entry. Hung is true where the sink already hung when it was given the record, counts where taking
+// it allows an act.
 type answer struct {
-	hung bool
-	err  error
+	hung, counts bool
+	err          error
 }
 
-func newWriter(sink Sink, logger *slog.Logger, now func() time.Time) *writer {
+func newWriter(sink Sink, logger *slog.Logger, now func() time.Time, patience time.Duration) *writer {
 	w := &writer{
-		sink: sink, logger: logger, now: now,
+		sink: sink, logger: logger, now: now, patience: patience,
 		queue: make(chan entry, maxWaiting), ended: make(chan struct{}), reopen: true,
 	}
 	go w.run() // ends when the queue is closed; Log.Close waits for it
@@ -54,11 +56,9 @@ func newWriter(sink Sink, logger *slog.Logger, now func() time.Time) *writer {
 }
 
 // enqueue gives a record to the sink, which sends one answer unless enqueue fails. It never waits. Hangs tells that the sink
-// has been at its last lines for longer than patience.
-func (w *writer) enqueue(r record, answers chan<- answer, patience time.Duration) (hangs bool, err error) {
-	w.mu.Lock()
-	hangs = !w.busy.IsZero() && time.Since(w.busy) > patience
-	w.mu.Unlock()
+// has been at its last lines for longer than the patience.
+func (w *writer) enqueue(r record, answers chan<- answer) (hangs bool, err error) {
+	hangs = w.hangs()
 	select {
 	case w.queue <- entry{r, answers, hangs}:
 		return hangs, nil
@@ -88,7 +88,7 @@ func (w *writer) run() {
 		}
 		err := w.write(batch)
 		for _, e := range batch {
-			e.answers <- answer{e.hung, err}
+			e.answers <- answer{e.hung, counts(w.sink), err}
 		}
 	}
 	w.closeErr = w.sink.Close()
@@ -166,11 +166,20 @@ func (w *writer) status() SinkStatus {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	status := SinkStatus{Name: w.sink.Name(), Err: w.err, Missed: w.total}
-	if status.Err == nil && !w.busy.IsZero() && time.Since(w.busy) > defaultPatience {
+	if status.Err == nil && w.hangsLocked() {
 		status.Err = w.hanging()
 	}
 	return status
 }
+
+func (w *writer) hangs() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.hangsLocked()
+}
+
+// hangsLocked is hangs for those who hold mu.
+func (w *writer) hangsLocked() bool { return !w.busy.IsZero() && time.Since(w.busy) > w.patience }
 
 func (w *writer) reopenSoon() {
 	w.mu.Lock()

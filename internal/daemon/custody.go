@@ -1,7 +1,11 @@
 package daemon
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -51,4 +55,100 @@ func retryAfter(err error) time.Duration {
 		return min(refused.RetryAfter, longestPause)
 	}
 	return 0
+}
+
+// verbs are those of *cluster.Custodian that the daemon uses.
+type verbs interface {
+	Look(ctx context.Context, c *cluster.Cluster, address string) (cluster.NodeStatus, error)
+	TendAll(ctx context.Context, c *cluster.Cluster, addresses ...string) []cluster.NodeOutcome
+	Status(ctx context.Context, c *cluster.Cluster) (cluster.Status, error)
+}
+
+// custody is a [Custodian] made of the verbs on clusters.
+type custody struct {
+	verbs    verbs
+	clusters []*cluster.Cluster
+}
+
+// Custody returns the custodian of these clusters. The first argument is a *cluster.Custodian.
+func Custody(custodian verbs, clusters []*cluster.Cluster) Custodian {
+	return &custody{custodian, clusters}
+}
+
+// Watched returns what a [Site] says of these clusters.
+func Watched(clusters []*cluster.Cluster) []Cluster {
+	watched := make([]Cluster, len(clusters))
+	for i, c := range clusters {
+		watched[i] = Cluster{Name: c.Name, Nodes: c.Nodes}
+	}
+	return watched
+}
+
+func (c *custody) cluster(name string) (*cluster.Cluster, error) {
+	at := slices.IndexFunc(c.clusters, func(known *cluster.Cluster) bool { return known.Name == name })
+	if at < 0 {
+		return nil, fmt.Errorf("%w: there is no cluster %q", ErrConfig, name)
+	}
+	return c.clusters[at], nil
+}
+
+// Look implements [Custodian].
+func (c *custody) Look(ctx context.Context, name, address string) (State, error) {
+	known, err := c.cluster(name)
+	if err != nil {
+		return State{}, err
+	}
+	status, err := c.verbs.Look(ctx, known, address)
+	if err == nil {
+		err = status.Err
+	}
+	if err != nil {
+		return State{}, err
+	}
+	return stateOf(status), nil
+}
+
+// Tend implements [Custodian].
+func (c *custody) Tend(ctx context.Context, name string, addresses []string) []Result {
+	known, err := c.cluster(name)
+	if err != nil {
+		return nil
+	}
+	outcomes := c.verbs.TendAll(ctx, known, addresses...)
+	results := make([]Result, len(outcomes))
+	for i, o := range outcomes {
+		results[i] = Result{
+			Address: o.Address, State: stateOf(o.Outcome.Node), Unsealed: o.Outcome.Action == cluster.ActionUnsealed,
+			Note: o.Outcome.Note, Err: o.Err,
+		}
+	}
+	return results
+}
+
+// Generation implements [Custodian].
+func (c *custody) Generation(ctx context.Context, name string) (string, error) {
+	known, err := c.cluster(name)
+	if err != nil {
+		return "", err
+	}
+	status, err := c.verbs.Status(ctx, known)
+	if err != nil {
+		return "", err
+	}
+	var items []string
+	for _, m := range status.Material {
+		if m.Err != nil {
+			return "", m.Err
+		}
+		items = append(items, fmt.Sprintf("%s %d", m.Item, m.Generation))
+	}
+	return strings.Join(items, ", "), nil
+}
+
+func stateOf(s cluster.NodeStatus) State {
+	state := State{Initialized: s.Seal.Initialized, Sealed: s.Seal.Sealed, Version: s.Seal.Version}
+	if s.Alarm != nil {
+		state.Alarm = AlarmForeignCluster
+	}
+	return state
 }

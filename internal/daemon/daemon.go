@@ -50,6 +50,8 @@ type State struct {
 	Initialized, Sealed bool
 	// Version is the one that the node tells, empty where it does not.
 	Version string
+	// Alarm is one that was raised before and still stands.
+	Alarm Alarm
 }
 
 // Result is what came of tending one node.
@@ -58,6 +60,7 @@ type Result struct {
 	// State is the node's after the act, where it is known; Unsealed is true where the act unsealed it.
 	State    State
 	Unsealed bool
+	Note     string // on what the node waits for, "" for nothing
 	Err      error
 }
 

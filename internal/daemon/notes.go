@@ -14,6 +14,7 @@ import (
 type notes struct {
 	condition string // as it was last told
 	complaint string // as it was last told, "" for none since the node was well
+	note      string // what it waits for
 	alarm     Alarm
 	told      time.Time
 }
@@ -37,7 +38,7 @@ func (n *notes) looked(logger *slog.Logger, v view) {
 	default:
 		logger.Info("the node is sealed")
 	}
-	if v.well() {
+	if changed && v.well() {
 		n.complaint, n.alarm = "", AlarmNone
 	}
 }
@@ -55,9 +56,12 @@ func (n *notes) tended(logger *slog.Logger, v view, r Result) {
 		n.alarm, n.complaint, n.told = v.alarm, r.Err.Error(), time.Now()
 		logger.Error("a person is needed: the node is not touched again before the configuration is read anew (SIGHUP), "+
 			"the material changes, or a while has passed", "alarm", string(v.alarm), "wait", barTime, "cause", r.Err)
+	case r.Err == nil && r.Note != "" && r.Note != n.note:
+		logger.Info("the node waits", "for", r.Note)
 	case r.Err != nil:
 		n.complain(logger, "the node could not be tended", v, r.Err, false)
 	}
+	n.note = r.Note
 }
 
 // complain logs an error, once for as long as it reads the same, and not every time where it reads differently each time.

@@ -69,6 +69,9 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 		n := NodeReport{Cluster: v.cluster, Address: v.address, Reachable: v.up, State: v.state, Unsealed: !v.unsealed.IsZero(), Err: v.err}
 		if n.Err == nil && !v.well() {
 			n.Err = fmt.Errorf("the node is %s", v.condition())
+			if v.note != "" {
+				n.Err = fmt.Errorf("the node is %s: %s", v.condition(), v.note)
+			}
 		}
 		if n.Err != nil {
 			errs = append(errs, fmt.Errorf("node %s of cluster %q: %w", n.Address, n.Cluster, n.Err))

@@ -44,9 +44,16 @@ func (d *daemon) readiness() readiness {
 	r := readiness{Reasons: []string{}, Nodes: []nodeReadiness{}, Devices: []deviceReadiness{}, Stores: []storeReadiness{}}
 	r.Critical, _ = d.hooks.windows()
 	c := d.crew.Load()
+	if c == nil {
+		r.Reasons = append(r.Reasons, "the daemon is starting")
+		return r
+	}
 	needed := 0
 	for _, v := range c.views() {
-		n := nodeReadiness{Cluster: v.cluster, Node: v.address, State: v.condition(), Alarm: v.alarm, Unsealed: present(v.unsealed), Looked: present(v.looked)}
+		n := nodeReadiness{
+			Cluster: v.cluster, Node: v.address, State: v.condition(), Alarm: v.alarm, Reason: shorten(v.note),
+			Looked: present(v.looked), Unsealed: present(v.unsealed),
+		}
 		if v.err != nil {
 			n.Reason = shorten(v.err.Error())
 		}

@@ -28,6 +28,7 @@ type daemon struct {
 	server  *server
 
 	crew    atomic.Pointer[crew]
+	refused error // why the newest configuration is not in use, nil where it is; of the loop alone
 	leaving sync.WaitGroup // crews whose site was replaced
 }
 
@@ -108,7 +109,11 @@ func (d *daemon) status() string {
 			well++
 		}
 	}
-	return fmt.Sprintf("%d of %d nodes unsealed", well, len(views))
+	text := fmt.Sprintf("%d of %d nodes unsealed", well, len(views))
+	if d.refused != nil {
+		text += "; the newest configuration was refused: " + strings.ReplaceAll(d.refused.Error(), "\n", "; ")
+	}
+	return text
 }
 
 // build makes a site and checks it.
@@ -140,6 +145,7 @@ func (d *daemon) reload(ctx context.Context) {
 		return // the daemon stops
 	}
 	d.metrics.reload(err)
+	d.refused = err
 	if err != nil {
 		d.logger.Error("the new configuration is refused; the one in use stays", "cause", err)
 		return

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -74,16 +75,12 @@ func loopback(host string) bool {
 func (s *server) listen(l Listen) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old := s.open
-	if old != nil && l.Address == s.at.Address && (l.Certificate == nil) == (s.at.Certificate == nil) {
-		s.certificate.Store(l.Certificate)
+	if l.Address == s.at.Address {
 		s.at = l
+		s.certificate.Store(l.Certificate)
 		return nil
 	}
-	if old != nil && l.Address == s.at.Address { // TLS came or went: the same address cannot be taken twice
-		s.shut(old)
-		s.open, old = nil, nil
-	}
+	old := s.open
 	if l.Address == "" {
 		s.at, s.open = l, nil
 		s.shut(old)
@@ -93,21 +90,14 @@ func (s *server) listen(l Listen) error {
 	if err != nil {
 		return fmt.Errorf("listening on %s: %w", l.Address, err)
 	}
-	address := listener.Addr().String()
 	s.certificate.Store(l.Certificate)
-	if l.Certificate != nil {
-		listener = tls.NewListener(listener, &tls.Config{
-			MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"},
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.certificate.Load(), nil },
-		})
-	}
+	address := listener.Addr().String()
 	open := &http.Server{
 		Handler: s.handler, ReadHeaderTimeout: requestLimit, ReadTimeout: requestLimit, WriteTimeout: 2 * requestLimit,
-		IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
-		ErrorLog: nil,
+		IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(s.daemon.logger.Handler(), slog.LevelDebug),
 	}
 	s.serving.Go(func() {
-		if err := open.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		if err := open.Serve(&armed{listener, &s.certificate}); !errors.Is(err, http.ErrServerClosed) {
 			s.daemon.logger.Error("the listener failed", "address", address, "cause", err)
 		}
 	})
@@ -117,6 +107,29 @@ func (s *server) listen(l Listen) error {
 		s.daemon.options.Listening(address)
 	}
 	return nil
+}
+
+// armed is a listener whose connections are TLS while there is a certificate, so that a reload may bring one, renew it or
+// take it away without giving up the address.
+type armed struct {
+	net.Listener
+
+	certificate *atomic.Pointer[tls.Certificate]
+}
+
+// Accept implements [net.Listener].
+func (a *armed) Accept() (net.Conn, error) {
+	conn, err := a.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	certificate := a.certificate.Load()
+	if certificate == nil {
+		return conn, nil
+	}
+	return tls.Server(conn, &tls.Config{
+		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, Certificates: []tls.Certificate{*certificate},
+	}), nil
 }
 
 // shut ends a server that has little to finish.

@@ -18,6 +18,8 @@ type view struct {
 	barred           time.Time // until when nothing is asked of the custodian
 	generation       string    // of the material when it was barred, "" for not known
 	asked            time.Time // when that was last compared
+	note             string    // what it waits for
+	told             string    // the condition that the log was last told
 }
 
 // The outcomes of an act on a node.
@@ -44,14 +46,18 @@ func (v *view) afterLook(state State, err error, now time.Time) {
 		return
 	}
 	v.state, v.seen = state, true
+	if state.Alarm != AlarmNone {
+		v.alarm = state.Alarm
+	}
 	if v.alarm == AlarmIdentity { // it is the one that we know, again
 		v.alarm, v.barred = AlarmNone, time.Time{}
 	}
 	if v.well() {
 		v.err, v.barred = nil, time.Time{}
-		if v.alarm != AlarmForeignCluster { // shares that were given away are not given back by whoever unsealed it
+		if v.alarm != AlarmForeignCluster { // shares that were given away are not taken back by whoever unsealed it
 			v.alarm = AlarmNone
 		}
+		v.note = ""
 	} else if v.barred.IsZero() {
 		v.err = nil
 	}
@@ -59,8 +65,9 @@ func (v *view) afterLook(state State, err error, now time.Time) {
 
 // afterTend takes in an act.
 func (v *view) afterTend(r Result, generation string, now time.Time) {
-	v.err = r.Err
+	v.err, v.note = r.Err, r.Note
 	switch {
+	case r.Err == nil && !r.Unsealed && v.well(): // nothing was wrong before
 	case r.Err != nil:
 		v.count(outcomeFailed)
 	case r.Unsealed:

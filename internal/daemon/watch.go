@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ type watch struct {
 	tender           *tender
 	interval         time.Duration
 	logger           *slog.Logger
+	notes            notes       // of the loop alone
 	first            func()      // called when the node was looked at, more than once does no harm
 	kicks            chan func() // "look now, and call this when it is known whether the node waits to be tended"
 
@@ -27,11 +29,10 @@ type watch struct {
 func (w *watch) run(ctx context.Context, done func(view) bool) {
 	var pending []func() // kicks to be answered by the round that begins
 	defer func() { w.close(pending) }()
-	var notes notes
 	rounds := 0 // in which the node was not well
 	for {
 		before := w.snapshot()
-		w.round(ctx, pending, &notes)
+		w.round(ctx, pending)
 		pending = nil
 		if ctx.Err() != nil {
 			return
@@ -69,7 +70,7 @@ func (w *watch) run(ctx context.Context, done func(view) bool) {
 
 // round looks at the node once, and has it tended where that is needed. It calls every answered as soon as it is known
 // whether the node waits to be tended.
-func (w *watch) round(ctx context.Context, answers []func(), notes *notes) {
+func (w *watch) round(ctx context.Context, answers []func()) {
 	state, err := w.look(ctx)
 	if ctx.Err() != nil {
 		answer(answers)
@@ -77,22 +78,20 @@ func (w *watch) round(ctx context.Context, answers []func(), notes *notes) {
 	}
 	w.mu.Lock()
 	w.view.afterLook(state, err, time.Now())
+	w.view.told = w.view.condition()
 	v := w.view
 	w.mu.Unlock()
 	w.first()
-	notes.looked(w.logger, v)
-	if err != nil || v.well() || !w.free(ctx, v) {
+	w.notes.looked(w.logger, v)
+	if err != nil || v.well() && !w.tender.unsettled(v.looked) || !w.free(ctx, v) {
 		answer(answers)
 		return
 	}
 	result := w.tender.join(w.address)
 	answer(answers)
+	w.answerKicks() // of who gathers: this node waits already
 	w.expect(0)
-	select {
-	case r := <-result:
-		w.tended(ctx, r, notes)
-	case <-ctx.Done(): // the act goes on, and its tender waits for it
-	}
+	w.tended(ctx, <-result) // also where ctx has ended: an act that began is worth knowing about
 }
 
 // look asks the node how it fares.
@@ -131,7 +130,13 @@ func (w *watch) generation(ctx context.Context) (string, error) {
 }
 
 // tended takes in what came of tending the node.
-func (w *watch) tended(ctx context.Context, r Result, notes *notes) {
+func (w *watch) tended(ctx context.Context, r Result) {
+	if ctx.Err() != nil && errors.Is(r.Err, context.Canceled) {
+		return // the daemon stops
+	}
+	if r.Err == nil && !r.State.Sealed {
+		w.tender.settledNow()
+	}
 	generation := ""
 	if alarmOf(r.Err) != AlarmNone {
 		generation, _ = w.generation(ctx) // "" for not known: then only time and a reload lift the bar
@@ -140,7 +145,7 @@ func (w *watch) tended(ctx context.Context, r Result, notes *notes) {
 	w.view.afterTend(r, generation, time.Now())
 	v := w.view
 	w.mu.Unlock()
-	notes.tended(w.logger, v, r)
+	w.notes.tended(w.logger, v, r)
 }
 
 func (w *watch) snapshot() view {
@@ -177,6 +182,10 @@ func (w *watch) close(pending []func()) {
 	w.end = true
 	w.mu.Unlock()
 	answer(pending)
+	w.answerKicks()
+}
+
+func (w *watch) answerKicks() {
 	for {
 		select {
 		case answered := <-w.kicks:
