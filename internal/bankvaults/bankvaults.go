@@ -41,8 +41,8 @@ const (
 )
 
 var (
-	// ErrNothing: nothing of Bank-Vaults' is there.
-	ErrNothing = errors.New("nothing that Bank-Vaults wrote is there")
+	// ErrNothing: nothing of Bank-Vaults' is there. It answers to hsm.ErrNotFound as well.
+	ErrNothing error = nothing{}
 	// ErrInvalid: what was given is nothing that Bank-Vaults, or kubectl, can have written.
 	ErrInvalid = errors.New("not what Bank-Vaults writes")
 	// ErrDecrypt is every failed decryption: this text and no other, whatever is wrong with whichever value.
@@ -50,6 +50,12 @@ var (
 	// ErrChoice: a choice between copies, or what is to be left out, names nothing that is there.
 	ErrChoice = errors.New("no such copy")
 )
+
+type nothing struct{}
+
+func (nothing) Error() string { return "nothing that Bank-Vaults wrote is there" }
+
+func (nothing) Is(target error) bool { return target == hsm.ErrNotFound }
 
 // Kind is what a value is.
 type Kind string
