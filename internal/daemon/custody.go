@@ -60,7 +60,8 @@ func retryAfter(err error) time.Duration {
 // verbs are those of *cluster.Custodian that the daemon uses.
 type verbs interface {
 	Look(ctx context.Context, c *cluster.Cluster, address string) (cluster.NodeStatus, error)
-	TendAll(ctx context.Context, c *cluster.Cluster, addresses ...string) []cluster.NodeOutcome
+	Tend(ctx context.Context, c *cluster.Cluster, address string) (cluster.Outcome, error)
+	TendAll(ctx context.Context, c *cluster.Cluster) []cluster.NodeOutcome
 	Status(ctx context.Context, c *cluster.Cluster) (cluster.Status, error)
 }
 
@@ -69,6 +70,8 @@ type custody struct {
 	verbs    verbs
 	clusters []*cluster.Cluster
 }
+
+var _ verbs = (*cluster.Custodian)(nil)
 
 // Custody returns the custodian of these clusters. The first argument is a *cluster.Custodian.
 func Custody(custodian verbs, clusters []*cluster.Cluster) Custodian {
@@ -114,7 +117,7 @@ func (c *custody) Tend(ctx context.Context, name string, addresses []string) []R
 	if err != nil {
 		return nil
 	}
-	outcomes := c.verbs.TendAll(ctx, known, addresses...)
+	outcomes := c.tend(ctx, known, addresses)
 	results := make([]Result, len(outcomes))
 	for i, o := range outcomes {
 		results[i] = Result{
@@ -123,6 +126,27 @@ func (c *custody) Tend(ctx context.Context, name string, addresses []string) []R
 		}
 	}
 	return results
+}
+
+// tend tends some nodes of a cluster and leaves the others alone: one that does not answer would only be waited for, and one that
+// took the shares of another cluster gets no more. The shares are opened once.
+func (c *custody) tend(ctx context.Context, known *cluster.Cluster, addresses []string) []cluster.NodeOutcome {
+	one := func(address string) cluster.NodeOutcome {
+		outcome, err := c.verbs.Tend(ctx, known, address)
+		return cluster.NodeOutcome{Address: address, Outcome: outcome, Err: err}
+	}
+	if len(addresses) == 1 {
+		return []cluster.NodeOutcome{one(addresses[0])}
+	}
+	some := *known
+	some.Nodes = addresses
+	outcomes := c.verbs.TendAll(ctx, &some)
+	for i, o := range outcomes {
+		if errors.Is(o.Err, cluster.ErrNotInitialized) && len(addresses) < len(known.Nodes) {
+			outcomes[i] = one(o.Address) // the one that it is to join may be among the others
+		}
+	}
+	return outcomes
 }
 
 // Generation implements [Custodian].

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -74,7 +75,11 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 			}
 		}
 		if n.Err != nil {
-			errs = append(errs, fmt.Errorf("node %s of cluster %q: %w", n.Address, n.Cluster, n.Err))
+			err := n.Err
+			if !strings.Contains(err.Error(), n.Address) { // it may say so itself
+				err = fmt.Errorf("node %s of cluster %q: %w", n.Address, n.Cluster, err)
+			}
+			errs = append(errs, err)
 		}
 		report.Nodes = append(report.Nodes, n)
 	}
