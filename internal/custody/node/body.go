@@ -106,9 +106,9 @@ func (w *writer) end() []byte {
 	return w.bytes
 }
 
-// secret adds a member with the base64 of raw bytes.
-func (w *writer) secret(name string, raw []byte) {
-	w.name(name)
+// share adds the member "key" with a share in base64.
+func (w *writer) share(raw []byte) {
+	w.name("key")
 	w.grow(base64.StdEncoding.EncodedLen(len(raw)) + len(`""`))
 	w.bytes = append(w.bytes, '"')
 	w.bytes = base64.StdEncoding.AppendEncode(w.bytes, raw)

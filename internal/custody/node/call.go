@@ -87,6 +87,8 @@ func (n *Node) do(ctx context.Context, c *call) error {
 		return c.malformed(n, response, "the answer is longer than "+strconv.Itoa(MaxAnswer)+" bytes")
 	case err != nil:
 		return c.lost(ctx, n, err, &so, timeout)
+	case scanned != nil && limited.Err() != nil: // what a server says when it sees us leave
+		return c.lost(ctx, n, limited.Err(), &so, timeout)
 	case scanned != nil:
 		return c.malformed(n, response, "the answer is none of Vault's: "+scanned.Error())
 	}

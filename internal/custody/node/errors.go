@@ -88,7 +88,7 @@ func (e *Error) Error() string {
 // Is implements errors.Is.
 func (e *Error) Is(target error) bool {
 	for _, kind := range e.is {
-		if kind == target { //nolint:errorlint // sentinels of our own, never wrapped
+		if kind == target {
 			return true
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -267,7 +268,7 @@ func (s *scanner) count(out *int) error {
 func (s *scanner) number() []byte {
 	s.blank()
 	start := s.at
-	for s.at < len(s.buffer) && bytes.IndexByte([]byte("+-.eE0123456789"), s.buffer[s.at]) >= 0 {
+	for s.at < len(s.buffer) && strings.IndexByte("+-.eE0123456789", s.buffer[s.at]) >= 0 {
 		s.at++
 	}
 	return s.buffer[start:s.at]

@@ -50,7 +50,7 @@ func TestCountsAreSmallAndNotNegative(t *testing.T) {
 
 func TestTheWriterWritesJSON(t *testing.T) {
 	w := &writer{}
-	w.secret("key", []byte{0xfb, 0xff, 0xfe})
+	w.share([]byte{0xfb, 0xff, 0xfe})
 	w.text("odd", "a\"b\\c\n\x00é\xff")
 	w.texts("list", []string{"a", "b"})
 	w.texts("none", nil)

@@ -147,8 +147,11 @@ func TestAClosedClientSendsNothing(t *testing.T) {
 func TestSecretsDoNotPrint(t *testing.T) {
 	secret := []byte("supersecret")
 	for _, holder := range []any{
-		node.InitAnswer{Shares: [][]byte{secret}, RootToken: secret}, &node.InitAnswer{RecoveryShares: [][]byte{secret}, RootToken: secret},
-		node.RekeyAnswer{Shares: [][]byte{secret}}, node.RootStatus{OTP: secret}, node.RootAnswer{EncodedToken: secret},
+		node.InitAnswer{Shares: [][]byte{secret}, RootToken: secret},
+		&node.InitAnswer{RecoveryShares: [][]byte{secret}, RootToken: secret},
+		node.RekeyAnswer{Shares: [][]byte{secret}},
+		node.RootStatus{OTP: secret},
+		node.RootAnswer{EncodedToken: secret},
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			if text := fmt.Sprintf(verb, holder); strings.Contains(text, "supersecret") || strings.Contains(text, "115") ||

@@ -127,7 +127,7 @@ func (n *Node) rekeyStatus(ctx context.Context, c *call) (RekeyStatus, error) {
 // new ones come back. ErrWrongShares means that the shares given do not open it; progress is then 0 again.
 func (n *Node) RekeyUpdate(ctx context.Context, kind KeyKind, share []byte, nonce string) (RekeyAnswer, error) {
 	w := &writer{}
-	w.secret("key", share)
+	w.share(share)
 	w.text("nonce", nonce)
 	var answer RekeyAnswer
 	var shares shareList

@@ -103,7 +103,7 @@ func (n *Node) rootStatus(ctx context.Context, c *call) (RootStatus, error) {
 // is then 0 again.
 func (n *Node) RootUpdate(ctx context.Context, share []byte, nonce string) (RootAnswer, error) {
 	w := &writer{}
-	w.secret("key", share)
+	w.share(share)
 	w.text("nonce", nonce)
 	var answer RootAnswer
 	err := n.do(ctx, &call{

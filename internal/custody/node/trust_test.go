@@ -142,7 +142,6 @@ func TestNothingLeavesBeforeTheHandshake(t *testing.T) {
 					defer raw.Unlock()
 					raw.bytes = append(raw.bytes, p...)
 				}}
-				//nolint:gosec // TLS 1.2 as well as 1.3
 				server := tls.Server(tapped, &tls.Config{Certificates: []tls.Certificate{*foreign}})
 				n, _ := io.Copy(io.Discard, server)
 				arrived.Add(n)

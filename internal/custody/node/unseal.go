@@ -12,7 +12,7 @@ import (
 // open it, and progress is 0 again. A share given twice counts once. An unsealed node ignores it.
 func (n *Node) Unseal(ctx context.Context, share []byte) (Status, error) {
 	w := &writer{}
-	w.secret("key", share)
+	w.share(share)
 	return n.sealStatus(ctx, &call{
 		op: "giving a share to", method: http.MethodPut, path: "sys/unseal", body: w.end(), secret: share, changes: true,
 	})

@@ -77,7 +77,7 @@ func (n *Node) verifyStatus(ctx context.Context, c *call) (VerifyStatus, error) 
 // not the new ones; the verification then begins anew with another nonce, which VerifyStatus tells.
 func (n *Node) VerifyUpdate(ctx context.Context, kind KeyKind, share []byte, nonce string) (VerifyAnswer, error) {
 	w := &writer{}
-	w.secret("key", share)
+	w.share(share)
 	w.text("nonce", nonce)
 	var answer VerifyAnswer
 	err := n.do(ctx, &call{

@@ -36,7 +36,7 @@ func TestBuffersAreWiped(t *testing.T) {
 					t.Errorf("the request does not hold the share: %s", sent)
 				}
 				_, _ = io.Copy(io.Discard, r.Body)
-				return &http.Response{StatusCode: 200, ContentLength: c.length, Body: io.NopCloser(&spy{from: strings.NewReader(c.answer), seen: &received})}
+				return &http.Response{StatusCode: http.StatusOK, ContentLength: c.length, Body: io.NopCloser(&spy{from: strings.NewReader(c.answer), seen: &received})}
 			})
 			answer, err := n.Init(t.Context(), InitRequest{Shares: 1, Threshold: 1, PGPKeys: []string{"a key"}})
 			if (err != nil) != c.failure || len(answer.Shares) != 1 || !bytes.Equal(answer.Shares[0], secretShare) {

@@ -33,6 +33,7 @@ var golden embed.FS
 // nodes of the kind Raft can reach one another. What went over the wire is compared with the golden files as well, which were
 // made with Vault 1.21.0. update names a folder to write them to; "" for none.
 func Conform(t *testing.T, start func(t *testing.T, kind Kind) Subject, update string) {
+	t.Helper()
 	for _, suite := range []struct {
 		kind Kind
 		run  func(*conformance)

@@ -115,9 +115,10 @@ func TornAt(text string) Fault {
 }
 
 // Hang reads the request and says nothing until the client hangs up.
-func Hang(_ http.ResponseWriter, r *http.Request, _ http.Handler) {
+func Hang(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 	drain(r)
 	<-r.Context().Done()
+	hangUp(w)
 }
 
 // Slow answers after a while, or when the client has hung up; the request is carried out in both cases.

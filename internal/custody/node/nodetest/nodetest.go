@@ -143,7 +143,10 @@ func (n *Node) Count(method, path string) int {
 }
 
 // RenewCertificate gives the node a new certificate with a new key. Connections that exist go on.
-func (n *Node) RenewCertificate(t testing.TB) { n.SetCertificate(n.options.Authority.Issue(t)) }
+func (n *Node) RenewCertificate(t testing.TB) {
+	t.Helper()
+	n.SetCertificate(n.options.Authority.Issue(t))
+}
 
 // SetCertificate gives the node any certificate.
 func (n *Node) SetCertificate(certificate *tls.Certificate) {
