@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"bytes"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,7 +22,7 @@ const fieldFacts = "facts"
 // Facts are what is known of a cluster, and lie in the envelope beside its shares. Whoever can write the store cannot change
 // them. They hold no secret. As JSON, in this order, without unknown members:
 //
-//	{"format":1,"cluster":"prod","kind":"unseal","seal":"shamir","recovery_seal":false,"storage":"raft",
+//	{"format":1,"cluster":"prod","kind":"unseal","origin":"…","seal":"shamir","recovery_seal":false,"storage":"raft",
 //	 "cluster_name":"vault-cluster-1","cluster_id":"…","spread":"2 of office, bunker, bank",
 //	 "made":"2026-03-01T03:00:00Z","made_by":"alice","host":"vault-1",
 //	 "sets":[{"id":"…","shares":5,"threshold":3,"state":"active","made":"…","indices":[0,3],
@@ -32,6 +31,8 @@ type Facts struct {
 	Format  int    `json:"format"`
 	Cluster string `json:"cluster"`
 	Kind    Kind   `json:"kind"`
+	// Origin is the id of the initialisation or import that began the material. It stays for its life.
+	Origin string `json:"origin"`
 	// SealType, RecoverySeal and StorageType are what a node says of itself, sealed or not.
 	SealType     string `json:"seal"`
 	RecoverySeal bool   `json:"recovery_seal"`
@@ -117,6 +118,8 @@ func (f *Facts) check() error {
 		return fmt.Errorf("%w: they name no cluster", ErrFacts)
 	case f.Kind != KindUnseal && f.Kind != KindRecovery:
 		return fmt.Errorf("%w: the kind %q", ErrFacts, f.Kind)
+	case !validID(f.Origin):
+		return fmt.Errorf("%w: they name no origin", ErrFacts)
 	case f.SealType == "":
 		return fmt.Errorf("%w: they name no type of seal", ErrFacts)
 	case len(f.Sets) == 0 || len(f.Sets) > 2:
@@ -139,7 +142,7 @@ func (f *Facts) check() error {
 }
 
 func (s *Set) check() error {
-	if id, err := hex.DecodeString(s.ID); err != nil || len(id) != idSize || hex.EncodeToString(id) != s.ID {
+	if !validID(s.ID) {
 		return fmt.Errorf("%w: the id of a set", ErrFacts)
 	}
 	switch {
@@ -165,26 +168,43 @@ func (s *Set) check() error {
 	return nil
 }
 
-// fits returns the sets that a node may take, the active one first: those with the numbers that the node shows. Where there is
-// none it says in a sentence what the node has that is not as recorded.
-func (m *material) fits(st node.Status) (sets []*Set, difference string) {
+// differs says in a sentence what a node has that is not as recorded, "" where it is the recorded one. fitting are the sets with
+// the numbers that the node shows, the active one first.
+func (f *Facts) differs(st node.Status) (fitting []Set, sentence string) {
 	switch {
-	case st.Type != m.SealType:
-		return nil, fmt.Sprintf("its seal is of type %q, recorded is %q", st.Type, m.SealType)
-	case st.RecoverySeal != m.RecoverySeal:
-		return nil, fmt.Sprintf("recovery_seal is %t, recorded is %t", st.RecoverySeal, m.RecoverySeal)
-	case m.StorageType != "" && st.StorageType != m.StorageType:
-		return nil, fmt.Sprintf("its storage is %q, recorded is %q", st.StorageType, m.StorageType)
-	case m.ClusterID != "" && st.ClusterID != "" && st.ClusterID != m.ClusterID:
-		return nil, fmt.Sprintf("its cluster id is %s, recorded is %s", st.ClusterID, m.ClusterID)
+	case st.Type != f.SealType:
+		return nil, fmt.Sprintf("its seal is of type %q, recorded is %q", st.Type, f.SealType)
+	case st.RecoverySeal != f.RecoverySeal:
+		return nil, fmt.Sprintf("recovery_seal is %t, recorded is %t", st.RecoverySeal, f.RecoverySeal)
+	case f.StorageType != "" && st.StorageType != f.StorageType:
+		return nil, fmt.Sprintf("its storage is %q, recorded is %q", st.StorageType, f.StorageType)
+	case f.ClusterID != "" && st.ClusterID != "" && st.ClusterID != f.ClusterID:
+		return nil, fmt.Sprintf("its cluster id is %s, recorded is %s", st.ClusterID, f.ClusterID)
 	}
-	for _, set := range []*Set{m.active(), m.pending()} {
-		if set != nil && set.Shares == st.N && set.Threshold == st.T {
-			sets = append(sets, set)
+	for _, state := range []SetState{SetActive, SetPending} {
+		for _, set := range f.Sets {
+			if set.State == state && set.Shares == st.N && set.Threshold == st.T {
+				fitting = append(fitting, set)
+			}
 		}
 	}
-	if active := m.active(); len(sets) == 0 {
-		return nil, fmt.Sprintf("it has %d key shares with a threshold of %d, recorded are %d and %d", st.N, st.T, active.Shares, active.Threshold)
+	if len(fitting) == 0 {
+		return nil, fmt.Sprintf("it has %d key shares with a threshold of %d, recorded are %d and %d", st.N, st.T, f.Sets[0].Shares, f.Sets[0].Threshold)
 	}
-	return sets, ""
+	return fitting, ""
+}
+
+// fits returns the sets that a node may take, the active one first, or says in a sentence why it takes none. Of a spread, a set
+// that not all opened items hold is none of them.
+func (m *material) fits(st node.Status) (sets []*Set, difference string) {
+	fitting, difference := m.differs(st)
+	for _, set := range fitting {
+		if m.everywhere(set.ID) {
+			sets = append(sets, m.set(set.ID))
+		}
+	}
+	if difference == "" && len(sets) == 0 {
+		return nil, "its numbers of shares are those of a rekey that did not end, and not all items hold the new shares"
+	}
+	return sets, difference
 }

@@ -304,17 +304,15 @@ func (k *Custodian) create(
 	if err != nil {
 		return join(odd, err)
 	}
-	if err := k.keep(ctx, c, items, made.by, requestOf(claimed.ID)); err != nil {
+	if err := k.keep(ctx, c, items, made.by, claimed.ID); err != nil {
 		return join(odd, err)
 	}
 	for i := range made.material.items {
 		made.material.items[i].generation = items[i].generation
 	}
 	// All is stored. What cannot be cleared away now is recognised by the next run.
-	for _, item := range items {
-		if err := k.dropHeld(ctx, c, item.name); err != nil {
-			result.Warnings = append(result.Warnings, err.Error())
-		}
+	if err := k.dropHeld(ctx, c, claimed.ID); err != nil {
+		result.Warnings = append(result.Warnings, err.Error())
 	}
 	if err := k.settleIntent(ctx, c); err != nil {
 		result.Warnings = append(result.Warnings, err.Error())
@@ -495,11 +493,11 @@ func (k *Custodian) settle(ctx context.Context, c *Cluster, kind Kind, st node.S
 // diagnose says what became of the keys of a cluster that is initialised while the store has none. The local lock is held, so
 // no other process of this host is at work.
 func (k *Custodian) diagnose(ctx context.Context, c *Cluster) error {
-	held, err := k.heldItems(ctx, c)
+	names, err := k.heldNow(ctx, c)
 	if err != nil {
 		return err
 	}
-	if len(held) > 0 {
+	if len(names) > 0 {
 		return fmt.Errorf("cluster %q: %w, sealed, until store %q takes them", c.Name, ErrHeld, c.Store)
 	}
 	if kinds, err := k.kinds(ctx, c); err != nil || len(kinds) > 0 {

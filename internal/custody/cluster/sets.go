@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
 )
 
 // idSize is the length of ids of sets and intents, in bytes.
@@ -63,11 +64,14 @@ func (m *material) wipe() {
 	}
 }
 
-// newMaterial begins the material of a cluster that has none. Its items are those of the configuration.
-func (k *Custodian) newMaterial(c *Cluster, kind Kind, by string) *material {
+// newMaterial begins the material of a cluster that has none. Its items are those of the configuration. origin is the id of
+// what begins it, st a node of the cluster.
+func (k *Custodian) newMaterial(c *Cluster, kind Kind, origin string, st node.Status, by string) *material {
 	m := &material{
 		Facts: Facts{
-			Format: factsFormat, Cluster: c.Name, Kind: kind, Made: k.today(), MadeBy: by, Host: k.host,
+			Format: factsFormat, Cluster: c.Name, Kind: kind, Origin: origin, Made: k.today(), MadeBy: by, Host: k.host,
+			SealType: st.Type, RecoverySeal: st.RecoverySeal, StorageType: st.StorageType,
+			ClusterName: st.ClusterName, ClusterID: st.ClusterID,
 		},
 		whole:    true,
 		shares:   map[shareName][]byte{},
@@ -265,6 +269,8 @@ func merge(parts []*material) (*material, error) {
 	for _, part := range parts {
 		name := part.items[0].name
 		switch {
+		case part.Origin != m.Origin:
+			return nil, fmt.Errorf("%w: the items %q and %q were begun by different initialisations", ErrFacts, first, name)
 		case part.SealType != m.SealType || part.RecoverySeal != m.RecoverySeal || part.StorageType != m.StorageType:
 			return nil, fmt.Errorf("%w: the items %q and %q are of different clusters", ErrFacts, first, name)
 		case part.Spread != m.Spread:

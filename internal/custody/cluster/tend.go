@@ -114,8 +114,8 @@ func indices[T any](all []T) []int {
 
 // tendHeld stores what the local disk holds. Where another process of the host is at it, that is left to it.
 func (k *Custodian) tendHeld(ctx context.Context, c *Cluster) ([]string, error) {
-	items, err := k.heldItems(ctx, c)
-	if err != nil || len(items) == 0 {
+	names, err := k.heldNow(ctx, c)
+	if err != nil || len(names) == 0 {
 		return nil, err
 	}
 	unlock, err := k.tryLock(ctx, c)

@@ -1,0 +1,305 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
+)
+
+// sealShamir is the type of a seal that wants shares. Any other one unseals by itself.
+const sealShamir = "shamir"
+
+// opening opens the unseal keys of a cluster when the first node needs them, once for all nodes of a call. Whoever made it
+// wipes it.
+type opening struct {
+	load func(ctx context.Context) (*material, error)
+
+	mu       sync.Mutex
+	done     bool
+	material *material
+	err      error
+	id, name string // of the cluster, as its nodes have shown them
+}
+
+// opening returns one that opens nothing yet.
+func (k *Custodian) opening(c *Cluster) *opening {
+	return &opening{load: func(ctx context.Context) (*material, error) { return k.load(ctx, c, KindUnseal) }}
+}
+
+// opened is an opening of what is open already.
+func opened(m *material) *opening {
+	return &opening{done: true, material: m, id: m.ClusterID, name: m.ClusterName}
+}
+
+// get opens the material at the first call.
+func (o *opening) get(ctx context.Context) (*material, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.done {
+		o.done = true
+		if o.material, o.err = o.load(ctx); o.err == nil {
+			o.id, o.name = o.material.ClusterID, o.material.ClusterName
+		}
+	}
+	return o.material, o.err
+}
+
+// saw compares the cluster id of a node that was unsealed with the recorded one, or learns it where none is recorded.
+func (o *opening) saw(id, name string) (recorded string, same bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if id == "" { // it does not tell
+		return o.id, true
+	}
+	if o.id == "" {
+		o.id, o.name = id, name
+	}
+	return o.id, o.id == id
+}
+
+// wipe ends it.
+func (o *opening) wipe() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.material.wipe()
+	o.material, o.done, o.err = nil, true, errWiped
+}
+
+var errWiped = errors.New("the keys were wiped")
+
+// learn writes the cluster id that a node has shown into the items that are open. It is no loss where that fails: the next one
+// does it.
+func (k *Custodian) learn(ctx context.Context, c *Cluster, o *opening) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	m := o.material
+	if m == nil {
+		return
+	}
+	k.remember(func(memory *memory) { memory.ids[c.Name] = o.id })
+	if m.ClusterID == o.id {
+		return
+	}
+	m.ClusterID, m.ClusterName = o.id, o.name
+	if err := k.save(ctx, c, m, k.host, ""); err != nil {
+		k.logger.Warn("noting the id of a cluster beside its keys failed; the next unsealing does it", "cluster", c.Name, "error", err)
+	}
+}
+
+// unseal gives a sealed node the shares that it wants. Before the material is opened, and before a share leaves, the node is
+// looked at: what it says of its seal has to be as recorded.
+func (k *Custodian) unseal(ctx context.Context, c *Cluster, n *node.Node, st node.Status, o *opening, out *Outcome) error {
+	address := n.Address()
+	where := fmt.Sprintf("node %s of cluster %q", address, c.Name)
+	if st.Migration {
+		return fmt.Errorf("%s: %w: a migration of its seal is under way, and shares would be spent on that; end it by hand", where, ErrMismatch)
+	}
+	if st.Removed {
+		return fmt.Errorf("%s: %w: it was removed from its raft cluster; wipe its storage and let it join anew", where, ErrMismatch)
+	}
+	if waiting, note := k.waiting(c, address, st); waiting {
+		out.Action, out.Note = ActionWaiting, note
+		out.People = max(st.T-st.Progress, 0)
+		if st.Progress == 0 {
+			out.People = 0
+		}
+		return nil
+	}
+	if err := k.refused(ctx, c, address, st); err != nil {
+		return err
+	}
+	alarm, err := k.alarm(ctx, c, address, true)
+	if err != nil {
+		return err
+	}
+	if alarm != nil {
+		return alarm.err()
+	}
+	m, err := o.get(ctx)
+	if err != nil {
+		return err
+	}
+	sets, difference := m.fits(st)
+	if difference != "" {
+		err := fmt.Errorf("%s: %w: %s; it got no share; correct its address, or where that is right and its keys were changed elsewhere, import them", where,
+			ErrMismatch, difference)
+		k.refuse(ctx, c, address, st, err)
+		return err
+	}
+	short := len(m.take(sets[0], sets[0].Threshold)) < sets[0].Threshold
+	if st.Progress > 0 && !short {
+		if st, err = k.alone(ctx, c, n, st); err != nil {
+			return err
+		}
+		if out.Node.Seal = st; !st.Sealed {
+			return nil // by others
+		}
+	}
+	for i, set := range sets {
+		err = k.give(ctx, c, n, m, set, o, out)
+		if !errors.Is(err, node.ErrWrongShares) {
+			return err
+		}
+		k.logger.Error("a node does not take the shares in custody", "cluster", c.Name, "node", address, "set", set.ID, "state", set.State,
+			"others_left", len(sets)-i-1)
+	}
+	err = fmt.Errorf("%s: %w: %w; rekeyed elsewhere? then import its keys; it is not tried again before something changes", where, ErrWrongShares, err)
+	k.refuse(ctx, c, address, st, err)
+	return err
+}
+
+// waiting tells whether a node has our shares already and goes on without us, for a while.
+func (k *Custodian) waiting(c *Cluster, address string, st node.Status) (yes bool, note string) {
+	name := nodeName{c.Name, address}
+	k.remember(func(m *memory) {
+		was, known := m.given[name]
+		switch {
+		case !known:
+		case was.nonce != "" && was.nonce == st.Nonce && st.Progress > 0:
+			yes, note = true, peopleNote(st)
+		case was.nonce == "" && st.Progress == 0 && k.now().Before(was.until):
+			yes, note = true, "It has its shares and joins its cluster."
+		default:
+			delete(m.given, name)
+		}
+	})
+	return yes, note
+}
+
+func peopleNote(st node.Status) string {
+	return fmt.Sprintf("It has the shares in custody and %d of %d in all; people give the others: vault operator unseal.", st.Progress, st.T)
+}
+
+// alone waits for others who have begun to unseal a node. Where they do not go on, what they have given is reset.
+func (k *Custodian) alone(ctx context.Context, c *Cluster, n *node.Node, st node.Status) (node.Status, error) {
+	k.pause(ctx, k.pauses.look)
+	now, err := n.Status(ctx)
+	switch {
+	case err != nil || !now.Sealed:
+		return now, err
+	case now.Progress == 0:
+		return now, nil
+	case now.Progress != st.Progress || now.Nonce != st.Nonce:
+		return now, fmt.Errorf("node %s of cluster %q: %w: others are unsealing it; look again", n.Address(), c.Name, ErrBusy)
+	}
+	k.logger.Warn("an unsealing that stalled is reset", "cluster", c.Name, "node", n.Address(), "progress", now.Progress)
+	return n.ResetUnseal(ctx)
+}
+
+// give sends the shares of a set, as many as the threshold asks for.
+func (k *Custodian) give(ctx context.Context, c *Cluster, n *node.Node, m *material, set *Set, o *opening, out *Outcome) (err error) {
+	shares := m.take(set, set.Threshold)
+	end, err := k.act(ctx, "unseal", c, n.Address(), k.host, map[string]string{
+		"set": set.ID, "shares": fmt.Sprint(len(shares)), "threshold": fmt.Sprint(set.Threshold),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { end(err) }()
+	st, err := k.send(ctx, c, n, shares, set)
+	if err != nil {
+		return err
+	}
+	out.Node.Seal = st
+	name := nodeName{c.Name, n.Address()}
+	switch {
+	case !st.Sealed:
+		return k.unsealed(ctx, c, n, st, o, out)
+	case len(shares) < set.Threshold:
+		k.remember(func(m *memory) { m.given[name] = given{nonce: st.Nonce} })
+		out.Action, out.People, out.Note = ActionWaiting, max(st.T-st.Progress, 0), peopleNote(st)
+		return nil
+	}
+	// A raft node that has just joined has all it needs, and goes on by itself.
+	k.remember(func(m *memory) { m.given[name] = given{until: k.now().Add(joinTime)} })
+	if st, err = k.settled(ctx, n, st); err != nil {
+		return err
+	}
+	out.Node.Seal = st
+	if !st.Sealed {
+		return k.unsealed(ctx, c, n, st, o, out)
+	}
+	out.Action, out.Note = ActionWaiting, "It has its shares and joins its cluster."
+	return nil
+}
+
+// joinTime is how long a node that has its shares is left alone.
+const joinTime = time.Minute
+
+// send sends shares one by one, and watches in each answer that it was ours that counted.
+func (k *Custodian) send(ctx context.Context, c *Cluster, n *node.Node, shares [][]byte, set *Set) (st node.Status, err error) {
+	whole := len(shares) >= set.Threshold
+	var nonce string
+	for i, share := range shares {
+		st, err = n.Unseal(ctx, share)
+		if errors.Is(err, node.ErrMayHaveHappened) { // it may be unsealed now
+			now, lookErr := n.Status(ctx)
+			if lookErr == nil && !now.Sealed {
+				return now, nil
+			}
+		}
+		if err != nil || !st.Sealed {
+			return st, err
+		}
+		last := i == len(shares)-1
+		ours := st.Progress == i+1 && (i == 0 || st.Nonce == nonce) || whole && last && st.Progress == 0
+		if whole && !ours {
+			return k.disturbed(ctx, c, n, st)
+		}
+		nonce = st.Nonce
+	}
+	return st, nil
+}
+
+// disturbed is the end of an attempt to which somebody else gave shares as well, as another host does that finds the node
+// sealed at the same moment.
+func (k *Custodian) disturbed(ctx context.Context, c *Cluster, n *node.Node, st node.Status) (node.Status, error) {
+	now, err := k.settled(ctx, n, st)
+	if err == nil && now.Sealed {
+		err = fmt.Errorf("node %s of cluster %q: %w: others gave it shares at the same time; look again", n.Address(), c.Name, ErrBusy)
+	}
+	return now, err
+}
+
+// settled looks at a node until it is unsealed, or for as long as that may take.
+func (k *Custodian) settled(ctx context.Context, n *node.Node, st node.Status) (node.Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, k.pauses.settle)
+	defer cancel()
+	for pause := k.pauses.poll; ; pause = min(2*pause, k.pauses.pollLast) {
+		k.pause(ctx, pause)
+		if ctx.Err() != nil {
+			return st, nil //nolint:nilerr // that is how it is now
+		}
+		now, err := n.Status(ctx)
+		if err != nil {
+			continue // it is busy
+		}
+		if st = now; !st.Sealed {
+			return st, nil
+		}
+	}
+}
+
+// unsealed compares the cluster id of a node that our shares unsealed.
+func (k *Custodian) unsealed(ctx context.Context, c *Cluster, n *node.Node, st node.Status, o *opening, out *Outcome) error {
+	if st.ClusterID == "" { // it had none to tell in that moment
+		if now, err := n.Status(ctx); err == nil {
+			st = now
+			out.Node.Seal = now
+		}
+	}
+	k.remember(func(m *memory) { delete(m.given, nodeName{c.Name, n.Address()}) })
+	out.Action = ActionUnsealed
+	recorded, same := o.saw(st.ClusterID, st.ClusterName)
+	if !same {
+		alarm := k.raise(ctx, c, n.Address(), recorded, st.ClusterID)
+		out.Node.Alarm = alarm
+		return alarm.err()
+	}
+	k.logger.Info("a node was unsealed", "cluster", c.Name, "node", n.Address())
+	return nil
+}
