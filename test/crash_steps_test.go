@@ -119,7 +119,7 @@ func (c countedTransport) RoundTrip(request *http.Request) (response *http.Respo
 	}
 	node := slices.Index(c.nodes, "https://"+request.URL.Host)
 	name := fmt.Sprintf("vault %d: %s %s", node, strings.ToLower(request.Method), plain(strings.TrimPrefix(request.URL.Path, "/v1/")))
-	c.steps.step(name, func() { response, err = c.RoundTripper.RoundTrip(request) })
+	c.steps.step(name, func() { response, err = c.RoundTripper.RoundTrip(request) }) //nolint:bodyclose // who called closes it
 	return response, err
 }
 

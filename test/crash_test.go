@@ -61,12 +61,14 @@ type crashVerb struct {
 var initVerb = &crashVerb{
 	name: verbInit,
 	prepare: func(t *testing.T, l *lane) {
+		t.Helper()
 		l.vault.Anew(t)
 		l.fresh(t)
 		l.rotated = nil
 	},
 	between: func(*testing.T, *lane) {},
 	check: func(t *testing.T, l *lane, told *outcome) {
+		t.Helper()
 		if live := l.liveTokens(t, told.shares(t)); live != 0 {
 			t.Errorf("%d tokens live that nobody holds: the root token was to be revoked", live)
 		}
@@ -76,14 +78,16 @@ var initVerb = &crashVerb{
 var rekeyVerb = &crashVerb{
 	name: verbRekey,
 	prepare: func(t *testing.T, l *lane) {
+		t.Helper()
 		if l.shares == nil { // else what the case before left is a fine beginning
 			l.initialized(t)
 		}
 		l.token = l.root(t, l.shares)
 	},
 	// What restarts in the middle of a rekey must be unsealed as well.
-	between: func(t *testing.T, l *lane) { l.seal(t) },
+	between: sealed,
 	check: func(t *testing.T, l *lane, told *outcome) {
+		t.Helper()
 		before, now := l.shares, told.shares(t)
 		for _, share := range now {
 			if slices.ContainsFunc(before, func(old []byte) bool { return bytes.Equal(old, share) }) {
@@ -105,6 +109,7 @@ var rekeyVerb = &crashVerb{
 var rewrapVerb = &crashVerb{
 	name: verbRewrap,
 	prepare: func(t *testing.T, l *lane) {
+		t.Helper()
 		if l.rotated == nil { // with a second item
 			l.base.KeepRoot = true
 			l.initialized(t)
@@ -114,8 +119,9 @@ var rewrapVerb = &crashVerb{
 		l.restore(t, l.rotated)
 		l.token = l.root(t, l.shares)
 	},
-	between: func(t *testing.T, l *lane) { l.seal(t) },
+	between: sealed,
 	check: func(t *testing.T, l *lane, told *outcome) {
+		t.Helper()
 		for item, version := range told.Key {
 			if version != 2 {
 				t.Errorf("the item %s is sealed with version %d of the wrapping key", item, version)
@@ -129,6 +135,7 @@ var rewrapVerb = &crashVerb{
 var importVerb = &crashVerb{
 	name: verbImport,
 	prepare: func(t *testing.T, l *lane) {
+		t.Helper()
 		if l.shares == nil {
 			l.initialized(t)
 		}
@@ -137,11 +144,18 @@ var importVerb = &crashVerb{
 		l.token = l.root(t, l.shares)
 		l.importing = l.shares
 	},
-	between: func(t *testing.T, l *lane) { l.seal(t) },
+	between: sealed,
 	check: func(t *testing.T, l *lane, told *outcome) {
+		t.Helper()
 		l.same(t, told)
 		l.revoke(t)
 	},
+}
+
+// sealed restarts nothing, and has the same effect: Vault must be unsealed again.
+func sealed(t *testing.T, l *lane) {
+	t.Helper()
+	l.seal(t)
 }
 
 // yard is what all cases share: one etcd, and for each lane a Vault, a token and a state directory with a wrapping key. A
@@ -186,7 +200,7 @@ func (y *yard) lane(t *testing.T, nodes ...*vaulttest.Server) *lane {
 		yard: y, vault: nodes[0], dir: t.TempDir(),
 		env: []string{
 			"SOFTHSM2_CONF=" + os.Getenv("SOFTHSM2_CONF"), "PATH=" + os.Getenv("PATH"), "HOME=" + os.Getenv("HOME"),
-			"TMPDIR=" + os.TempDir(), "GORACE=atexit_sleep_ms=20",
+			"TMPDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=20",
 		},
 		base: order{
 			Module: token.Module, Serial: token.Serial, PIN: token.PIN,
@@ -337,6 +351,7 @@ func (l *lane) mustRun(t *testing.T, o order) ran {
 
 // killEverywhere runs the cases of a verb.
 func (y *yard) killEverywhere(t *testing.T, verb *crashVerb) {
+	t.Helper()
 	l := <-y.lanes
 	verb.prepare(t, l)
 	clean := l.mustRun(t, order{Verb: verb.name})

@@ -337,7 +337,7 @@ func (d *disk) fill(t *testing.T) {
 	must(t, err)
 	defer log.Close()
 	for err == nil { // white space is no line
-		_, err = log.Write([]byte(" "))
+		_, err = log.WriteString(" ")
 	}
 }
 

@@ -27,18 +27,22 @@ func TestCustodyOfARaftClusterFromNothing(t *testing.T) {
 		with      func(t *testing.T, h *vaulttest.Host)
 	}{
 		"a token and three members of etcd": {false, "etcd", func(t *testing.T, h *vaulttest.Host) {
+			t.Helper()
 			h.WithToken(t, pkcs11test.SoftHSM(t))
 			h.WithEtcd(t, etcdtest.Start(t, 3))
 		}},
 		"data objects on the token, and nodes that join by themselves": {true, "token", func(t *testing.T, h *vaulttest.Host) {
+			t.Helper()
 			h.WithToken(t, pkcs11test.SoftHSM(t))
 			h.Set(t, `store "token"`, "type = \"object\"\n device = \"hsm\"")
 		}},
 		"a NetHSM of two nodes and etcd": {true, "etcd", func(t *testing.T, h *vaulttest.Host) {
+			t.Helper()
 			h.WithNetHSM(t, startNetHSM(t, 2), netOperator, netPassword, netAdmin, netAdminPassword)
 			h.WithEtcd(t, etcdtest.Start(t, 3))
 		}},
 		"a NetHSM that keeps the envelopes too": {false, "netHSM", func(t *testing.T, h *vaulttest.Host) {
+			t.Helper()
 			h.WithNetHSM(t, startNetHSM(t, 1), netOperator, netPassword, netAdmin, netAdminPassword)
 			h.Set(t, `store "netHSM"`, "type = \"object\"\n device = \"hsm\"")
 		}},
@@ -105,7 +109,7 @@ func rootToken(t *testing.T, h *vaulttest.Host) string {
 	script := h.File("keep-token")
 	h.Put(t, "keep-token", []byte("#!/bin/sh\nexec curl --silent --show-error --fail --noproxy '*' --cacert \"$VAULT_CACERT\" -H \"X-Vault-Token: $VAULT_TOKEN\" "+
 		"-d '{\"policies\":[\"root\"],\"ttl\":\"0\"}' \"$VAULT_ADDR/v1/auth/token/create-orphan\"\n"))
-	must(t, os.Chmod(script, 0o700)) //nolint:gosec // a script of the test's own
+	must(t, os.Chmod(script, 0o700))
 	made := vaulttest.Decode[struct {
 		Auth struct {
 			Token string `json:"client_token"`

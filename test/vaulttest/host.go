@@ -70,7 +70,7 @@ func NewHostOf(t testing.TB, build Build) *Host {
 	t.Helper()
 	h := &Host{
 		Dir: t.TempDir(), program: build.Binary(t).Path, blocks: map[string]string{},
-		Env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "TMPDIR=" + os.TempDir(), "GORACE=atexit_sleep_ms=20"},
+		Env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "TMPDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=20"},
 	}
 	must(t, os.Mkdir(h.File("state"), 0o700))
 	h.listen = FreePorts(t, 1)[0]
