@@ -71,12 +71,14 @@ func (a *app) noteBegin(cmd *cobra.Command) {
 
 // nouns make the commands below the root, in the order of the help.
 var nouns = []func(*app) *cobra.Command{
+	newInitCommand,
+	newUnsealCommand,
+	newRunCommand,
+	newStatusCommand,
+	newMaterialCommand,
 	newWrapCommand,
 	newUnwrapCommand,
 	newRewrapCommand,
-	newInitCommand,
-	newStatusCommand,
-	newMaterialCommand,
 	newKeyCommand,
 	newDeviceCommand,
 	newNetHSMCommand,

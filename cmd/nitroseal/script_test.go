@@ -13,10 +13,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ProtonMail/go-crypto/openpgp"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
 var update = flag.Bool("update", false, "write the golden parts of the scripts anew")
@@ -27,6 +29,8 @@ var update = flag.Bool("update", false, "write the golden parts of the scripts a
 //	one, two   SoftHSM tokens with the keys "unseal" (RSA, id 01) and "curve" (P-256, id 02), and PINs in secrets/
 //	card       a token that locks after three wrong PINs, with the same keys
 //	rack       a NetHSM of two nodes with the key "unseal"
+//	vault      a Vault that nobody has initialised, as cluster "prod" with a store "here"
+//	vaults     three of them
 //
 // Scripts have a few commands more than testscript's own, see stage.commands. Those of nethsm_*.txtar have others.
 func TestStories(t *testing.T) {
@@ -68,6 +72,8 @@ type stage struct {
 	one, two *pkcs11test.Token
 	card     *pkcs11test.SmartCard
 	rack     *nethsmtest.HSM
+	vaults   *vaulttest.Cluster
+	alice    *openpgp.Entity
 	secrets  []string // that no output may hold
 }
 
@@ -91,6 +97,12 @@ func newStage(t *testing.T, devices []string) *stage {
 		if err != nil {
 			t.Fatal(err)
 		}
+	}
+	switch {
+	case slices.Contains(devices, "vault"):
+		s.vaults = vaulttest.StartCluster(t, 1, false)
+	case slices.Contains(devices, "vaults"):
+		s.vaults = vaulttest.StartCluster(t, 3, false)
 	}
 	return s
 }
@@ -155,6 +167,9 @@ device "rack" {
 }
 `, urls)
 	}
+	if err := s.custodyConfig(env, &config, files); err != nil {
+		return err
+	}
 	files["nitroseal.hcl"] = config.String()
 	for name, content := range files {
 		path := filepath.Join(env.WorkDir, name)
@@ -182,9 +197,16 @@ device "rack" {
 //	rack stop|start       ends and begins the service of all nodes
 //	rack lock [NODE]      locks all nodes, or one
 //	rack decrypts N       how many decryptions it did
+//	vault kill|up|restart|anew|freeze|thaw [NODE]
+//	                      ends or starts all nodes or one, sealed; anew: with nothing in it
+//	vault new|sealed|open [NODE]
+//	                      checks how they are
+//	vault unsealed        waits until all are
+//	alice FILE            opens a message with the key whose public half is in alice.asc
 func (s *stage) commands() map[string]func(*testscript.TestScript, bool, []string) {
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"run": s.run, "secret": s.secret, "normal": normal, "mode": modeCommand, "card": s.cardCommand, "rack": s.rackCommand,
+		"vault": s.vaultCommand, "alice": s.aliceReads,
 	}
 }
 
