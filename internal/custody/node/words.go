@@ -54,11 +54,15 @@ var sentences = []struct {
 	{"invalid recovery configuration", []error{ErrRefused}, adviceNumbers},
 
 	{"raft backend not in use", []error{ErrRefused}, "nodes of this storage need no joining"},
+	{"failed to join raft cluster", []error{ErrUnavailable}, "check the leader's address, that it is unsealed, and the CA that the node shall know it by"},
+	{"removed from a ha cluster", []error{ErrRefused}, "empty its storage and let it join again"},
 
 	// What sys/init says before it has done anything. Any other complaint of it may come after it stored keys.
 	{"invalid seal configuration", []error{ErrRefused}, adviceNumbers},
 	{"not applicable to seal type", []error{ErrRefused}, "a seal with a key of its own takes recovery shares, any other takes shares"},
 	{"incorrect number of", []error{ErrRefused}, "give one PGP key for each share"},
+	{"pgp keys not supported", []error{ErrRefused}, "leave the PGP keys out"},
+	{"recovery configuration must", []error{ErrRefused}, adviceNumbers},
 	{"failed to parse json input", []error{ErrRefused}, ""},
 }
 
