@@ -2,10 +2,10 @@
 // that a client of unseal keys should take.
 //
 // A node is known by TLS before anything is sent to it: by a CA of its cluster, never the system's, by pinned keys, or by
-// both. Nothing comes from the environment: no proxy, no address, no token, no trust. Nothing is followed and nothing is
-// repeated: a redirect is an error that names its target, and whatever changes something at the node goes over a connection
-// of its own, so that no kept connection that has died meanwhile can make it fail or be sent twice. Where the answer to
-// such a call is lost, the error is [ErrMayHaveHappened].
+// both. Nothing comes from the environment: no proxy, no address, no token, no trust. No redirect is followed: it is an
+// error that names its target. Whatever changes something at the node is sent once, over a connection of its own, so that no
+// kept connection that has died meanwhile can make it fail or be sent twice; where its answer is lost, the error is
+// [ErrMayHaveHappened]. (A question may be sent twice: net/http does so where the kept connection turns out to be dead.)
 //
 // Shares, tokens and what Vault answers with them are []byte. A request with a secret is written by hand into one buffer,
 // an answer is read into one bounded buffer and scanned there, and both are wiped when the call is over; what is returned
