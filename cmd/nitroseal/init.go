@@ -85,7 +85,7 @@ func (m *messageFolder) check(c *cluster.Cluster) error {
 	if err := os.MkdirAll(m.dir, 0o700); err != nil {
 		return usage("--shares-dir: making %s: %w", m.dir, pathless(err))
 	}
-	probe, err := os.CreateTemp(m.dir, ".nitroseal-") //nolint:usetesting // no test
+	probe, err := os.CreateTemp(m.dir, ".nitroseal-")
 	if err != nil {
 		return usage("--shares-dir: writing in %s: %w", m.dir, pathless(err))
 	}

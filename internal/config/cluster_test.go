@@ -64,20 +64,21 @@ func TestAClusterIsRefusedWhereItsSharesCouldGoAstray(t *testing.T) {
 
 func TestRunAndAuditAreRefusedWhereTheyCannotBeMeant(t *testing.T) {
 	for name, test := range map[string]struct{ source, want string }{
-		"an address without a port":   {"run {\n  listen = \"127.0.0.1\"\n}\n", ":6:12: run: listen is not host and port"},
-		"an open address without TLS": {"run {\n  listen = \":9108\"\n}\n", ":6:12: run: listen is an address that others can reach"},
-		"a certificate without a key": {"run {\n  tls_cert_file = \"run.pem\"\n}\n", ":6:19: run: tls_cert_file and tls_key_file belong together"},
-		"a key without a certificate": {"run {\n  tls_key_file = \"run.key\"\n}\n", ":5:1: run: tls_cert_file and tls_key_file belong together"},
-		"an interval that hammers":    {"run {\n  interval = \"10ms\"\n}\n", ":6:14: run: interval is not between 1s and 1h0m0s"},
-		"an interval of days":         {"run {\n  interval = \"48h\"\n}\n", ":6:14: run: interval is not between 1s and 1h0m0s"},
-		"run twice":                   {"run {\n}\nrun {\n}\n", ":7:1: run is there twice; keep one"},
-		"a sink that is none":         {"audit \"printer\" {\n}\n", ":5:1: audit \"printer\" is not known; it is one of file, journal and syslog"},
-		"a sink without a kind":       {"audit {\n}\n", ":5:7: Missing kind for audit"},
-		"a file without a path":       {"audit \"file\" {\n}\n", ":5:14: Missing required argument"},
-		"a file with an empty path":   {"audit \"file\" {\n  path = \"\"\n}\n", ":6:10: audit \"file\": path is empty"},
-		"one file twice":              {"audit \"file\" {\n  path = \"a\"\n}\naudit \"file\" {\n  path = \"./a\"\n}\n", ":8:1: audit \"file\" is there twice for the same place"},
-		"a syslog server elsewhere":   {"audit \"syslog\" {\n  address = \"udp://h:514\"\n}\n", ":6:13: audit \"syslog\": address is the path of the local syslog server's socket"},
-		"a journal with a path":       {"audit \"journal\" {\n  path = \"a\"\n}\n", ":6:3: audit \"journal\": path is not known"},
+		"an address without a port":      {"run {\n  listen = \"127.0.0.1\"\n}\n", ":6:12: run: listen is not host and port"},
+		"an open address without TLS":    {"run {\n  listen = \":9108\"\n}\n", ":6:12: run: listen is an address that others can reach"},
+		"a certificate without a key":    {"run {\n  tls_cert_file = \"run.pem\"\n}\n", ":6:19: run: tls_cert_file and tls_key_file belong together"},
+		"a key without a certificate":    {"run {\n  tls_key_file = \"run.key\"\n}\n", ":5:1: run: tls_cert_file and tls_key_file belong together"},
+		"an interval that hammers":       {"run {\n  interval = \"10ms\"\n}\n", ":6:14: run: interval is not between 1s and 1h0m0s"},
+		"an interval of days":            {"run {\n  interval = \"48h\"\n}\n", ":6:14: run: interval is not between 1s and 1h0m0s"},
+		"run twice":                      {"run {\n}\nrun {\n}\n", ":7:1: run is there twice; keep one"},
+		"a sink that is none":            {"audit \"printer\" {\n}\n", ":5:1: audit \"printer\" is not known; it is one of file, journal and syslog"},
+		"a sink without a kind":          {"audit {\n}\n", ":5:7: Missing kind for audit"},
+		"a file without a path":          {"audit \"file\" {\n}\n", ":5:14: Missing required argument"},
+		"a file with an empty path":      {"audit \"file\" {\n  path = \"\"\n}\n", ":6:10: audit \"file\": path is empty"},
+		"one file twice":                 {"audit \"file\" {\n  path = \"a\"\n}\naudit \"file\" {\n  path = \"./a\"\n}\n", ":8:1: audit \"file\" is there twice for the same place"},
+		"a syslog server that is none":   {"audit \"syslog\" {\n  address = \"http://h:514\"\n}\n", ":6:13: audit \"syslog\": address is no syslog server"},
+		"a syslog server without a port": {"audit \"syslog\" {\n  address = \"udp://h\"\n}\n", ":6:13: audit \"syslog\": address is no syslog server"},
+		"a journal with a path":          {"audit \"journal\" {\n  path = \"a\"\n}\n", ":6:3: audit \"journal\": path is not known"},
 	} {
 		t.Run(name, func(t *testing.T) { refusedWith(t, minimal(test.source), test.want) })
 	}
@@ -101,12 +102,12 @@ func refusedWith(t *testing.T, source, want string) {
 }
 
 func TestActsMayBeWrittenToSeveralFiles(t *testing.T) {
-	path := write(t, minimal("audit \"file\" {\n  path = \"/a\"\n}\naudit \"file\" {\n  path = \"/b\"\n}\n"))
+	path := write(t, minimal("audit \"file\" {\n  path = \"/a\"\n}\naudit \"file\" {\n  path = \"/b\"\n}\naudit \"syslog\" {\n  address = \"tcp://h:601\"\n}\n"))
 	got, err := Load(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]Audit{{Kind: AuditFile, Path: "/a"}, {Kind: AuditFile, Path: "/b"}}, got.Audits); diff != "" {
+	if diff := cmp.Diff([]Audit{{Kind: AuditFile, Path: "/a"}, {Kind: AuditFile, Path: "/b"}, {Kind: AuditSyslog, Address: "tcp://h:601"}}, got.Audits); diff != "" {
 		t.Errorf("read (-want +got):\n%s", diff)
 	}
 	if got.Run.Listen != DefaultListen || got.Run.Secure() {

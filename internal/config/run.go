@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -80,7 +81,7 @@ const (
 type Audit struct {
 	Kind    string
 	Path    string // AuditFile
-	Address string // AuditSyslog: the path of the local server's socket; "" for the usual one
+	Address string // AuditSyslog: the socket of the local server, "" for the usual one, or "tcp://host:601" or "udp://host:514"
 }
 
 // fileAuditAttributes are those of a block `audit "file" { … }`.
@@ -109,13 +110,23 @@ func (b *block) audit() Audit {
 	case AuditSyslog:
 		var given syslogAuditAttributes
 		b.decode(&given)
-		if a.Address = given.Address; a.Address != "" && !filepath.IsAbs(a.Address) {
-			b.wrong("address", `address is the path of the local syslog server's socket, "/dev/log"; let that server send the lines on to another machine`)
+		if a.Address = given.Address; b.good && !syslogAddress(a.Address) {
+			b.wrong("address", `address is no syslog server; write the path of the local one's socket, "/dev/log", or "tcp://host:601" or "udp://host:514"`)
 		}
 	default:
 		b.refuse(b.at, "%s is not known; it is one of %s, %s and %s", b.what, AuditFile, AuditJournal, AuditSyslog)
 	}
 	return a
+}
+
+// syslogAddress tells whether an address is one of a syslog server.
+func syslogAddress(address string) bool {
+	if address == "" || filepath.IsAbs(address) {
+		return true
+	}
+	scheme, rest, _ := strings.Cut(address, "://")
+	host, port, err := net.SplitHostPort(rest)
+	return err == nil && host != "" && port != "" && (scheme == "tcp" || scheme == "udp")
 }
 
 // where tells two sinks apart.

@@ -222,6 +222,7 @@ audit "journal" {
 }
 
 audit "syslog" {
-  # The socket of this machine's syslog server, which may send the lines on to another. Default "/dev/log".
+  # The socket of this machine's syslog server (default "/dev/log"), or a server elsewhere, "tcp://host:601" or
+  # "udp://host:514": that one gets copies, and an act needs another sink besides, since nobody could say that it has them.
   address = "/run/systemd/journal/syslog"
 }
