@@ -121,4 +121,6 @@ type Options struct {
 	Listening func(address string)
 	// Ready, where set, is called once: every node was looked at.
 	Ready func()
+
+	notify *notifier // set by tests
 }

@@ -35,7 +35,10 @@ type daemon struct {
 // Run is the daemon: it works until ctx ends, and returns nil after a clean stop. It fails where the first site cannot be
 // built or nobody could ever reach the listener.
 func Run(ctx context.Context, options Options) error {
-	d := &daemon{options: options, logger: options.Logger, metrics: newMetrics(), lanes: newLanes(), notify: newNotifier()}
+	d := &daemon{options: options, logger: options.Logger, metrics: newMetrics(), lanes: newLanes(), notify: options.notify}
+	if d.notify == nil {
+		d.notify = newNotifier()
+	}
 	if d.logger == nil {
 		d.logger = slog.New(slog.DiscardHandler)
 	}

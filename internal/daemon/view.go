@@ -49,8 +49,8 @@ func (v *view) afterLook(state State, err error, now time.Time) {
 	if state.Alarm != AlarmNone {
 		v.alarm = state.Alarm
 	}
-	if v.alarm == AlarmIdentity { // it is the one that we know, again
-		v.alarm, v.barred = AlarmNone, time.Time{}
+	if v.alarm == AlarmIdentity && !now.Before(v.barred) { // it is the one that we know, again
+		v.alarm = AlarmNone
 	}
 	if v.well() {
 		v.err, v.barred = nil, time.Time{}
