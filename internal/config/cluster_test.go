@@ -78,6 +78,7 @@ func TestRunAndAuditAreRefusedWhereTheyCannotBeMeant(t *testing.T) {
 		"one file twice":                 {"audit \"file\" {\n  path = \"a\"\n}\naudit \"file\" {\n  path = \"./a\"\n}\n", ":8:1: audit \"file\" is there twice for the same place"},
 		"a syslog server that is none":   {"audit \"syslog\" {\n  address = \"http://h:514\"\n}\n", ":6:13: audit \"syslog\": address is no syslog server"},
 		"a syslog server without a port": {"audit \"syslog\" {\n  address = \"udp://h\"\n}\n", ":6:13: audit \"syslog\": address is no syslog server"},
+		"a server elsewhere alone":       {"audit \"syslog\" {\n  address = \"udp://h:514\"\n}\n", ":5:1: audit \"syslog\": nobody could say whether a server elsewhere took a line"},
 		"a journal with a path":          {"audit \"journal\" {\n  path = \"a\"\n}\n", ":6:3: audit \"journal\": path is not known"},
 	} {
 		t.Run(name, func(t *testing.T) { refusedWith(t, minimal(test.source), test.want) })

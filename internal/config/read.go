@@ -60,6 +60,7 @@ func (r *reader) read(body *hclsyntax.Body) *Config {
 			config.PKCS11 = b.pkcs11()
 		}
 	}
+	var sinks *block // the last one of the audit log
 	for _, b := range blocks {
 		switch b.kindOf {
 		case "device":
@@ -84,7 +85,12 @@ func (r *reader) read(body *hclsyntax.Body) *Config {
 				b.complain(b.at, "%s is there twice for the same place; keep one", b.what)
 			}
 			config.Audits = append(config.Audits, a)
+			sinks = b
 		}
+	}
+	if sinks != nil && !slices.ContainsFunc(config.Audits, func(a Audit) bool { return !a.elsewhere() }) {
+		sinks.complain(sinks.at, "%s: nobody could say whether a server elsewhere took a line, and an act needs a sink that did; add audit %q or %q",
+			sinks.what, AuditFile, AuditJournal)
 	}
 	r.checkReferences(config, body)
 	return config

@@ -129,5 +129,8 @@ func syslogAddress(address string) bool {
 	return err == nil && host != "" && port != "" && (scheme == "tcp" || scheme == "udp")
 }
 
+// elsewhere tells whether a sink is a server on another machine.
+func (a Audit) elsewhere() bool { return strings.Contains(a.Address, "://") }
+
 // where tells two sinks apart.
 func (a Audit) where() string { return a.Kind + " " + cmp.Or(a.Path, a.Address) }
