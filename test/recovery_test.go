@@ -168,7 +168,11 @@ func TestRecoveredSharesUnsealAVault(t *testing.T) {
 	must(t, os.Symlink(vaulttest.Tool(t, "vault"), filepath.Join(tools, "vault")))
 	d := newDesk(t, readPage(t, "recovery.md"), token, "ID=01", "KID="+key.KID, "VAULT_ADDR="+vault.Address, "VAULT_CACERT="+vault.CAFile,
 		"PATH=/usr/bin:"+tools+":"+os.Getenv("PATH"))
-	write(t, d.dir, "envelope", string(raw))
+	// As it lies on the disk of a host whose store was away.
+	write(t, d.dir, "held", "nitroseal1 ABCDEFGHIJKLMNOPQRSTUVWXYZ 0011223344556677\n"+
+		`{"format":1,"cluster":"eu","origin":"00","items":[{"item":"unseal","envelope":`+string(raw)+`}]}`)
+	d.must(t, "held")
+	must(t, os.Rename(filepath.Join(d.dir, "envelope.unseal"), filepath.Join(d.dir, "envelope")))
 	for _, block := range []string{"recipients", "rsa-oaep", "open", "shares", "unseal"} {
 		d.must(t, block)
 	}

@@ -152,6 +152,19 @@ func (m *bankVaultsMove) run(ctx context.Context, a *app, name string) error {
 	if err := m.checkWrappingKeys(ctx, a, c, key.Ref()); err != nil {
 		return err
 	}
+	err = a.audited(ctx, "import bank-vaults", name, "of "+m.device, func() error {
+		return m.move(ctx, a, c, key, objects, chosen, left, view)
+	})
+	if err != nil && !view.opened {
+		return err
+	}
+	return errors.Join(a.print(view, view.rows), err)
+}
+
+// move decrypts what was chosen and takes it into custody; then, where that is wanted, it deletes what was imported.
+func (m *bankVaultsMove) move(ctx context.Context, a *app, c *cluster.Cluster, key hsm.Key, objects hsm.ForeignObjects,
+	chosen, left []bankvaults.Copy, view *bankVaultsView,
+) error {
 	material, err := bankvaults.Decrypt(ctx, key, chosen, m.acceptV15)
 	if err != nil {
 		return m.explain(err)
@@ -160,11 +173,12 @@ func (m *bankVaultsMove) run(ctx context.Context, a *app, name string) error {
 	if err := m.takeOver(ctx, a, c, material, view); err != nil {
 		return err
 	}
+	view.tell(material, keepsRoot(c))
 	view.leave(left)
-	if m.deleteOld {
-		err = bankvaults.Delete(ctx, objects, m.imported(c, chosen, view), view.gone)
+	if !m.deleteOld {
+		return nil
 	}
-	return errors.Join(a.print(view, view.rows), err)
+	return bankvaults.Delete(ctx, objects, m.imported(c, chosen, view), view.gone)
 }
 
 // imported are the copies that may be deleted: not a root token that was not taken.

@@ -21,17 +21,16 @@ func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluste
 	if err != nil {
 		return err
 	}
-	view.tell(material)
 	kept, err := a.keeps(ctx, c, material)
-	if err != nil {
+	if err != nil && (!m.replace || ctx.Err() != nil) { // what is replaced need not open any more
 		return err
 	}
-	if kept {
-		view.Already = true
-	} else if err := m.importInto(ctx, a, custodian, c, material, view); err != nil {
-		return err
+	view.Already = kept
+	if !kept {
+		if err := m.importInto(ctx, a, custodian, c, material, view); err != nil {
+			return err
+		}
 	}
-	view.RootToken = view.RootToken && keepsRoot(c)
 	if !m.deleteOld || view.Proved {
 		return nil
 	}

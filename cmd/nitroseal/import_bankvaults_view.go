@@ -11,7 +11,7 @@ import (
 type bankVaultsView struct {
 	Cluster string               `json:"cluster"`
 	Values  []bankVaultsCopyView `json:"values"`
-	// How much came out. Missing are numbers between those that are there.
+	// How much is in custody, and how much of that had the older format. Missing are numbers between those that are there.
 	Shares         int      `json:"shares"`
 	RecoveryShares int      `json:"recovery_shares"`
 	RootToken      bool     `json:"root_token"`
@@ -42,10 +42,10 @@ func newBankVaultsView(cluster string, copies []bankvaults.Copy) *bankVaultsView
 	return v
 }
 
-// tell says what came out.
-func (v *bankVaultsView) tell(m *bankvaults.Material) {
+// tell says what is in custody.
+func (v *bankVaultsView) tell(m *bankvaults.Material, root bool) {
 	v.opened = true
-	v.Shares, v.RecoveryShares, v.RootToken, v.OldFormat = len(m.Shares), len(m.RecoveryShares), m.RootToken != nil, m.OldFormat
+	v.Shares, v.RecoveryShares, v.RootToken, v.OldFormat = len(m.Shares), len(m.RecoveryShares), root && m.RootToken != nil, m.OldFormat
 	for _, name := range m.Missing() {
 		v.Missing = append(v.Missing, name.String())
 	}

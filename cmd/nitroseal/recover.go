@@ -19,7 +19,7 @@ func newRecoverCommand(a *app) *cobra.Command {
 		Short: "Open an envelope with nothing but the HSM",
 		Long: `Open an envelope of any kind with nothing but an HSM that it was sealed to: no Vault, no etcd, no configuration. It may be as wrap
 or encrypt/ answered, as etcdctl prints it with --print-value-only, a data object's value, or a file of a store or of the
-state directory.
+state directory, where keys of a cluster may wait for their store.
 
 Whoever knows the public key can make an envelope. What only your keyring could make is told by the key record: give it with
 --key-record, and the SHA-256 that was noted down when it was made with --key-record-sha256. Without one, --unauthenticated
@@ -42,7 +42,7 @@ A wrong PIN is sent once at most, which the state directory remembers: give the 
 
 // recovery is one run of recover, as its flags describe it.
 type recovery struct {
-	in              string
+	in, item        string
 	record          string
 	recordSHA256    string
 	unauthenticated bool
@@ -53,6 +53,7 @@ type recovery struct {
 func (r *recovery) add(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringVar(&r.in, "in", "", `file that holds the envelope (default "-": standard input)`)
+	flags.StringVar(&r.item, "item", "", "which envelope, where the file holds the keys of a cluster that its store has not taken yet")
 	flags.StringVar(&r.record, "key-record", "", "file that holds the key record, which proves who made the envelope")
 	flags.StringVar(&r.recordSHA256, "key-record-sha256", "", "the SHA-256 of the key record, in hexadecimal, as it was noted down")
 	flags.BoolVar(&r.unauthenticated, "unauthenticated", false, "open it although anybody could have made it")
@@ -76,7 +77,7 @@ func (r *recovery) run(ctx context.Context, a *app) error {
 	if err != nil {
 		return err
 	}
-	raw, err := cutEnvelope(text)
+	raw, err := cutEnvelope(text, r.item)
 	if err != nil {
 		return err
 	}

@@ -1,19 +1,17 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 )
 
@@ -65,7 +63,7 @@ func (o *recoveryOutput) write(a *app, made envelope.Context, payload []byte, au
 		Authenticated: authenticated,
 	}
 	fields, noFields := recoveredFields(made, payload)
-	defer wipeFields(fields)
+	defer fields.Wipe()
 	if noFields != nil && (o.field != "" || o.dir != "") {
 		return noFields
 	}
@@ -73,9 +71,9 @@ func (o *recoveryOutput) write(a *app, made envelope.Context, payload []byte, au
 	case o.field != "":
 		value, there := fields[o.field]
 		if !there {
-			return usage("it has no field %q; it has %s", o.field, strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
+			return usage("it has no field %q; it has %s", o.field, strings.Join(fields.Names(), ", "))
 		}
-		payload, fields = value, map[string][]byte{o.field: value} // a part of what is wiped
+		payload, fields = value, custody.Fields{o.field: value} // a part of what is wiped
 	case o.dir != "":
 		return o.writeFields(a, &view, fields)
 	}
@@ -96,11 +94,11 @@ func (o *recoveryOutput) write(a *app, made envelope.Context, payload []byte, au
 }
 
 // writeFields writes each field to a file of its name.
-func (o *recoveryOutput) writeFields(a *app, view *recoveredView, fields map[string][]byte) error {
+func (o *recoveryOutput) writeFields(a *app, view *recoveredView, fields custody.Fields) error {
 	if err := os.Mkdir(o.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("making the folder %s: %w", o.dir, pathless(err))
 	}
-	for _, name := range slices.Sorted(maps.Keys(fields)) {
+	for _, name := range fields.Names() {
 		path := filepath.Join(o.dir, name)
 		if err := writeFile(path, fields[name]); err != nil {
 			return fmt.Errorf("writing %s: %w", path, pathless(err))
@@ -119,18 +117,17 @@ var fieldName = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
 
 // recoveredFields reads the fields of an item of material. They may be unauthenticated: nothing of it is quoted, and no name
 // leads out of a folder. The caller wipes them.
-func recoveredFields(made envelope.Context, payload []byte) (map[string][]byte, error) {
+func recoveredFields(made envelope.Context, payload []byte) (custody.Fields, error) {
 	if made.Use != envelope.UseMaterial {
 		return nil, usage("it is one value and has no fields; leave --field and --out-dir away, and name a file with --out")
 	}
-	var fields map[string][]byte
-	if err := json.Unmarshal(payload, &fields); err != nil || len(fields) == 0 {
-		wipeFields(fields)
+	fields, err := custody.DecodeFields(payload)
+	if err != nil {
 		return nil, errNoFields
 	}
 	for name := range fields {
 		if !fieldName.MatchString(name) {
-			wipeFields(fields)
+			fields.Wipe()
 			return nil, errNoFields
 		}
 	}
@@ -138,9 +135,3 @@ func recoveredFields(made envelope.Context, payload []byte) (map[string][]byte, 
 }
 
 var errNoFields = errors.New("it is no item of material as this release writes it; leave --field and --out-dir away to get it as it is")
-
-func wipeFields(fields map[string][]byte) {
-	for _, value := range fields {
-		clear(value)
-	}
-}
