@@ -88,7 +88,7 @@ func (r *reader) read(body *hclsyntax.Body) *Config {
 			sinks = b
 		}
 	}
-	if sinks != nil && !slices.ContainsFunc(config.Audits, func(a Audit) bool { return !a.elsewhere() }) {
+	if sinks != nil && sinks.good && !slices.ContainsFunc(config.Audits, func(a Audit) bool { return !a.elsewhere() }) {
 		sinks.complain(sinks.at, "%s: nobody could say whether a server elsewhere took a line, and an act needs a sink that did; add audit %q or %q",
 			sinks.what, AuditFile, AuditJournal)
 	}
