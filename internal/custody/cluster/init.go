@@ -446,8 +446,10 @@ func (k *Custodian) settle(ctx context.Context, c *Cluster, kind Kind, st node.S
 	result.Kind = kind
 	if !result.Initialized {
 		result.Shares, result.Threshold = st.N, st.T
-		if err := k.settleIntent(ctx, c); err != nil {
-			result.Warnings = append(result.Warnings, err.Error())
+		for _, clear := range []func(context.Context, *Cluster) error{k.settleIntent, k.clearRehearsal} {
+			if err := clear(ctx, c); err != nil {
+				result.Warnings = append(result.Warnings, err.Error())
+			}
 		}
 	}
 	for _, item := range k.items(ctx, c, kind) {

@@ -18,7 +18,7 @@ import (
 type memory struct {
 	refusals map[nodeName]refusal
 	given    map[nodeName]given
-	alarms   map[nodeName]*Alarm
+	alarms   map[nodeName]knownAlarm
 	looked   map[nodeName]bool // whether the local disk was asked for an alarm
 	ids      map[string]string // by cluster: its id, from the material that was opened last
 	roots    map[string]time.Time
@@ -36,6 +36,13 @@ type refusal struct {
 // refusalTime is how long a refusal stands although nothing changes.
 const refusalTime = time.Hour
 
+// knownAlarm is an alarm that was raised or read by this process. One that could not be written to the disk stands as well.
+type knownAlarm struct {
+	*Alarm
+
+	written bool
+}
+
 // given says which attempt of a node has our shares already, and goes on without us.
 type given struct {
 	nonce string // "" for a node that has them all and joins its cluster
@@ -47,7 +54,7 @@ func (k *Custodian) remember(change func(*memory)) {
 	defer k.mu.Unlock()
 	if k.memory.refusals == nil {
 		k.memory = memory{
-			refusals: map[nodeName]refusal{}, given: map[nodeName]given{}, alarms: map[nodeName]*Alarm{},
+			refusals: map[nodeName]refusal{}, given: map[nodeName]given{}, alarms: map[nodeName]knownAlarm{},
 			looked: map[nodeName]bool{}, ids: map[string]string{}, roots: map[string]time.Time{},
 		}
 	}
@@ -101,12 +108,15 @@ func (k *Custodian) raise(ctx context.Context, c *Cluster, address, recorded, se
 	alarm := &Alarm{Format: alarmFormat, Cluster: c.Name, Node: address, At: k.today(), Recorded: recorded, Seen: seen}
 	k.logger.Error("ALARM: a node that is not of this cluster took its shares; rekey the cluster now", "cluster", c.Name, "node", address,
 		"recorded_id", recorded, "seen_id", seen)
-	k.remember(func(m *memory) { m.alarms[nodeName{c.Name, address}] = alarm })
 	raw, err := json.Marshal(alarm)
 	if err == nil {
 		_, err = k.local.Put(context.WithoutCancel(ctx), alarmName(c, address), raw, store.NoRevision)
 	}
-	if err != nil && !errors.Is(err, store.ErrConflict) { // one that is there already is as good
+	if errors.Is(err, store.ErrConflict) { // one that is there already is as good
+		err = nil
+	}
+	k.remember(func(m *memory) { m.alarms[nodeName{c.Name, address}] = knownAlarm{alarm, err == nil} })
+	if err != nil {
 		k.logger.Error("the alarm could not be written to the local disk; it stands while this process runs", "cluster", c.Name, "node", address,
 			"error", err)
 	}
@@ -116,17 +126,25 @@ func (k *Custodian) raise(ctx context.Context, c *Cluster, address, recorded, se
 // alarm returns the alarm of a node, nil for none. Unless surely is set, the local disk is asked once only while there is none.
 func (k *Custodian) alarm(ctx context.Context, c *Cluster, address string, surely bool) (*Alarm, error) {
 	name := nodeName{c.Name, address}
-	var known *Alarm
+	var known knownAlarm
 	var looked bool
 	k.remember(func(m *memory) { known, looked = m.alarms[name], m.looked[name] })
-	if known == nil && looked && !surely {
+	if known.Alarm == nil && looked && !surely {
 		return nil, nil //nolint:nilnil // no alarm is the ordinary case
 	}
 	entry, err := k.local.Get(ctx, alarmName(c, address))
 	switch {
 	case errors.Is(err, store.ErrNotFound):
-		k.remember(func(m *memory) { m.looked[name] = true })
-		return known, nil // one that could not be written stands as well
+		k.remember(func(m *memory) {
+			m.looked[name] = true
+			if known.written { // another process has cleared it
+				delete(m.alarms, name)
+			}
+		})
+		if known.written {
+			return nil, nil //nolint:nilnil // no alarm is the ordinary case
+		}
+		return known.Alarm, nil
 	case err != nil:
 		return nil, fmt.Errorf("looking for an alarm of node %s of cluster %q: %w", address, c.Name, err)
 	}
@@ -134,7 +152,7 @@ func (k *Custodian) alarm(ctx context.Context, c *Cluster, address string, surel
 	if err := json.Unmarshal(entry.Value, alarm); err != nil || alarm.Format != alarmFormat {
 		alarm = &Alarm{Format: alarmFormat, Cluster: c.Name, Node: address} // it cannot be read, and stands
 	}
-	k.remember(func(m *memory) { m.alarms[name], m.looked[name] = alarm, true })
+	k.remember(func(m *memory) { m.alarms[name], m.looked[name] = knownAlarm{alarm, true}, true })
 	return alarm, nil
 }
 
