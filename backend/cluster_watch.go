@@ -219,10 +219,10 @@ func (l nodeLook) log(logger *slog.Logger, name, address string, seen bool) {
 		logger.Error("ALARM: shares of the cluster in custody went to another one; rekey it now", "error", l.err)
 	case l.err != nil:
 		logger.Warn("the node of a cluster in custody is not served", "error", l.err)
-	case l.outcome.Action == cluster.ActionNone && !seen:
-		logger.Debug("the node of a cluster in custody is unsealed")
+	case l.outcome.Action == cluster.ActionNone && seen: // the custodian tells what it unseals itself
+		logger.Info("the node of a cluster in custody is unsealed")
 	default:
-		logger.Info("the node of a cluster in custody was looked at", "action", string(l.outcome.Action), "joined", l.outcome.Joined, "note", l.outcome.Note)
+		logger.Debug("the node of a cluster in custody was looked at", "action", string(l.outcome.Action), "note", l.outcome.Note)
 	}
 }
 

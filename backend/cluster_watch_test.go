@@ -259,7 +259,8 @@ func TestTheWatchLogsWhatChangesAndNothingElse(t *testing.T) {
 			{"unsealed from the beginning", cluster.ActionNone, nil, 5, 0},
 			{"it goes away", "", node.ErrUnavailable, 5, 1},
 			{"another certificate is there", "", node.ErrIdentity, 5, 1},
-			{"it was unsealed", cluster.ActionUnsealed, nil, 1, 1},
+			{"it is unsealed again", cluster.ActionNone, nil, 5, 1},
+			{"it was unsealed, which the custodian tells", cluster.ActionUnsealed, nil, 1, 0},
 			{"it is unsealed", cluster.ActionNone, nil, 5, 0},
 			{"it took shares and is another cluster", "", cluster.ErrForeignCluster, 50, 1},
 		} {

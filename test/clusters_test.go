@@ -160,7 +160,7 @@ func TestAVaultTakesCustodyOfOthers(t *testing.T) {
 		made := c.act(t, "rekey", vaulttest.Fields{"shares": 4, "threshold": 2})
 		said = append(said, made)
 		people, _ := made["people"].([]any)
-		if fmt.Sprint(made["shares"], made["threshold"]) != "4 2" || len(people) != 1 {
+		if fmt.Sprintf("%v of %v", made["threshold"], made["shares"]) != "2 of 4" || len(people) != 1 {
 			t.Fatalf("rekey = %v", made)
 		}
 		message, _ := people[0].(map[string]any)
@@ -173,8 +173,31 @@ func TestAVaultTakesCustodyOfOthers(t *testing.T) {
 				t.Error("her share is kept")
 			}
 		}
+	})
+	t.Run("the watch unseals by itself, with the new keys", func(t *testing.T) {
+		c.others.Servers[2].Restarted(t)
+		// Vault's timer ticks once a minute.
+		c.others.Servers[2].WaitUnsealed(t, 90*time.Second)
+		watch, _ := c.Read(t, "nitrokey/clusters/prod/status")["watch"].(map[string]any)
+		if watch["on"] != true || watch["looked"] == "" {
+			t.Errorf("the watch tells %v", watch)
+		}
+	})
+	t.Run("a power cut for all four", func(t *testing.T) {
+		c.Kill(t)
 		c.others.Kill(t)
 		c.others.Up(t)
+		c.Resume(t)
+		c.others.WaitUnsealed(t, 50*time.Second) // the seal Vault does not wait for its timer then
+	})
+	t.Run("nothing is watched that shall not be", func(t *testing.T) {
+		c.Write(t, "nitrokey/clusters/prod", vaulttest.Fields{"watch": false})
+		c.others.Servers[0].Restarted(t)
+		reload(t, c.Site)
+		<-time.After(3 * time.Second) // no event tells that nothing happens
+		if status, err := c.others.Servers[0].Anonymous(t).Sys().SealStatus(); err != nil || !status.Sealed {
+			t.Errorf("with watch=false the node is %+v, %v", status, err)
+		}
 		c.unsealed(t)
 	})
 
@@ -275,34 +298,4 @@ func (c *sealVault) policies(t *testing.T) []any {
 		said = append(said, answer)
 	}
 	return said
-}
-
-// TestTheWatchUnsealsByItself leaves all to Vault's timer, which ticks once a minute.
-func TestTheWatchUnsealsByItself(t *testing.T) {
-	t.Parallel() // it waits for most of its time
-	c := newSealVault(t)
-	c.act(t, "init", nil)
-	c.unsealed(t)
-
-	c.others.Servers[2].Restarted(t)
-	c.others.Servers[2].WaitUnsealed(t, 90*time.Second)
-	watch, _ := c.Read(t, "nitrokey/clusters/prod/status")["watch"].(map[string]any)
-	if watch["on"] != true || watch["looked"] == "" {
-		t.Errorf("the watch tells %v", watch)
-	}
-
-	// A power cut for all four: the seal Vault does not wait for the timer once it is back.
-	c.Kill(t)
-	c.others.Kill(t)
-	c.others.Up(t)
-	c.Resume(t)
-	c.others.WaitUnsealed(t, 50*time.Second)
-
-	c.Write(t, "nitrokey/clusters/prod", vaulttest.Fields{"watch": false})
-	c.others.Servers[0].Restarted(t)
-	reload(t, c.Site)
-	<-time.After(3 * time.Second) // no event tells that nothing happens
-	if status, err := c.others.Servers[0].Anonymous(t).Sys().SealStatus(); err != nil || !status.Sealed {
-		t.Errorf("with watch=false the node is %+v, %v", status, err)
-	}
 }
