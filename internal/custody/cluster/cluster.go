@@ -399,6 +399,8 @@ type Custodian struct {
 	transport func(http.RoundTripper) http.RoundTripper
 	critical  func(what string) (leave func())
 
+	pauses pauses
+
 	mu     sync.Mutex
 	nodes  map[nodeName]*knownNode
 	memory memory
@@ -418,6 +420,7 @@ func New(config Config) *Custodian {
 		userAgent: config.UserAgent,
 		transport: config.Transport,
 		critical:  config.Critical,
+		pauses:    ordinaryPauses,
 		nodes:     map[nodeName]*knownNode{},
 	}
 	if k.audit == nil {
@@ -436,6 +439,21 @@ func New(config Config) *Custodian {
 		k.critical = func(string) func() { return func() {} }
 	}
 	return k
+}
+
+// pauses are the times that are waited.
+type pauses struct {
+	look                time.Duration // for others who unseal a node to go on
+	settle              time.Duration // at most, for a node to do what it was just told to
+	poll, pollLast      time.Duration // between looks at that, growing
+	wait                time.Duration // between looks at another host that initialises
+	keepFirst, keepLast time.Duration // between tries to keep new keys, growing
+	lock                time.Duration // at most, for another process of this host, where it is not worth waiting
+}
+
+var ordinaryPauses = pauses{
+	look: time.Second, settle: 20 * time.Second, poll: 50 * time.Millisecond, pollLast: time.Second, wait: 2 * time.Second,
+	keepFirst: time.Second, keepLast: 30 * time.Second, lock: 100 * time.Millisecond,
 }
 
 // Close gives back the connections to the nodes. Calls that are under way go on.
