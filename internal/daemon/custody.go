@@ -65,8 +65,8 @@ type verbs interface {
 	Status(ctx context.Context, c *cluster.Cluster) (cluster.Status, error)
 }
 
-// custody is a [Custodian] made of the verbs on clusters.
-type custody struct {
+// keeping is a [Custodian] made of the verbs on clusters.
+type keeping struct {
 	verbs    verbs
 	clusters []*cluster.Cluster
 }
@@ -75,7 +75,7 @@ var _ verbs = (*cluster.Custodian)(nil)
 
 // Custody returns the custodian of these clusters. The first argument is a *cluster.Custodian.
 func Custody(custodian verbs, clusters []*cluster.Cluster) Custodian {
-	return &custody{custodian, clusters}
+	return &keeping{custodian, clusters}
 }
 
 // Watched returns what a [Site] says of these clusters.
@@ -87,7 +87,7 @@ func Watched(clusters []*cluster.Cluster) []Cluster {
 	return watched
 }
 
-func (c *custody) cluster(name string) (*cluster.Cluster, error) {
+func (c *keeping) cluster(name string) (*cluster.Cluster, error) {
 	at := slices.IndexFunc(c.clusters, func(known *cluster.Cluster) bool { return known.Name == name })
 	if at < 0 {
 		return nil, fmt.Errorf("%w: there is no cluster %q", ErrConfig, name)
@@ -96,7 +96,7 @@ func (c *custody) cluster(name string) (*cluster.Cluster, error) {
 }
 
 // Look implements [Custodian].
-func (c *custody) Look(ctx context.Context, name, address string) (State, error) {
+func (c *keeping) Look(ctx context.Context, name, address string) (State, error) {
 	known, err := c.cluster(name)
 	if err != nil {
 		return State{}, err
@@ -112,7 +112,7 @@ func (c *custody) Look(ctx context.Context, name, address string) (State, error)
 }
 
 // Tend implements [Custodian].
-func (c *custody) Tend(ctx context.Context, name string, addresses []string) []Result {
+func (c *keeping) Tend(ctx context.Context, name string, addresses []string) []Result {
 	known, err := c.cluster(name)
 	if err != nil {
 		return nil
@@ -130,7 +130,7 @@ func (c *custody) Tend(ctx context.Context, name string, addresses []string) []R
 
 // tend tends some nodes of a cluster and leaves the others alone: one that does not answer would only be waited for, and one that
 // took the shares of another cluster gets no more. The shares are opened once.
-func (c *custody) tend(ctx context.Context, known *cluster.Cluster, addresses []string) []cluster.NodeOutcome {
+func (c *keeping) tend(ctx context.Context, known *cluster.Cluster, addresses []string) []cluster.NodeOutcome {
 	one := func(address string) cluster.NodeOutcome {
 		outcome, err := c.verbs.Tend(ctx, known, address)
 		return cluster.NodeOutcome{Address: address, Outcome: outcome, Err: err}
@@ -150,7 +150,7 @@ func (c *custody) tend(ctx context.Context, known *cluster.Cluster, addresses []
 }
 
 // Generation implements [Custodian].
-func (c *custody) Generation(ctx context.Context, name string) (string, error) {
+func (c *keeping) Generation(ctx context.Context, name string) (string, error) {
 	known, err := c.cluster(name)
 	if err != nil {
 		return "", err
