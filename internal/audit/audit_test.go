@@ -227,7 +227,7 @@ func TestAnIntentWaitsForTheOnlySinkAndGivesUpAtLast(t *testing.T) {
 		release := make(chan struct{})
 		slow := &fakeSink{name: "slow", write: func() error { <-release; return nil }}
 		l := open(t, Options{}, slow)
-		go func() { time.Sleep(10 * time.Second); close(release) }()
+		go func() { <-time.After(10 * time.Second); close(release) }()
 		begun := time.Now()
 		end, err := l.Begin(t.Context(), unseal)
 		must(t, err)
@@ -274,7 +274,7 @@ func TestACallerThatGoesAwayLeavesNoOpenIntent(t *testing.T) {
 
 func TestManyActsAtOneTimeCostFewWrites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		sink := &fakeSink{name: "disk", write: func() error { time.Sleep(5 * time.Millisecond); return nil }}
+		sink := &fakeSink{name: "disk", write: func() error { <-time.After(5 * time.Millisecond); return nil }}
 		l := open(t, Options{}, sink)
 		var acts sync.WaitGroup
 		for range 100 {

@@ -60,7 +60,7 @@ func syslogd(t *testing.T, path string) *net.UnixConn {
 	t.Helper()
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	must(t, err)
-	t.Cleanup(func() { conn.Close() })
+	t.Cleanup(func() { _ = conn.Close() })
 	return conn
 }
 
@@ -140,7 +140,7 @@ func TestASyslogServerElsewhereGetsACopy(t *testing.T) {
 	defer tcp.Close()
 	udp, err := net.ListenPacket("udp", "127.0.0.1:0") //nolint:noctx // a test on loopback
 	must(t, err)
-	defer udp.Close()
+	defer func() { must(t, udp.Close()) }()
 	overTCP, err := Syslog("tcp://" + tcp.Addr().String())
 	must(t, err)
 	overUDP, err := Syslog("udp://" + udp.LocalAddr().String())

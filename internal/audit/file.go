@@ -77,7 +77,7 @@ func (f *file) Write(lines []Line) (err error) {
 			return err
 		}
 	}
-	descriptor := int(f.open.Fd()) //nolint:gosec // a descriptor is small
+	descriptor := int(f.open.Fd())
 	if err := flock(descriptor, unix.LOCK_EX); err != nil {
 		return fmt.Errorf("locking the audit file: %w", err)
 	}
@@ -139,7 +139,7 @@ func (f *file) moved() bool {
 // checkFile refuses a file whose content others decide.
 func checkFile(opened *os.File) error {
 	var info unix.Stat_t
-	if err := unix.Fstat(int(opened.Fd()), &info); err != nil { //nolint:gosec // a descriptor is small
+	if err := unix.Fstat(int(opened.Fd()), &info); err != nil {
 		return fmt.Errorf("looking at the audit file %s: %w", opened.Name(), err)
 	}
 	refuse := func(why string) error { return fmt.Errorf("audit file %s: %w: %s", opened.Name(), ErrUnsafe, why) }

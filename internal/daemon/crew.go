@@ -47,8 +47,8 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 			w := &watch{
 				cluster: configured.Name, address: address, custodian: site.Custodian, tender: t, interval: interval,
 				logger: logger.With("cluster", configured.Name, "node", address), kicks: make(chan func(), 1),
-				notes:  notes{condition: old.told},
-				view:   view{cluster: configured.Name, address: address, unsealed: old.unsealed, attempts: old.attempts},
+				notes: notes{condition: old.told},
+				view:  view{cluster: configured.Name, address: address, unsealed: old.unsealed, attempts: old.attempts},
 			}
 			t.watches = append(t.watches, w)
 			c.watches = append(c.watches, w)

@@ -56,9 +56,9 @@ func TestOnlyTheNodesThatWantItAreTended(t *testing.T) {
 		fail      map[string]error
 		want      string
 	}{
-		"one node goes by itself":                          {"b", nil, "tend a,b,c b"},
-		"two share an opening":                             {"a c", nil, "all a,c"},
-		"all are all":                                      {"a b c", nil, "all a,b,c"},
+		"one node goes by itself": {"b", nil, "tend a,b,c b"},
+		"two share an opening":    {"a c", nil, "all a,c"},
+		"all are all":             {"a b c", nil, "all a,b,c"},
 		"who has nobody to join among them is tried alone": {"a c", map[string]error{"c": cluster.ErrNotInitialized}, "all a,c; tend a,b,c c"},
 		"a cluster that is not initialised is tried once":  {"a b c", map[string]error{"a": cluster.ErrNotInitialized}, "all a,b,c"},
 	}

@@ -186,7 +186,6 @@ type running struct {
 	stop   context.CancelFunc
 	ended  chan error
 	hooks  *Hooks
-	d      *Options
 }
 
 // log is lines that goroutines write.
@@ -224,7 +223,7 @@ func start(t *testing.T, y *yard, build func(ctx context.Context, hooks *Hooks) 
 			return build(ctx, hooks)
 		},
 		Logger: slog.New(slog.NewTextHandler(r.logged, nil)), Reload: r.reload, Version: "1.2.3",
-		notify: &notifier{send: func(state string) { fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, interval: 20 * time.Second},
+		notify: &notifier{send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, interval: 20 * time.Second},
 	}
 	go func() { r.ended <- Run(ctx, options) }()
 	return r
@@ -246,7 +245,7 @@ func (r *running) hangUp() {
 
 // pass lets time pass in a bubble.
 func pass(d time.Duration) {
-	time.Sleep(d)
+	<-time.After(d)
 	synctest.Wait()
 }
 

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// ErrSealed: not every node is unsealed.
+// ErrSealed says that not every node is unsealed.
 var ErrSealed = errors.New("not every node is unsealed")
 
 // OnceOptions are what [Once] is told.

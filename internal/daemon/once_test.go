@@ -21,7 +21,7 @@ func TestOnceUnsealsWhatIsSealedAndEndsWhenAllIsWell(t *testing.T) {
 		y.away[b.Nodes[0]] = errAway
 		site := &Site{Custodian: y, Clusters: []Cluster{a, b}}
 		go func() {
-			time.Sleep(20 * time.Second)
+			<-time.After(20 * time.Second)
 			y.set(func() { delete(y.away, b.Nodes[0]) })
 			y.seal(b.Nodes...)
 		}()

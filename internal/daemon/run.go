@@ -28,7 +28,7 @@ type daemon struct {
 	server  *server
 
 	crew    atomic.Pointer[crew]
-	refused error // why the newest configuration is not in use, nil where it is; of the loop alone
+	refused error          // why the newest configuration is not in use, nil where it is; of the loop alone
 	leaving sync.WaitGroup // crews whose site was replaced
 }
 

@@ -310,12 +310,16 @@ func TestACleanStopWaitsForActsAndWithoutLimitForWhatIsCritical(t *testing.T) {
 		}
 
 		y.operation = 0
+		var hooks *Hooks
 		y.during = func(context.Context, string) {
-			leave := r.hooks.Critical("storing the keys of prod")
-			time.Sleep(10 * time.Minute)
+			leave := hooks.Critical("storing the keys of prod")
+			<-time.After(10 * time.Minute)
 			leave()
 		}
-		r = start(t, y, nil, c)
+		r = start(t, y, func(_ context.Context, h *Hooks) (*Site, error) {
+			hooks = h
+			return &Site{Custodian: y, Clusters: []Cluster{c}}, nil
+		})
 		pass(time.Second)
 		begun = time.Now()
 		r.end(t)
@@ -450,7 +454,7 @@ func TestSystemdIsToldHowTheDaemonFares(t *testing.T) {
 type stuckYard struct{ *yard }
 
 func (y stuckYard) Look(context.Context, string, string) (State, error) {
-	time.Sleep(time.Hour) // whatever its ctx says
+	<-time.After(time.Hour) // whatever its ctx says
 	return State{}, errAway
 }
 

@@ -140,7 +140,7 @@ func (s *server) shut(open *http.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
 	defer cancel()
 	if open.Shutdown(ctx) != nil {
-		open.Close() //nolint:gosec,errcheck // it is of no use any more
+		_ = open.Close() // it is of no use any more
 	}
 }
 

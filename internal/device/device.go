@@ -102,7 +102,7 @@ func (r *Registry) Open(owner, name string, config Config) (*Handle, error) {
 	}
 	h := &Handle{
 		owner: owner, name: name, config: config, open: opener, secrets: r.secrets,
-		logger:  r.logger.With("device", name), observer: r.observer,
+		logger: r.logger.With("device", name), observer: r.observer,
 		opening: make(chan struct{}, 1),
 	}
 	_, _ = rand.Read(h.digestKey[:]) // never fails: crypto/rand
