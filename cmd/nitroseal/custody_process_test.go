@@ -195,3 +195,28 @@ func TestNothingIsCreatedWhereItCouldNotBeKept(t *testing.T) {
 		})
 	}
 }
+
+func TestAPersonSeesTheStepsOfAnInitialisation(t *testing.T) {
+	n := nodetest.Start(t, nodetest.Options{})
+	configuration := inCustody(t, rsaToken(t), n)
+	ours, theirs := terminal(t)
+	var seen screen
+	go seen.watch(ours) // ends with the terminal
+	cmd := command(t, configuration, "init", "prod")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, seen.text())
+	}
+	steps := []string{
+		"first a value goes to the store and back", "initialising a cluster (cluster prod", "a node was unsealed (cluster prod", "root token",
+	}
+	until(t, "the last step", func() bool { return strings.Contains(seen.text(), steps[len(steps)-1]) })
+	last := 0
+	for _, step := range steps {
+		at := strings.Index(seen.text(), step)
+		if at < last {
+			t.Errorf("%q is not shown, or too early:\n%s", step, seen.text())
+		}
+		last = at
+	}
+}

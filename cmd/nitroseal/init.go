@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -51,6 +50,7 @@ sealed, or given out as an OpenPGP message.`,
 				return err
 			}
 			a.steps = isTerminal(a.stderr)
+			a.progress("cluster %q: first a value goes to the store and back through the HSM, so that it is known to work", c.Name)
 			ctx, cancel := a.within(cmd.Context(), initTimeout)
 			defer cancel()
 			result, err := custodian.Init(ctx, c, cluster.InitOptions{By: by()})
@@ -61,7 +61,7 @@ sealed, or given out as an OpenPGP message.`,
 			if err != nil {
 				a.say("nitroseal: warning: cluster %q is initialised, and how its keys are kept could not be looked up: %v", c.Name, err)
 			}
-			return a.showInit(ctx, c, &result, &status, &messages)
+			return a.showInit(c, &result, &status, &messages)
 		},
 	}
 	cmd.Flags().StringVar(&sharesDir, "shares-dir", "", "folder for the messages to persons, a file for each (default: they are printed)")
@@ -150,7 +150,7 @@ type rootTokenView struct {
 	Message string `json:"message,omitempty"`
 }
 
-func (a *app) showInit(_ context.Context, c *cluster.Cluster, result *cluster.InitResult, status *cluster.Status, messages *messageFolder) error {
+func (a *app) showInit(c *cluster.Cluster, result *cluster.InitResult, status *cluster.Status, messages *messageFolder) error {
 	view := initView{
 		Cluster: c.Name, Initialized: result.Initialized, Kind: string(result.Kind), Shares: result.Shares, Threshold: result.Threshold,
 		Material: materialOf(status), Spread: status.Spread, People: []personView{}, Nodes: tended(result.Nodes), Warnings: list(result.Warnings),

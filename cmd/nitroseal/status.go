@@ -303,9 +303,6 @@ func (v *clusterView) rows(t *table) {
 	t.row("cluster " + v.Cluster)
 	for i := range v.Material {
 		t.row("  "+v.Material[i].Item, v.Material[i].sentence())
-		for _, warning := range v.Material[i].Warnings {
-			t.row("", "warning: "+warning)
-		}
 	}
 	if v.Spread != "" {
 		t.row("  opens with", v.Spread)
