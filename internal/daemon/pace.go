@@ -17,8 +17,9 @@ const (
 	barTime = 10 * time.Minute
 	// barLook is how often it is looked whether the material changed meanwhile.
 	barLook = 30 * time.Second
-	// settlePause is between two attempts to finish what an earlier run left of a cluster whose nodes are well.
-	settlePause = time.Minute
+	// settleInterval is how often a cluster whose nodes are well is tended nevertheless, settlePause where that failed.
+	settleInterval = time.Hour
+	settlePause    = time.Minute
 	// silence is how long a complaint about a node that changes its words is not logged again.
 	silence = time.Minute
 )

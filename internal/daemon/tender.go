@@ -57,8 +57,7 @@ type tender struct {
 	waiting []request
 	active  bool
 	began   time.Time // of the act under way, zero where there is none
-	settled bool      // nothing that an earlier run left is to be finished
-	settle  time.Time // when that is tried next
+	settle  time.Time // when nodes that are well are tended next, see unsettled
 }
 
 // request is a node that waits to be tended.
@@ -80,22 +79,22 @@ func (t *tender) join(address string) <-chan Result {
 	return r.result
 }
 
-// unsettled tells whether a node that is well is to be tended nevertheless: once, because an earlier run may have left something
-// to be finished (material held on the local disk, a root token to be revoked), and again now and then where that failed.
+// unsettled tells whether a node that is well is to be tended nevertheless: at the start, and once an hour, because somebody may
+// have left something to be finished (material held on the local disk, a root token to be revoked); soon again where that failed.
 func (t *tender) unsettled(now time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.settled || now.Before(t.settle) {
+	if now.Before(t.settle) {
 		return false
 	}
 	t.settle = now.Add(settlePause)
 	return true
 }
 
-func (t *tender) settledNow() {
+func (t *tender) settled(now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.settled = true
+	t.settle = now.Add(jittered(settleInterval))
 }
 
 // run tends until nobody waits.

@@ -135,7 +135,7 @@ func (w *watch) tended(ctx context.Context, r Result) {
 		return // the daemon stops
 	}
 	if r.Err == nil && !r.State.Sealed {
-		w.tender.settledNow()
+		w.tender.settled(time.Now())
 	}
 	generation := ""
 	if alarmOf(r.Err) != AlarmNone {
