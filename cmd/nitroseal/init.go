@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -54,14 +55,16 @@ sealed, or given out as an OpenPGP message.`,
 			ctx, cancel := a.within(cmd.Context(), initTimeout)
 			defer cancel()
 			result, err := custodian.Init(ctx, c, cluster.InitOptions{By: by()})
-			if err != nil {
+			result.Initialized = result.Initialized || result.People != nil || result.RootPGP != nil
+			if err != nil && !result.Initialized {
 				return err
 			}
-			status, err := custodian.Status(ctx, c)
-			if err != nil {
-				a.say("nitroseal: warning: cluster %q is initialised, and how its keys are kept could not be looked up: %v", c.Name, err)
+			// Also beside an error: what people get must not be lost.
+			status, looking := custodian.Status(context.WithoutCancel(ctx), c)
+			if looking != nil {
+				a.say("nitroseal: warning: cluster %q is initialised, and how its keys are kept could not be looked up: %v", c.Name, looking)
 			}
-			return a.showInit(c, &result, &status, &messages)
+			return errors.Join(err, a.showInit(c, &result, &status, &messages))
 		},
 	}
 	cmd.Flags().StringVar(&sharesDir, "shares-dir", "", "folder for the messages to persons, a file for each (default: they are printed)")

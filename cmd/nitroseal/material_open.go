@@ -13,17 +13,29 @@ import (
 func newMaterialOpenCommand(a *app) *cobra.Command {
 	var store storeFlag
 	var field, out string
+	var reveal bool
 	cmd := &cobra.Command{
 		Use:   "open CLUSTER NAME",
 		Short: "Open an item and show what is in it",
 		Long: `Open an item with one operation in one HSM, and print its fields in base64. With --field only that field is written, as it is,
-byte for byte. The audit log takes note of it before it is opened.`,
-		Example: `  nitroseal material open prod root --field token --out /run/root-token
+byte for byte. The audit log takes note of it before it is opened.
+
+The keys of a cluster of the configuration are shown only with --reveal-keys: nobody needs to see them to unseal or rekey, and
+"nitroseal export" gives them out encrypted to people.`,
+		Example: `  nitroseal material open prod tls --field key --out /run/tls.key
   nitroseal material open prod tls -o json`,
 		Args: arguments("CLUSTER", "NAME"), ValidArgsFunction: a.completeItem,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if out != "" && out != "-" && field == "" {
 				return usage("--out takes one field; name it with --field")
+			}
+			ours, err := a.ofCustody(args[0], args[1])
+			if err != nil {
+				return err
+			}
+			if ours && !reveal {
+				return usage("%q of cluster %q opens the whole cluster; \"nitroseal export\" gives it out encrypted to people, and --reveal-keys shows it "+
+					"all the same", args[1], args[0])
 			}
 			keeper, err := a.keeper()
 			if err != nil {
@@ -48,6 +60,7 @@ byte for byte. The audit log takes note of it before it is opened.`,
 	}
 	store.add(cmd, a)
 	cmd.Flags().StringVar(&field, "field", "", "write this field only, as it is")
+	cmd.Flags().BoolVar(&reveal, "reveal-keys", false, "show keys or a root token of a cluster of the configuration")
 	cmd.Flags().StringVar(&out, "out", "", `file for the field, made with mode 0600 (default "-": standard output)`)
 	return cmd
 }

@@ -36,6 +36,9 @@ func IsCredential(path string) bool {
 	return credential && name != "" && name != "." && name != ".." && !strings.ContainsRune(name, '/')
 }
 
+// ErrNoCredentials: systemd did not start this program, so it has none of the credentials that it would have as a service.
+var ErrNoCredentials = errors.New("this program was not started by systemd")
+
 // credentialsVariable holds the folder in which systemd puts the credentials of a service.
 const credentialsVariable = "CREDENTIALS_DIRECTORY"
 
@@ -51,8 +54,8 @@ func (s SecretFiles) place(path string) (SecretFiles, string, error) {
 	case !IsCredential(path):
 		return s, "", complain(`the credential %q is no file name`, name)
 	case dir == "" || !filepath.IsAbs(dir):
-		return s, "", complain(`the credential %q is handed over by systemd (LoadCredential=%s:FILE in the unit), and this program was not started by it: the environment variable %s is not set`,
-			name, name, credentialsVariable)
+		return s, "", complain(`the credential %q is handed over to a service (LoadCredential=%s:FILE in its unit), and %w: the environment variable %s is not set`,
+			name, name, ErrNoCredentials, credentialsVariable)
 	}
 	return SecretFiles{Dir: dir}, filepath.Join(dir, name), nil
 }
