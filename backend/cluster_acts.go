@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -142,7 +143,23 @@ func (a *acts) take(ended *act) (*logical.Response, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	ended.taken = true
-	return ended.answer, ended.err
+	if ended.answer == nil {
+		return nil, ended.err
+	}
+	own := &logical.Response{Data: maps.Clone(ended.answer.Data)} // what carries it out may add to it
+	for _, warning := range ended.answer.Warnings {
+		own.AddWarning(warning)
+	}
+	return own, ended.err
+}
+
+// forget drops the last act on a cluster.
+func (a *acts) forget(name string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if last := a.clusters[name]; last != nil && !last.running() {
+		delete(a.clusters, name)
+	}
 }
 
 // busy tells whether an act is at work on a cluster.

@@ -62,6 +62,7 @@ func (b *backend) tick(ctx context.Context, _ *logical.Request) error {
 	if !b.WriteSafeReplicationState() {
 		return nil
 	}
+	b.resumeWaiting(ctx)
 	names, err := b.storage.List(ctx, clustersPrefix)
 	if err != nil {
 		b.logger.Warn("listing the clusters that are watched", "error", err)

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/hashicorp/vault/sdk/framework"
+
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 )
@@ -352,5 +354,35 @@ func TestHealthTellsWhatTheWatchFound(t *testing.T) {
 	prod, _ := clusters["prod"].(map[string]any)
 	if troubled, _ := prod["troubled"].([]any); !slices.Equal(troubled, []any{"https://vault-2.example:8200"}) || prod["looked"] == "" {
 		t.Errorf("health of the cluster = %v", prod)
+	}
+}
+
+// A rotation seals stored material anew by itself. What unseals a cluster waits until the loss of one HSM, or of this mount, does
+// not lose what the new version sealed.
+func TestTheKeysOfAClusterFollowARotationWhenItIsReady(t *testing.T) {
+	m, _ := newCustody(t)
+	m.write("clusters/prod", clusterOf(t, nil)).ok(t)
+	m.keep("prod")
+	m.write("keys/prod/rotate", fields{"generate": true}).ok(t)
+	m.awaitState("prod", "ready")
+	rewrap := m.awaitRewrap("prod", "waiting")
+	if problems, _ := rewrap["problems"].([]any); len(problems) != 1 || !strings.Contains(problems[0].(string), "clusters/prod") {
+		t.Errorf("rewrap = %v", rewrap)
+	}
+	kept := func() string { return m.read("material/prod/unseal").ok(t).text("key_version") }
+	m.tickOnce(t)
+	if kept() != "1" {
+		t.Fatal("the keys of the cluster are sealed to a version that nobody has the key record of")
+	}
+	m = m.remount()
+	m.clusters.custodian = &fakeCustodian{tends: map[string]int{}, nodes: map[string][]string{}}
+	m.read("keys/prod/backup").ok(t) // a single HSM was accepted for the key before
+	m.tickOnce(t)
+	m.awaitRewrap("prod", "done")
+	if kept() != "2" {
+		t.Error("the keys of the cluster were not sealed anew")
+	}
+	if entries, _ := framework.ListWAL(context.Background(), m.storage); len(entries) != 0 {
+		t.Errorf("%d journal entries are left", len(entries))
 	}
 }

@@ -336,6 +336,7 @@ func (b *backend) clusterDelete(ctx context.Context, req *logical.Request, data 
 	}
 	b.clusters.watch.forget(name)
 	b.clusters.letters.forget(name)
+	b.clusters.acts.forget(name)
 	b.logger.Info("a cluster was forgotten", "cluster", name, "by", by(req))
 	return nil, nil
 }

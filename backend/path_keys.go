@@ -124,7 +124,7 @@ func keyAnswer() map[string]*framework.FieldSchema {
 		"accept_single_hsm": acknowledged("accepted that one HSM alone can open what this key seals"),
 		"accept_weak_key":   acknowledged("accepted a weak HSM key"),
 		"pending":           {Type: framework.TypeMap, Description: "The HSM key that is being made, and why the last attempt failed; empty where none is."},
-		"rewrap":            {Type: framework.TypeMap, Description: "How the sealing anew of stored material goes that followed the last rotation; empty where none did."},
+		"rewrap":            {Type: framework.TypeMap, Description: "How the sealing anew of stored material goes that followed the last rotation: running, waiting (for the key to be ready for clusters), incomplete or done; empty where none did."},
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -20,7 +21,9 @@ const rewrapsPrefix = "rewraps/"
 // rewrapRecord says how the sealing anew of a wrapping key's stored material goes. It is written at the beginning and at
 // the end, so that a process that comes later knows what to go on with.
 type rewrapRecord struct {
-	Running   bool      `json:"running"`
+	Running bool `json:"running"`
+	// Waiting is true while clusters in custody wait for the newest version to be one that they may depend on.
+	Waiting   bool      `json:"waiting,omitempty"`
 	By        string    `json:"by"`
 	Began     time.Time `json:"began"`
 	Ended     time.Time `json:"ended"`
@@ -56,7 +59,7 @@ func (b *backend) startRewrap(ctx context.Context, key, by string) {
 // resumeRewrap seals a wrapping key's stored material anew in the background, and tells whether it began to.
 func (b *backend) resumeRewrap(key, by, entry string) bool {
 	return b.jobs.start(b.closing, walRewrap+" "+key, func(ctx context.Context) {
-		if err := b.rewrapMaterial(ctx, key, by); err != nil {
+		if err := b.rewrapMaterial(ctx, key, by); err != nil && !errors.Is(err, errRewrapWaits) {
 			b.logger.Warn("sealing stored material anew; it is tried again", "key", key, "error", err)
 			return
 		}
@@ -64,14 +67,28 @@ func (b *backend) resumeRewrap(key, by, entry string) bool {
 	})
 }
 
-// errRewrapIncomplete is returned where some items could not be sealed anew.
-var errRewrapIncomplete = errors.New("some material could not be sealed anew")
+var (
+	// errRewrapIncomplete is returned where some items could not be sealed anew.
+	errRewrapIncomplete = errors.New("some material could not be sealed anew")
+	// errRewrapWaits is returned where nothing was begun: the watch begins it when the key is ready.
+	errRewrapWaits = errors.New("stored material is sealed anew once the key is ready for clusters")
+)
 
 // rewrapMaterial seals all material of a wrapping key to its newest version, where it is not, and records how that went.
 func (b *backend) rewrapMaterial(ctx context.Context, key, by string) error {
 	record := rewrapRecord{By: by, Began: time.Now()}
 	if before, err := b.readRewrap(ctx, key); err == nil && before != nil {
 		record.Began = before.Began // it goes on
+	}
+	if waits, err := b.readyForClusters(ctx, key); err != nil {
+		return err
+	} else if waits != nil {
+		record.Waiting, record.Problems = true, []string{waits.Error()}
+		if err := b.putRewrap(ctx, key, record); err != nil {
+			return err
+		}
+		b.logger.Warn("sealing stored material anew waits", "key", key, "reason", waits)
+		return errRewrapWaits
 	}
 	report, err := b.keeper.Rewrap(ctx, key, by, nil)
 	if ctx.Err() != nil {
@@ -92,6 +109,41 @@ func (b *backend) rewrapMaterial(ctx context.Context, key, by string) error {
 		return fmt.Errorf("key %q: %w: %s", key, errRewrapIncomplete, record.Problems[0])
 	}
 	return nil
+}
+
+// readyForClusters returns why a key's newest version must not seal the keys of clusters in custody yet; nil where it may, or
+// seals none. Were they sealed to it, the loss of one HSM, or of this mount, would lose them.
+func (b *backend) readyForClusters(ctx context.Context, key string) (waits, err error) {
+	clusters, err := b.clustersUsing(ctx, func(record *clusterRecord) bool { return slices.Contains(record.keys(), key) })
+	if err != nil || len(clusters) == 0 {
+		return nil, err
+	}
+	err = b.keys.Ready(ctx, key, keyring.PurposeCluster)
+	if errors.Is(err, keyring.ErrNotReady) {
+		return fmt.Errorf("what unseals %s stays sealed to the version before: %w", summarise(clusters), err), nil
+	}
+	return nil, err
+}
+
+// resumeWaiting begins to seal anew what has waited for a key to be ready.
+func (b *backend) resumeWaiting(ctx context.Context) {
+	names, err := b.storage.List(ctx, rewrapsPrefix)
+	if err != nil {
+		b.logger.Warn("looking for material whose sealing anew waits", "error", err)
+		return
+	}
+	for _, name := range names {
+		record, err := b.readRewrap(ctx, name)
+		if err == nil && record != nil && record.Waiting {
+			var waits error
+			if waits, err = b.readyForClusters(ctx, name); err == nil && waits == nil {
+				b.startRewrap(ctx, name, record.By)
+			}
+		}
+		if err != nil {
+			b.logger.Warn("looking for material whose sealing anew waits", "key", name, "error", err)
+		}
+	}
 }
 
 func rewrapProblems(report custody.Report, err error) []string {
@@ -138,6 +190,9 @@ func (b *backend) rollbackRewrap(ctx context.Context, key, by string) error {
 		return err
 	}
 	err = b.rewrapMaterial(ctx, key, by)
+	if errors.Is(err, errRewrapWaits) {
+		return nil
+	}
 	if errors.Is(err, errRewrapIncomplete) && record != nil && time.Since(record.Began) > rewrapPatience {
 		b.logger.Warn("sealing stored material anew is given up until the next rotation; keys/<name> shows what is left", "key", key)
 		return nil
@@ -178,6 +233,8 @@ func (b *backend) showRewrap(ctx context.Context, key string) (map[string]any, e
 	switch {
 	case record.Running:
 		state = "running"
+	case record.Waiting:
+		state = "waiting"
 	case len(record.Problems) > 0:
 		state = "incomplete"
 	}
