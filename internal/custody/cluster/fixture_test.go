@@ -29,7 +29,7 @@ type site struct {
 	t     *testing.T
 	hsms  map[string]*hsmtest.Memory
 	keys  *keyring.Keyring
-	main  *memoryStore
+	main  *volatile
 	nodes []*nodetest.Node
 	clock *clock
 	*Cluster
@@ -55,6 +55,17 @@ func (c *clock) advance(d time.Duration) {
 // newSite runs that many nodes of a kind, with what they need.
 func newSite(t *testing.T, kind nodetest.Kind, count int) *site {
 	t.Helper()
+	return newSiteOf(t, nodetest.Options{Kind: kind, Authority: nodetest.NewAuthority(t)}, count)
+}
+
+// newPlainSite is one whose nodes speak plain http: for tests that make very many calls.
+func newPlainSite(t *testing.T, kind nodetest.Kind, count int) *site {
+	t.Helper()
+	return newSiteOf(t, nodetest.Options{Kind: kind, Plain: true}, count)
+}
+
+func newSiteOf(t *testing.T, options nodetest.Options, count int) *site {
+	t.Helper()
 	s := &site{t: t, hsms: map[string]*hsmtest.Memory{}, main: newStore(), clock: &clock{now: time.Now()}}
 	s.keys = keyring.New(keyring.Config{Records: newStore(), Devices: s})
 	for i, name := range []string{"office", "bunker", "bank"} {
@@ -64,10 +75,9 @@ func newSite(t *testing.T, kind nodetest.Kind, count int) *site {
 	}
 	s.hsms["office"].AddEC(t, "twin", "0a", ecdh.P256())
 	s.addKey("twin", "office", "twin")
-	authority := nodetest.NewAuthority(t)
 	s.Cluster = &Cluster{Name: "prod", Key: "office", Store: "main"}
 	for range count {
-		n := nodetest.Start(t, nodetest.Options{Kind: kind, Authority: authority})
+		n := nodetest.Start(t, options)
 		s.nodes = append(s.nodes, n)
 		s.Nodes = append(s.Nodes, n.Address())
 	}
@@ -111,8 +121,8 @@ type host struct {
 	*site
 
 	name    string
-	local   *memoryStore
-	records *memoryStore
+	local   *volatile
+	records *volatile
 	fault   *fault
 	acts    *acts
 }
@@ -302,19 +312,19 @@ func (f *fault) in(work func() error) (err error, survived bool) { //nolint:revi
 	return err, survived
 }
 
-// memoryStore is a store, and a disk.
-type memoryStore struct {
+// volatile is a store, and a disk.
+type volatile struct {
 	mu     sync.Mutex
 	values map[string]store.Entry
 	puts   int
 	locks  map[string]chan struct{}
 }
 
-func newStore() *memoryStore {
-	return &memoryStore{values: map[string]store.Entry{}, locks: map[string]chan struct{}{}}
+func newStore() *volatile {
+	return &volatile{values: map[string]store.Entry{}, locks: map[string]chan struct{}{}}
 }
 
-func (m *memoryStore) Get(_ context.Context, name string) (store.Entry, error) {
+func (m *volatile) Get(_ context.Context, name string) (store.Entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	entry, found := m.values[name]
@@ -325,7 +335,7 @@ func (m *memoryStore) Get(_ context.Context, name string) (store.Entry, error) {
 	return entry, nil
 }
 
-func (m *memoryStore) Put(_ context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
+func (m *volatile) Put(_ context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
 	if err := store.CheckName(name); err != nil {
 		return store.NoRevision, err
 	}
@@ -340,7 +350,7 @@ func (m *memoryStore) Put(_ context.Context, name string, value []byte, expected
 	return entry.Revision, nil
 }
 
-func (m *memoryStore) List(_ context.Context, prefix string) (names []string, err error) {
+func (m *volatile) List(_ context.Context, prefix string) (names []string, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for name := range m.values {
@@ -352,7 +362,7 @@ func (m *memoryStore) List(_ context.Context, prefix string) (names []string, er
 	return names, nil
 }
 
-func (m *memoryStore) Delete(_ context.Context, name string, expected store.Revision) error {
+func (m *volatile) Delete(_ context.Context, name string, expected store.Revision) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch entry, found := m.values[name]; {
@@ -365,10 +375,10 @@ func (m *memoryStore) Delete(_ context.Context, name string, expected store.Revi
 	return nil
 }
 
-func (m *memoryStore) Close() error { return nil }
+func (m *volatile) Close() error { return nil }
 
 // Lock implements Local.
-func (m *memoryStore) Lock(ctx context.Context, name string) (unlock func(), err error) {
+func (m *volatile) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	m.mu.Lock()
 	if m.locks[name] == nil {
 		m.locks[name] = make(chan struct{}, 1)
@@ -385,7 +395,7 @@ func (m *memoryStore) Lock(ctx context.Context, name string) (unlock func(), err
 
 // faultyStore is a store whose calls may fail.
 type faultyStore struct {
-	under *memoryStore
+	under *volatile
 	name  string
 	*fault
 }
@@ -436,7 +446,7 @@ func (s faultyStore) Close() error { return nil }
 type faultyLocal struct {
 	faultyStore
 
-	locks *memoryStore
+	locks *volatile
 }
 
 func (l faultyLocal) Lock(ctx context.Context, name string) (unlock func(), err error) {

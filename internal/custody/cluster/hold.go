@@ -244,6 +244,10 @@ func (k *Custodian) finishItem(ctx context.Context, c *Cluster, item heldItem, o
 	if errors.Is(err, custody.ErrConflict) {
 		err = join2(err, k.sameOrigin(ctx, c, item.Item, origin))
 	}
+	if errors.Is(err, custody.ErrVanished) && item.Item == itemRoot {
+		// The store had it, as the record here says, and another host has revoked and deleted it.
+		return k.keeper.Delete(ctx, c.Name, itemRoot, custody.DeleteOptions{Store: c.Store, By: k.host})
+	}
 	return err
 }
 

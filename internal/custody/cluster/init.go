@@ -86,12 +86,19 @@ func (k *Custodian) Init(ctx context.Context, c *Cluster, options InitOptions) (
 		return result, err
 	}
 	defer unlock()
+	var reason error // of waiting
 	for {
 		done, err := k.initOnce(ctx, c, options, &result)
-		if done || err != nil && !errors.Is(err, ErrIntentElsewhere) && !errors.Is(err, ErrBusy) {
+		switch {
+		case done && err != nil && ctx.Err() != nil:
+			return result, join(reason, err)
+		case done:
 			return result, err
 		}
-		k.logger.Info("waiting for another host that initialises the cluster", "cluster", c.Name, "reason", err)
+		if reason == nil {
+			k.logger.Info("waiting for another host that initialises the cluster", "cluster", c.Name, "reason", err)
+		}
+		reason = err
 		k.pause(ctx, k.pauses.wait)
 		if ctx.Err() != nil {
 			return result, join(err, context.Cause(ctx))

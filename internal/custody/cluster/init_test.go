@@ -52,7 +52,7 @@ func (s *site) wantClean(hosts ...*host) {
 	}
 }
 
-func (s *site) names(m *memoryStore) []string {
+func (s *site) names(m *volatile) []string {
 	names, err := m.List(s.t.Context(), "")
 	if err != nil {
 		s.t.Fatal(err)
@@ -180,7 +180,7 @@ func TestInitSurvivesAFaultAtEveryCall(t *testing.T) {
 
 // initWithFault returns false where there was no such call.
 func initWithFault(t *testing.T, at int, how mode) (struck bool) {
-	s := newSite(t, nodetest.Alone, 1)
+	s := newPlainSite(t, nodetest.Alone, 1)
 	h := s.host("one")
 	n := s.nodes[0]
 	h.fault.at, h.fault.mode = at, how
@@ -263,7 +263,7 @@ func TestAnotherHostAfterACrashAtEveryCall(t *testing.T) {
 }
 
 func anotherHost(t *testing.T, at int, how mode) (struck bool) {
-	s := newSite(t, nodetest.Alone, 1)
+	s := newPlainSite(t, nodetest.Alone, 1)
 	first, second := s.host("one"), s.host("two")
 	first.fault.at, first.fault.mode = at, how
 	_, _ = first.fault.in(func() error {
@@ -280,14 +280,8 @@ func anotherHost(t *testing.T, at int, how mode) (struck bool) {
 	}
 	held := slices.ContainsFunc(s.names(first.local), func(name string) bool { return strings.HasPrefix(name, "held/") })
 	stored := slices.Contains(s.names(s.main), "material/prod/unseal")
-	ctx := t.Context()
-	if slices.Contains(s.names(s.main), "clusters/prod/intent") {
-		short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-		defer cancel()
-		ctx = short
-	}
-	_, err := second.process().Init(ctx, s.Cluster, InitOptions{})
-	if err != nil && !errors.Is(err, ErrIntentElsewhere) {
+	done, err := second.process().initOnce(t.Context(), s.Cluster, InitOptions{}, &InitResult{})
+	if done != (err == nil) || err != nil && !errors.Is(err, ErrIntentElsewhere) {
 		fail("at once, the other host says %v", err)
 	}
 	if err != nil {

@@ -33,7 +33,9 @@ func inCustody(t *testing.T, kind nodetest.Kind, count int) (*site, *host) {
 }
 
 // tend tends the first node with a custodian.
-func (h *host) tend(k *Custodian) (Outcome, error) { return k.Tend(h.t.Context(), h.Cluster, h.Nodes[0]) }
+func (h *host) tend(k *Custodian) (Outcome, error) {
+	return k.Tend(h.t.Context(), h.Cluster, h.Nodes[0])
+}
 
 func TestTendUnsealsASealedNodeWithOneOperation(t *testing.T) {
 	s, h := inCustody(t, nodetest.Alone, 1)
