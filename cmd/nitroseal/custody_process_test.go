@@ -220,3 +220,32 @@ func TestAPersonSeesTheStepsOfAnInitialisation(t *testing.T) {
 		last = at
 	}
 }
+
+func TestANodeOfAnotherClusterGetsNoMoreSharesUntilAPersonSaysSo(t *testing.T) {
+	n := nodetest.Start(t, nodetest.Options{})
+	configuration := inCustody(t, rsaToken(t), n)
+	must(t, configuration, "init", "prod")
+	own := n.ClusterID()
+	n.SetClusterID("0000-another")
+	n.Restart()
+	run := func(want int, says string, args ...string) {
+		t.Helper()
+		out, err := command(t, configuration, args...).CombinedOutput()
+		if got := code(t, err); got != want || !strings.Contains(string(out), says) {
+			t.Errorf("nitroseal %s ended with %d, want %d and %q\n%s", strings.Join(args, " "), got, want, says, out)
+		}
+	}
+	run(exitRefused, "the shares were given to another cluster", "unseal", "--timeout", "5s")
+	run(exitFailed, "--clear-alarm "+n.Address(), "status")
+	n.Restart()
+	sent := n.Count(http.MethodPut, "sys/unseal") + n.Count(http.MethodPost, "sys/unseal")
+	run(exitRefused, "rekey the cluster", "unseal", "--timeout", "5s")
+	if n.Count(http.MethodPut, "sys/unseal")+n.Count(http.MethodPost, "sys/unseal") != sent {
+		t.Error("the node got another share")
+	}
+	run(exitUsage, "name that cluster", "unseal", "--clear-alarm", n.Address())
+	run(exitUsage, "is none of the nodes", "unseal", "prod", "--clear-alarm", "https://127.0.0.1:1")
+	n.SetClusterID(own)
+	run(exitOK, "unsealed now", "unseal", "prod", "--clear-alarm", n.Address())
+	run(exitOK, "", "status")
+}

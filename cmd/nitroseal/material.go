@@ -69,11 +69,17 @@ func (a *app) ofCustody(cluster, item string) (bool, error) {
 
 // audited does something with an item that the audit log must know of before.
 func (a *app) audited(ctx context.Context, verb, cluster, item string, do func() error) error {
+	return a.act(ctx, audit.Act{Verb: verb, Cluster: cluster, Detail: map[string]string{"item": item}}, do)
+}
+
+// act does something that the audit log must know of before.
+func (a *app) act(ctx context.Context, act audit.Act, do func() error) error {
 	log, err := a.audit()
 	if err != nil {
 		return err
 	}
-	end, err := log.Begin(ctx, audit.Act{Verb: verb, Cluster: cluster, By: by(), Detail: map[string]string{"item": item}})
+	act.By = by()
+	end, err := log.Begin(ctx, act)
 	if err != nil {
 		return err
 	}

@@ -111,8 +111,8 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 			add("node %s is sealed", n.Address)
 		}
 		if n.Alarm != nil {
-			add("ALARM: node %s took the shares and belongs to another cluster (%s, not %s); rekey: nitroseal rekey %s", n.Address, n.Alarm.Seen,
-				n.Alarm.Recorded, c.Name)
+			add("ALARM: node %s took the shares and belongs to another cluster (%s, not %s); nitroseal rekey %s now, find out what is there, then: nitroseal "+
+				"unseal %s --clear-alarm %s", n.Address, n.Alarm.Seen, n.Alarm.Recorded, c.Name, c.Name, n.Address)
 		}
 	}
 	for i := range s.Material {

@@ -1,14 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/daemon"
 )
 
 func newUnsealCommand(a *app) *cobra.Command {
+	var clear string
 	cmd := &cobra.Command{
 		Use:   "unseal [CLUSTER…]",
 		Short: "Unseal every node of clusters that is sealed, and end",
@@ -17,13 +22,22 @@ are not joined to their cluster yet are joined, and what an earlier run left unf
 once for all its nodes, with one operation in one HSM, and only where a node is sealed.
 
 It ends when all nodes are unsealed, when only a person can help the rest, or when --timeout is up (1m): then with exit code 3. It is
-made for cron, init containers and by hand; "nitroseal run" is the one that stays. --once says so in a unit file, and changes nothing.`,
+made for cron, init containers and by hand; "nitroseal run" is the one that stays. --once says so in a unit file, and changes nothing.
+
+A node that took shares and then showed another cluster's id gets no more of them until the alarm is cleared: rekey, find out what is at
+that address, and give --clear-alarm with it.`,
 		Example: `  nitroseal unseal
-  nitroseal unseal prod --once --timeout 10m     in an init container`,
+  nitroseal unseal prod --once --timeout 10m     in an init container
+  nitroseal unseal prod --clear-alarm https://vault-2.example.org:8200`,
 		ValidArgsFunction: a.completeClusters,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a.steps = isTerminal(a.stderr)
 			ctx := cmd.Context()
+			if clear != "" {
+				if err := a.clearAlarm(ctx, args, clear); err != nil {
+					return err
+				}
+			}
 			site, err := a.site(ctx, args)
 			if err != nil {
 				return err
@@ -39,7 +53,29 @@ made for cron, init containers and by hand; "nitroseal run" is the one that stay
 		},
 	}
 	cmd.Flags().Bool("once", true, "end when it is done; it always does")
+	cmd.Flags().StringVar(&clear, "clear-alarm", "", "let the node of this address have shares again, although it belonged to another cluster")
 	return cmd
+}
+
+// clearAlarm takes an alarm back, at the word of a person.
+func (a *app) clearAlarm(ctx context.Context, clusters []string, address string) error {
+	if len(clusters) != 1 {
+		return usage("--clear-alarm is about a node of one cluster; name that cluster, and no other")
+	}
+	c, err := a.cluster(clusters[0])
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(c.Nodes, address) {
+		return usage("--clear-alarm: %s is none of the nodes of cluster %q, which are %s", address, c.Name, strings.Join(c.Nodes, ", "))
+	}
+	custodian, err := a.custodian()
+	if err != nil {
+		return err
+	}
+	return a.act(ctx, audit.Act{Verb: "clear alarm", Cluster: c.Name, Node: address}, func() error {
+		return custodian.ClearAlarm(ctx, c, address)
+	})
 }
 
 // unsealView is what unsealing found and did, as JSON.
