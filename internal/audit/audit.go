@@ -249,6 +249,48 @@ func (l *Log) Sinks() []SinkStatus {
 	return all
 }
 
+// Check finds out which sinks would take a line now, without writing one, so that nobody learns only at the next act that none
+// does: [ErrNoSink] then. [Log.Sinks] tells more. A sink that hangs is not waited for longer than the patience.
+func (l *Log) Check(ctx context.Context) error {
+	answers := make(chan answer, len(l.writers))
+	var failed []error
+	waiting := 0
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return fmt.Errorf("checking the audit log: %w", ErrClosed)
+	}
+	for _, w := range l.writers {
+		if w.check(answers) {
+			waiting++
+		} else {
+			failed = append(failed, w.hanging())
+		}
+	}
+	l.mu.Unlock()
+	patience := time.NewTimer(l.patience)
+	defer patience.Stop()
+	would := false
+	for ; waiting > 0; waiting-- {
+		select {
+		case a := <-answers:
+			would = would || a.err == nil && a.counts
+			if a.err != nil {
+				failed = append(failed, a.err)
+			}
+		case <-patience.C:
+			waiting = 1
+			failed = append(failed, errHangs)
+		case <-ctx.Done():
+			return fmt.Errorf("checking the audit log: %w", ctx.Err())
+		}
+	}
+	if would {
+		return nil
+	}
+	return fmt.Errorf("checking the audit log: %w: %w", ErrNoSink, errors.Join(failed...))
+}
+
 // Reopen makes every sink begin anew where it writes to, before its next line.
 func (l *Log) Reopen() {
 	for _, w := range l.writers {

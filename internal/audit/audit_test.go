@@ -26,8 +26,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // fakeSink remembers its lines. Its functions, where set, decide what becomes of a write.
 type fakeSink struct {
-	name  string
-	write func() error
+	name   string
+	write  func() error
+	reopen error
 
 	mu      sync.Mutex
 	lines   []map[string]any
@@ -67,7 +68,13 @@ func (s *fakeSink) Reopen() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.reopens++
-	return nil
+	return s.reopen
+}
+
+func (s *fakeSink) set(change func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change()
 }
 
 func (s *fakeSink) Close() error {
@@ -329,6 +336,51 @@ func TestAQueueThatIsFullMissesLinesInsteadOfWaiting(t *testing.T) {
 		}
 		if told > status.Missed {
 			t.Errorf("told of %d missed, there are %d", told, status.Missed)
+		}
+	})
+}
+
+func TestACheckFindsOutBeforeAnActDoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		gone := &fakeSink{name: "gone", reopen: syscall.ENOENT}
+		l := open(t, Options{}, gone)
+		if err := l.Check(t.Context()); !errors.Is(err, ErrNoSink) || !errors.Is(err, syscall.ENOENT) {
+			t.Errorf("got %v", err)
+		}
+		if s := l.Sinks()[0]; !errors.Is(s.Err, syscall.ENOENT) || s.Missed != 0 {
+			t.Errorf("status %+v", s)
+		}
+		gone.set(func() { gone.reopen = nil })
+		must(t, l.Check(t.Context()))
+		if s := l.Sinks()[0]; s.Err != nil || gone.told() != "" {
+			t.Errorf("status %+v, lines %q", s, gone.told())
+		}
+		end, err := l.Begin(t.Context(), unseal)
+		must(t, err)
+		end(nil)
+		if gone.lines[0]["missed"] != nil {
+			t.Errorf("a check counts as a missed line: %v", gone.lines[0])
+		}
+
+		gone.set(func() { gone.write = func() error { <-release; return nil } })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err = l.Begin(ctx, unseal)
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if err := l.Check(t.Context()); !errors.Is(err, errHangs) {
+			t.Errorf("with a sink that hangs: %v", err)
+		}
+		<-time.After(time.Minute)
+		if err := l.Check(t.Context()); !errors.Is(err, errHangs) {
+			t.Errorf("with a sink that has hung for long: %v", err)
+		}
+		close(release)
+		must(t, l.Close())
+		if err := l.Check(t.Context()); !errors.Is(err, ErrClosed) {
+			t.Errorf("after Close: %v", err)
 		}
 	})
 }

@@ -93,6 +93,17 @@ func TestTheLocalSyslogServerGetsEveryLineAlsoAfterItsRestart(t *testing.T) {
 
 	must(t, server.Close())
 	must(t, os.RemoveAll(path))
+	server = syslogd(t, path) // it was restarted: nothing is missed
+	end, err = l.Begin(t.Context(), unseal)
+	must(t, err)
+	if got := receive(t, server); !strings.Contains(got, `"event":"intent"`) || strings.Contains(got, "missed") {
+		t.Errorf("got %q", got)
+	}
+	end(nil)
+	receive(t, server)
+
+	must(t, server.Close())
+	must(t, os.RemoveAll(path))
 	if _, err := l.Begin(t.Context(), unseal); !errors.Is(err, ErrNoSink) {
 		t.Errorf("without a server: %v", err)
 	}

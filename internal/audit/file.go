@@ -103,6 +103,18 @@ func (f *file) Write(lines []Line) (err error) {
 	return nil
 }
 
+// Room tells whether the disk has room for a line.
+func (f *file) Room() error {
+	var disk unix.Statfs_t
+	if err := unix.Fstatfs(int(f.open.Fd()), &disk); err != nil {
+		return fmt.Errorf("looking at the disk of the audit file: %w", err)
+	}
+	if disk.Blocks > 0 && disk.Bavail == 0 && (os.Geteuid() != 0 || disk.Bfree == 0) { // some file systems tell nothing
+		return fmt.Errorf("writing the audit file: %w", unix.ENOSPC)
+	}
+	return nil
+}
+
 // Close implements [Sink].
 func (f *file) Close() error {
 	if f.open == nil {

@@ -196,6 +196,10 @@ func TestOneFullDiskStopsNoActAndAllOfThemDo(t *testing.T) {
 		t.Fatalf("the full disk: %+v", status)
 	}
 
+	must(t, l.Check(t.Context()))
+	if status := l.Sinks()[0]; !errors.Is(status.Err, syscall.ENOSPC) {
+		t.Errorf("a check of the full disk: %+v", status)
+	}
 	must(t, os.Remove(filepath.Join(full, "ballast")))
 	must(t, act())
 	if status := l.Sinks()[0]; status.Err != nil {

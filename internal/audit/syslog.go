@@ -3,6 +3,7 @@ package audit
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -81,17 +82,30 @@ func (s *syslog) Reopen() error {
 	return nil
 }
 
-// Write implements [Sink].
+// Write implements [Sink]. A connection that broke is made anew once: the server was restarted since the last line.
 func (s *syslog) Write(lines []Line) error {
+	again := true
 	for i, line := range lines {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(syslogLimit)); err != nil {
-			return fmt.Errorf("sending to syslog: %w", err)
+		err := s.send(s.message(line, time.Now()))
+		if err != nil && again && !errors.Is(err, os.ErrDeadlineExceeded) {
+			again = false
+			if err = s.Reopen(); err == nil {
+				err = s.send(s.message(line, time.Now()))
+			}
 		}
-		if _, err := s.conn.Write(s.message(line, time.Now())); err != nil {
+		if err != nil {
 			return fmt.Errorf("sending line %d of %d to syslog: %w", i+1, len(lines), err)
 		}
 	}
 	return nil
+}
+
+func (s *syslog) send(message []byte) error {
+	if err := s.conn.SetWriteDeadline(time.Now().Add(syslogLimit)); err != nil {
+		return err
+	}
+	_, err := s.conn.Write(message)
+	return err
 }
 
 // message is a line as it is sent.

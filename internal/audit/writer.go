@@ -37,6 +37,7 @@ type entry struct {
 	record  record
 	answers chan<- answer
 	hung    bool
+	check   bool // there is no record: only whether the sink would take one is asked
 }
 
 // answer is what came of an entry. Hung is true where the sink already hung when it was given the record, counts where taking
@@ -60,7 +61,7 @@ func newWriter(sink Sink, logger *slog.Logger, now func() time.Time, patience ti
 func (w *writer) enqueue(r record, answers chan<- answer) (hangs bool, err error) {
 	hangs = w.hangs()
 	select {
-	case w.queue <- entry{r, answers, hangs}:
+	case w.queue <- entry{record: r, answers: answers, hung: hangs}:
 		return hangs, nil
 	default:
 		err := fmt.Errorf("%s: %d lines wait for it already", w.sink.Name(), maxWaiting)
@@ -69,24 +70,43 @@ func (w *writer) enqueue(r record, answers chan<- answer) (hangs bool, err error
 	}
 }
 
+// check asks whether the sink would take a line. It sends one answer, unless it returns false because the sink hangs.
+func (w *writer) check(answers chan<- answer) bool {
+	if w.hangs() {
+		return false
+	}
+	select {
+	case w.queue <- entry{answers: answers, check: true}:
+		return true
+	default:
+		return false
+	}
+}
+
 // run writes what is queued until the queue is closed.
 func (w *writer) run() {
 	defer close(w.ended)
 	for first := range w.queue {
+		var checks []entry
 		batch := []entry{first}
 	gather:
-		for len(batch) < maxBatch {
+		for !first.check && len(batch) < maxBatch {
 			select {
 			case next, ok := <-w.queue:
-				if !ok {
+				switch {
+				case !ok:
 					break gather // what was gathered is written; range ends then
+				case next.check: // what is written answers it
+					checks = append(checks, next)
+				default:
+					batch = append(batch, next)
 				}
-				batch = append(batch, next)
 			default:
 				break gather
 			}
 		}
 		err := w.write(batch)
+		batch = append(batch, checks...)
 		for _, e := range batch {
 			e.answers <- answer{e.hung, counts(w.sink), err}
 		}
@@ -102,7 +122,18 @@ func (w *writer) write(batch []entry) error {
 	w.reopen = false
 	w.mu.Unlock()
 
-	err := w.give(batch, reopen, before)
+	var err error
+	if batch[0].check {
+		before.Lines = 0
+		if reopen || counts(w.sink) { // a connection that only carries copies is not made anew for that
+			err = w.sink.Reopen()
+		}
+		if err == nil {
+			err = room(w.sink)
+		}
+	} else {
+		err = w.give(batch, reopen, before)
+	}
 
 	w.mu.Lock()
 	w.busy = time.Time{}
@@ -121,7 +152,11 @@ func (w *writer) write(batch []entry) error {
 	w.reopen = true
 	w.mu.Unlock()
 	err = fmt.Errorf("%s: %w", w.sink.Name(), err)
-	w.miss(batch[0].record, len(batch), err)
+	missed := len(batch)
+	if batch[0].check {
+		missed = 0
+	}
+	w.miss(batch[0].record, missed, err)
 	return err
 }
 
@@ -153,13 +188,21 @@ func (w *writer) miss(r record, lines int, err error) {
 	if w.err == nil {
 		w.logger.Warn("an audit sink takes no lines; it is tried again at every act", "sink", w.sink.Name(), "cause", err)
 	}
-	if w.pending.Lines == 0 {
+	if w.pending.Lines == 0 && lines > 0 {
 		w.pending.Since = r.Time
 	}
 	w.pending.Lines += uint64(lines) //nolint:gosec // a count
 	w.pending.Error = err.Error()
 	w.total += uint64(lines) //nolint:gosec // a count
 	w.err = err
+}
+
+// room asks a sink that knows whether there is room for a line.
+func room(sink Sink) error {
+	if limited, ok := sink.(interface{ Room() error }); ok {
+		return limited.Room()
+	}
+	return nil
 }
 
 func (w *writer) status() SinkStatus {

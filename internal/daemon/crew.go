@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,6 +20,7 @@ type crew struct {
 	acts    context.CancelFunc // of acts
 	running sync.WaitGroup     // all of them
 	looked  chan struct{}      // closed when every node was looked at
+	audit   atomic.Pointer[error]
 }
 
 // newCrew starts working for a site. What is remembered of nodes is taken over from the crew before, nil for none; what barred
@@ -69,6 +71,9 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 		c.devices = append(c.devices, p)
 		c.running.Go(func() { p.run(stop) })
 	}
+	if site.Audit != nil {
+		c.running.Go(func() { c.checkAudit(stop) })
+	}
 	for _, s := range site.Stores {
 		if s.Probe {
 			c.running.Go(func() { probeStore(stop, s.Store) })
@@ -78,28 +83,36 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 }
 
 // end stops the crew and waits for the acts that are under way. For a while they may go on as they like; then they are asked
-// to give up, which those in a critical window do not. Waiting, where it is not nil, is called every second.
-func (c *crew) end(waiting func()) {
+// to give up, which those in a critical window do not.
+func (c *crew) end() {
 	c.stop()
-	defer c.acts()
-	ended := make(chan struct{})
-	go func() { c.running.Wait(); close(ended) }() // the caller waits for it below
-	grace := time.NewTimer(stopGrace)
+	grace := time.AfterFunc(stopGrace, c.acts)
 	defer grace.Stop()
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
+	c.running.Wait()
+	c.acts()
+}
+
+// checkAudit finds out now and then whether an act could be announced: not only when one is due.
+func (c *crew) checkAudit(ctx context.Context) {
 	for {
-		select {
-		case <-ended:
+		limited, cancel := context.WithTimeout(ctx, probeLimit)
+		err := c.site.Audit.Check(limited)
+		cancel()
+		if ctx.Err() == nil {
+			c.audit.Store(&err)
+		}
+		if !sleep(ctx, jittered(storeInterval)) {
 			return
-		case <-grace.C:
-			c.acts()
-		case <-tick.C:
-			if waiting != nil {
-				waiting()
-			}
 		}
 	}
+}
+
+// auditError is why no act could be announced when that was last looked at; nil where one could, or nobody knows.
+func (c *crew) auditError() error {
+	if known := c.audit.Load(); known != nil {
+		return *known
+	}
+	return nil
 }
 
 // views tells what is known of every node, in the order of the configuration.

@@ -81,7 +81,7 @@ type Store struct {
 	Name  string
 	Store store.Store
 	// Probe lets the daemon read a name that does not exist once a minute, to know whether the store answers. It is not for
-	// stores on an HSM, which would be kept busy.
+	// stores on an HSM, which would be kept busy; Store may be nil there, the name is for the metrics.
 	Probe bool
 }
 

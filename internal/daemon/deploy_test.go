@@ -42,7 +42,7 @@ func families(t *testing.T) map[string][]string {
 		}
 		return store && known && len(y.sealed()) == 0
 	})
-	c.end(nil)
+	c.end()
 	hooks.DeviceOperation("stick", "decrypt", time.Second, nil)
 	m.registry.MustRegister(&collector{version: "1", crew: func() *crew { return c }, hooks: hooks})
 	gathered, err := m.registry.Gather()

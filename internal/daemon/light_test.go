@@ -128,6 +128,7 @@ func say(t *testing.T, text string) {
 
 // playNodes runs unsealed nodes until stdin ends.
 func playNodes(t *testing.T) {
+	t.Helper()
 	authority := nodetest.NewAuthority(t)
 	var all []played
 	for range manyClusters {
@@ -153,6 +154,7 @@ func (s oneStore) Store(context.Context, string) (store.Store, error) { return s
 
 // playDaemon watches the field with the real custodian and says what that takes.
 func playDaemon(t *testing.T) {
+	t.Helper()
 	text, err := os.ReadFile(os.Getenv(fieldEnv))
 	must(t, err)
 	var field []played

@@ -48,7 +48,9 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 	if err != nil {
 		return Report{}, err
 	}
-	enough := func(v view) bool { return options.Wait <= 0 || v.well() || v.alarm != AlarmNone }
+	enough := func(v view) bool {
+		return options.Wait <= 0 || v.well() || v.alarm != AlarmNone && v.alarm != AlarmIdentity // a certificate may come yet
+	}
 	c := newCrew(some, newLanes(), newHooks(newMetrics()), logger, nil, enough)
 	ended := make(chan struct{})
 	go func() { c.running.Wait(); close(ended) }() // which end waits for as well
@@ -63,7 +65,7 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 	case <-late:
 	case <-ctx.Done():
 	}
-	c.end(nil)
+	c.end()
 	report := Report{}
 	errs := []error{ErrSealed}
 	for _, v := range c.views() {

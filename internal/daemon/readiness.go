@@ -79,6 +79,9 @@ func (d *daemon) readiness() readiness {
 	if needed > 0 && !anyUp {
 		r.Reasons = append(r.Reasons, fmt.Sprintf("%d nodes wait to be unsealed, and no HSM answers", needed))
 	}
+	if err := c.auditError(); err != nil {
+		r.Reasons = append(r.Reasons, "nothing would be unsealed: "+shorten(err.Error()))
+	}
 	for _, s := range c.site.Stores {
 		shown := storeReadiness{Store: s.Name}
 		if last, known := d.metrics.lastOfStore(s.Name); known {

@@ -157,7 +157,7 @@ func (d *daemon) reload(ctx context.Context) {
 	d.crew.Store(newCrew(site, d.lanes, d.hooks, d.logger, old, nil))
 	d.metrics.keep(site.names())
 	d.leaving.Go(func() {
-		old.end(nil)
+		old.end()
 		if err := closeSite(old.site); err != nil {
 			d.logger.Warn("closing what the configuration before had opened", "cause", err)
 		}
@@ -170,8 +170,16 @@ func (d *daemon) stop() error {
 	d.logger.Info("stopping")
 	d.notify.stopping()
 	last := d.crew.Load()
-	told := ""
-	last.end(func() {
+	ended := make(chan struct{})
+	go func() { last.end(); d.leaving.Wait(); close(ended) }() // waited for below
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for told := ""; ; {
+		select {
+		case <-ended:
+			return closeSite(last.site)
+		case <-tick.C:
+		}
 		open, _ := d.hooks.windows()
 		if len(open) > 0 {
 			d.notify.extend()
@@ -182,9 +190,7 @@ func (d *daemon) stop() error {
 				d.logger.Warn("waiting for what must not be cut off; do not kill this process, it holds the only copy of keys", "what", now)
 			}
 		}
-	})
-	d.leaving.Wait()
-	return closeSite(last.site)
+	}
 }
 
 // healthy returns nil while the loops turn. A critical window is more important than any loop: whoever restarts the process

@@ -172,6 +172,11 @@ func TestNodesThatAreSealedAtOneMomentShareOneOpening(t *testing.T) {
 		y.seal(c.Nodes...)
 		r := start(t, y, nil, c, other)
 		pass(time.Minute)
+		for _, a := range y.acts {
+			if a.cluster == "prod" && a.at.Equal(y.acts[0].at) && len(strings.Fields(a.addresses)) != 3 {
+				t.Errorf("at the start: %+v", a)
+			}
+		}
 		y.set(func() { y.away[other.Nodes[0]] = errAway }) // who is out of reach is not waited for
 		pass(time.Minute)
 		y.forget()

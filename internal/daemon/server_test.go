@@ -218,7 +218,7 @@ func TestMetricsAreNamedAndBoundedAsTheyShouldBe(t *testing.T) {
 	site := full(t, y, hooks, a)
 	defer func() { must(t, site.Close()) }()
 	c := newCrew(site, newLanes(), hooks, slog.New(slog.DiscardHandler), nil, func(view) bool { return true })
-	c.end(nil)
+	c.end()
 	registry.MustRegister(&collector{version: "1", crew: func() *crew { return c }, hooks: hooks})
 	hooks.DeviceOperation("stick", "decrypt", time.Second, nil)
 	hooks.metrics.storeOperation("local", "get", time.Second, store.ErrUnavailable)
@@ -278,6 +278,19 @@ func TestReadyMeansLookedAtAndAnHSMWhereOneIsNeeded(t *testing.T) {
 	if d := answer.Devices[0]; d.Up == nil || *d.Up || d.Reason == "" {
 		t.Errorf("the device: %+v", d)
 	}
+	brokenLog, err := audit.File("/nowhere/audit.log")
+	must(t, err)
+	log, err := audit.Open(audit.Options{Sinks: []audit.Sink{brokenLog}})
+	must(t, err)
+	s.build(t, func(hooks *Hooks) *Site {
+		made := site(hooks)
+		made.Audit, made.Close = log, log.Close
+		return made
+	})
+	eventually(t, func() bool {
+		code, body := s.get(t, "http", "/readyz")
+		return code == 503 && strings.Contains(body, "nothing would be unsealed") && strings.Contains(body, "/nowhere")
+	})
 	for _, path := range []string{"/", "/healthz/x", "/debug/pprof/"} {
 		if code, _ := s.get(t, "http", path); code != 404 {
 			t.Errorf("%s: %d", path, code)

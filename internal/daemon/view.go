@@ -46,18 +46,17 @@ func (v *view) afterLook(state State, err error, now time.Time) {
 		return
 	}
 	v.state, v.seen = state, true
-	if state.Alarm != AlarmNone {
+	switch over := !now.Before(v.barred); {
+	case state.Alarm != AlarmNone:
 		v.alarm = state.Alarm
-	}
-	if v.alarm == AlarmIdentity && !now.Before(v.barred) { // it is the one that we know, again
+	case over && (v.alarm == AlarmIdentity || v.alarm == AlarmForeignCluster): // it is the right node again, the alarm was cleared
 		v.alarm = AlarmNone
 	}
 	if v.well() {
-		v.err, v.barred = nil, time.Time{}
+		v.err, v.note = nil, ""
 		if v.alarm != AlarmForeignCluster { // shares that were given away are not taken back by whoever unsealed it
-			v.alarm = AlarmNone
+			v.alarm, v.barred = AlarmNone, time.Time{}
 		}
-		v.note = ""
 	} else if v.barred.IsZero() {
 		v.err = nil
 	}

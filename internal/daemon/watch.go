@@ -154,11 +154,11 @@ func (w *watch) snapshot() view {
 	return w.view
 }
 
-// reachable tells whether the node answered when it was last looked at.
+// reachable tells whether the node may answer soon: it did when it was last looked at, or that is under way for the first time.
 func (w *watch) reachable() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.view.up && !w.end
+	return (w.view.up || w.view.looked.IsZero()) && !w.end
 }
 
 // kick has the node looked at now and answered called; false where the watch is busy or has ended.
