@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/bankvaults"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 )
@@ -49,7 +51,7 @@ const bankVaultsTimeout = 5 * time.Minute
 // bankVaultsMove is one run of import bank-vaults, as its flags describe it.
 type bankVaultsMove struct {
 	device, secret             string
-	keyLabel, keyID            string
+	keyLabel, keyFingerprint   string
 	acceptV15, acceptLegacyKey bool
 	use, without               []string
 	dryRun, replace, unproved  bool
@@ -61,7 +63,7 @@ func (m *bankVaultsMove) add(cmd *cobra.Command, a *app) {
 	flags.StringVar(&m.device, "device", "", "device of the configuration that has Bank-Vaults' key")
 	flags.StringVar(&m.secret, "secret", "", `file with the Secret, YAML or JSON ("-": standard input), in place of the token's data objects`)
 	flags.StringVar(&m.keyLabel, "key-label", bankvaults.DefaultKeyLabel, "label of Bank-Vaults' key")
-	flags.StringVar(&m.keyID, "key-id", "", "id of Bank-Vaults' key, where several have its label")
+	flags.StringVar(&m.keyFingerprint, "key-fingerprint", "", `fingerprint of Bank-Vaults' key, where several have its label; "nitroseal device keys" shows it`)
 	flags.BoolVar(&m.acceptV15, "accept-pkcs1-v15", false, "decrypt what Bank-Vaults encrypted before its version 1.33, too")
 	flags.BoolVar(&m.acceptLegacyKey, "accept-legacy-key", false, "go on although the wrapping key is the very key that Bank-Vaults used")
 	flags.StringArrayVar(&m.use, "use", nil, "which copy counts where those of a name differ, vault-unseal-0=1f2e3d4c as --dry-run lists them; again for each name")
@@ -152,7 +154,10 @@ func (m *bankVaultsMove) run(ctx context.Context, a *app, name string) error {
 	if err := m.checkWrappingKeys(ctx, a, c, key.Ref()); err != nil {
 		return err
 	}
-	err = a.audited(ctx, "import bank-vaults", name, "of "+m.device, func() error {
+	act := audit.Act{Verb: "import bank-vaults", Cluster: name, Detail: map[string]string{
+		"device": m.device, "key": key.Ref().Fingerprint, "values": strconv.Itoa(len(chosen)), "delete_old": strconv.FormatBool(m.deleteOld),
+	}}
+	err = a.act(ctx, act, func() error {
 		return m.move(ctx, a, c, key, objects, chosen, left, view)
 	})
 	if err != nil && !view.opened {
@@ -206,12 +211,12 @@ func (m *bankVaultsMove) read(ctx context.Context, document []byte, objects hsm.
 
 // findKey finds the key that Bank-Vaults used, by its label as it did.
 func (m *bankVaultsMove) findKey(ctx context.Context, device hsm.Device) (hsm.Key, error) {
-	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Label: m.keyLabel, ID: m.keyID})
+	key, err := hsm.FindKey(ctx, device, hsm.KeyQuery{Label: m.keyLabel, Fingerprint: m.keyFingerprint})
 	switch {
 	case errors.Is(err, hsm.ErrAmbiguous):
-		// It made another key pair whenever it could not find its own, and went on with that.
-		return nil, fmt.Errorf("device %q: %w; Bank-Vaults made more than one, and only trying them tells which one the values are for: name it with --key-id",
-			m.device, err)
+		// It made another key pair whenever it could not find its own, and went on with that. None of them has an id.
+		return nil, fmt.Errorf("device %q: %w: Bank-Vaults made more than one key pair. \"nitroseal device keys %s\" lists them; name one with "+
+			"--key-fingerprint, and try the next where the values do not decrypt", m.device, hsm.ErrAmbiguous, m.device)
 	case err != nil:
 		return nil, fmt.Errorf("device %q: %w; name Bank-Vaults' key with --key-label", m.device, err)
 	}

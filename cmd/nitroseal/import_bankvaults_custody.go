@@ -12,6 +12,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/bankvaults"
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
+	"vault-plugin-secrets-nitrokey/internal/custody/node"
 )
 
 // takeOver takes the material into custody unless it is there already, opens what is stored, and compares. Where old objects
@@ -25,8 +26,14 @@ func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluste
 	if err != nil && (!m.replace || ctx.Err() != nil) { // what is replaced need not open any more
 		return err
 	}
+	if kept, err = m.withoutShares(ctx, custodian, c, material, kept); err != nil {
+		return err
+	}
 	view.Already = kept
 	if !kept {
+		if err := proveAll(ctx, custodian, c, material); err != nil {
+			return err
+		}
 		if err := m.importInto(ctx, a, custodian, c, material, view); err != nil {
 			return err
 		}
@@ -43,6 +50,58 @@ func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluste
 			"when that is so: %s", hsm.ErrUnavailable, c.Name, strings.Join(found.Problems, " "))
 	}
 	view.Proved, view.Warnings = true, append(view.Warnings, found.Problems...)
+	return nil
+}
+
+// withoutShares decides what an import without any share is: one that was done before where the cluster's keys are in custody,
+// and none otherwise.
+func (m *bankVaultsMove) withoutShares(ctx context.Context, custodian *cluster.Custodian, c *cluster.Cluster, material *bankvaults.Material,
+	kept bool,
+) (bool, error) {
+	if len(material.Shares)+len(material.RecoveryShares) > 0 {
+		return kept, nil
+	}
+	found, err := custodian.Verify(ctx, c, cluster.VerifyOptions{By: by()})
+	switch {
+	case err != nil:
+		return false, err
+	case found.Kind == "":
+		return false, fmt.Errorf("cluster %q: %w: there is no unseal key and no recovery key among the values", c.Name, bankvaults.ErrNothing)
+	case !kept:
+		return false, fmt.Errorf("cluster %q: its keys are in custody and this root token is not: store it with \"nitroseal material put\", or leave it out "+
+			"with --without vault-root", c.Name)
+	}
+	return true, nil
+}
+
+// proveAll asks the running Vault about all shares that importing does not ask about: it proves as many as the threshold.
+// Where no node can be asked, the import says what that means.
+func proveAll(ctx context.Context, custodian *cluster.Custodian, c *cluster.Cluster, material *bankvaults.Material) error {
+	kind, shares := cluster.KindUnseal, material.Shares
+	if len(shares) == 0 {
+		kind, shares = cluster.KindRecovery, material.RecoveryShares
+	}
+	threshold := 0
+	for _, address := range c.Nodes {
+		if st, err := custodian.Look(ctx, c, address); err == nil && st.Err == nil && st.Seal.Initialized && !st.Seal.Sealed {
+			threshold = st.Seal.T
+			break
+		}
+	}
+	if threshold == 0 {
+		return nil
+	}
+	for start := threshold; start < len(shares); start += threshold {
+		some := shares[min(start, len(shares)-threshold):]
+		err := custodian.Prove(ctx, c, kind, bankvaults.Values(some), by())
+		switch {
+		case errors.Is(err, cluster.ErrWrongShares):
+			return fmt.Errorf("nothing was stored: one of the %d %s keys from number %d on is not the cluster's, or an earlier one; leave it out with --without: %w",
+				threshold, kind, some[0].Index, err)
+		case err != nil && !errors.Is(err, node.ErrUnavailable):
+			return err
+		}
+	}
 	return nil
 }
 
