@@ -81,7 +81,11 @@ func (k *Custodian) notedAttempt(ctx context.Context, c *Cluster, name string) (
 
 // forgetAttempt removes the note of an attempt that is over. Where that fails, the next run finds that nothing of it is left.
 func (k *Custodian) forgetAttempt(ctx context.Context, c *Cluster, name string) {
-	if err := k.deleteLocal(ctx, attemptPath(c, name)); err != nil {
+	err := k.deleteLocal(ctx, attemptPath(c, name))
+	if err != nil {
+		err = k.deleteLocal(ctx, attemptPath(c, name))
+	}
+	if err != nil {
 		k.logger.Warn("forgetting what is over", "cluster", c.Name, "note", attemptPath(c, name), "error", err)
 	}
 }
@@ -177,15 +181,23 @@ func (r *rekeying) give(ctx context.Context, shares [][]byte) (node.RekeyAnswer,
 func (r *rekeying) end(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()
-	st, err := r.n.RekeyStatus(ctx, r.kind.nodeKind())
-	if err == nil && st.Started && isOurs(st.PGPFingerprints, r.own.fingerprint()) {
-		err = r.n.RekeyCancel(ctx, r.kind.nodeKind(), st.Nonce)
+	err := r.cancel(ctx)
+	if err != nil { // an answer may have been lost
+		err = r.cancel(ctx)
 	}
 	if err != nil {
 		r.k.logger.Warn("cancelling a rekey of ours: the next run does it", "cluster", r.c.Name, "node", r.n.Address(), "error", err)
 		return
 	}
 	r.k.forgetAttempt(ctx, r.c, string(r.kind))
+}
+
+func (r *rekeying) cancel(ctx context.Context) error {
+	st, err := r.n.RekeyStatus(ctx, r.kind.nodeKind())
+	if err != nil || !st.Started || !isOurs(st.PGPFingerprints, r.own.fingerprint()) {
+		return err
+	}
+	return r.n.RekeyCancel(ctx, r.kind.nodeKind(), st.Nonce)
 }
 
 // isOurs tells whether an attempt shows the key of a call of ours.

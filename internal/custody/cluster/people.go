@@ -233,15 +233,15 @@ type ownKey struct {
 	public string // base64 of the binary form
 }
 
-// ownKeyBits is as long as every Vault takes: the key guards one answer inside TLS.
-const ownKeyBits = 2048
+// ownKeyKind is what every Vault takes, however old: the key guards one answer inside TLS. Tests take one that is made faster.
+var ownKeyKind = packet.Config{Algorithm: packet.PubKeyAlgoRSA, RSABits: 2048}
 
 // newOwnKey makes a key. It is dated back by a day, because Vault refuses a key from the future and its clock may be behind.
 func newOwnKey(now time.Time) (*ownKey, error) {
 	made := now.Add(-24 * time.Hour)
-	entity, err := openpgp.NewEntity("nitroseal", "", "", &packet.Config{
-		Algorithm: packet.PubKeyAlgoRSA, RSABits: ownKeyBits, Time: func() time.Time { return made },
-	})
+	config := ownKeyKind
+	config.Time = func() time.Time { return made }
+	entity, err := openpgp.NewEntity("nitroseal", "", "", &config)
 	if err != nil {
 		return nil, fmt.Errorf("making a key for the answer of Vault: %w", err)
 	}

@@ -283,7 +283,14 @@ func TestAnyOfTheRecipientsOpensAMessage(t *testing.T) {
 	}
 }
 
+func init() { // making RSA keys would take most of the time of the tests
+	ownKeyKind = packet.Config{Algorithm: packet.PubKeyAlgoEdDSA, Curve: packet.Curve25519}
+}
+
 func TestOwnKeyOpensWhatVaultEncryptsToIt(t *testing.T) {
+	fast := ownKeyKind
+	defer func() { ownKeyKind = fast }()
+	ownKeyKind = packet.Config{Algorithm: packet.PubKeyAlgoRSA, RSABits: 2048}
 	own, err := newOwnKey(time.Now()) // Vault goes by its own clock
 	if err != nil {
 		t.Fatal(err)

@@ -140,12 +140,51 @@ func (k *Custodian) redeal(ctx context.Context, dealt, c *Cluster, m *material, 
 		next.wipe()
 		return nil, fmt.Errorf("cluster %q: dealing its shares anew, to %s; the old items are still there: %w", c.Name, strings.Join(c.keys(), ", "), err)
 	}
-	for _, item := range m.items {
-		if err := k.dropItem(ctx, dealt, item.name); err != nil {
-			next.wipe()
-			return nil, fmt.Errorf("cluster %q: its shares were dealt anew, and deleting the old item %q failed; run it again: %w", c.Name, item.name, err)
-		}
+	if err := k.dropDealt(ctx, dealt, m.Kind); err != nil {
+		next.wipe()
+		return nil, err
 	}
 	k.logger.Info("the shares of a cluster were dealt anew", "cluster", c.Name, "to", strings.Join(c.keys(), ", "))
 	return next, nil
+}
+
+// redealt finishes a redeal that was cut off when all new items were written and the old ones were being deleted, and returns
+// the material; nil where it had not come so far.
+func (k *Custodian) redealt(ctx context.Context, dealt, c *Cluster, kind Kind) (*material, error) {
+	m, err := k.loadAll(ctx, c, kind)
+	if err != nil {
+		return nil, nil //nolint:nilerr,nilnil // not all is there: the old items count
+	}
+	for _, key := range dealt.keys() {
+		old, err := k.openItem(ctx, dealt, kind, key)
+		if errors.Is(err, custody.ErrNotFound) {
+			continue
+		}
+		same := err == nil && old.Origin == m.Origin && old.set(m.active().ID) != nil
+		old.wipe()
+		if err == nil && !same {
+			err = fmt.Errorf("cluster %q: %w: the items %q and %q hold other keys each; find out which ones Vault takes, with `nitroseal verify --prove`, and "+
+				"delete the others", c.Name, ErrExists, m.items[0].name, dealt.item(kind, key))
+		}
+		if err != nil {
+			m.wipe()
+			return nil, err
+		}
+	}
+	if err := k.dropDealt(ctx, dealt, kind); err != nil {
+		m.wipe()
+		return nil, err
+	}
+	return m, nil
+}
+
+// dropDealt deletes the items of an earlier deal.
+func (k *Custodian) dropDealt(ctx context.Context, dealt *Cluster, kind Kind) error {
+	for _, key := range dealt.keys() {
+		if err := k.dropItem(ctx, dealt, dealt.item(kind, key)); err != nil {
+			return fmt.Errorf("cluster %q: its shares were dealt anew, and deleting the old item %q failed; run it again: %w", dealt.Name,
+				dealt.item(kind, key), err)
+		}
+	}
+	return nil
 }

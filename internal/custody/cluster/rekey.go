@@ -81,7 +81,7 @@ func (k *Custodian) Rekey(ctx context.Context, c *Cluster, options RekeyOptions)
 		return RekeyResult{}, err
 	}
 	defer unlock()
-	r := &rekey{k: k, c: c, options: options}
+	r := &rekey{k: k, c: c, options: options, result: RekeyResult{Cluster: c.Name}}
 	defer func() { r.m.wipe() }()
 	if err := r.open(ctx); err != nil {
 		return RekeyResult{}, err
@@ -91,7 +91,7 @@ func (k *Custodian) Rekey(ctx context.Context, c *Cluster, options RekeyOptions)
 		return RekeyResult{}, err
 	}
 	defer func() { end(err) }()
-	r.result = RekeyResult{Cluster: c.Name, Kind: r.kind, Node: r.n.Address()}
+	r.result.Kind, r.result.Node = r.kind, r.n.Address()
 	if options.Cancel {
 		return r.cancel(ctx)
 	}
@@ -146,11 +146,21 @@ func (r *rekey) open(ctx context.Context) (err error) {
 	if r.kind, err = r.k.kindOf(ctx, r.c, r.options.Kind); err != nil {
 		return err
 	}
-	if r.c, err = r.k.asDealt(ctx, r.c, r.kind); err != nil {
+	dealt, err := r.k.asDealt(ctx, r.c, r.kind)
+	if err != nil {
 		return err
 	}
-	if r.m, err = r.k.loadAll(ctx, r.c, r.kind); err != nil {
-		return err
+	if dealt != r.c {
+		if r.m, err = r.k.redealt(ctx, dealt, r.c, r.kind); err != nil {
+			return err
+		}
+		r.result.Redealt = r.m != nil
+	}
+	if r.m == nil {
+		r.c = dealt
+		if r.m, err = r.k.loadAll(ctx, r.c, r.kind); err != nil {
+			return err
+		}
 	}
 	r.n, _, err = r.k.activeNode(ctx, r.c, r.m)
 	return err

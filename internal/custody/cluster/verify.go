@@ -31,8 +31,9 @@ type VerifyResult struct {
 	Sets []Set
 	// Proved is true where Vault said that it takes the shares.
 	Proved bool
-	// Problems are sentences, each with what to do.
-	Problems []string
+	// Problems are sentences, each with what to do. Warnings are about what is as somebody has accepted it, as a key on one
+	// HSM only.
+	Problems, Warnings []string
 }
 
 // VerifiedItem is an item that was opened, or could not be.
@@ -138,12 +139,12 @@ func wipeMaterial(parts []*material) {
 
 // item opens one item. Those that are expected and not there are told by assemble.
 func (v *verification) item(ctx context.Context, name string, expected map[Kind][]string, parts map[Kind][]*material) {
-	began := v.k.now()
+	began := time.Now() // what a clock on the wall would show
 	fields, metadata, err := v.k.keeper.Open(ctx, v.c.Name, name, custody.ReadOptions{Store: v.c.Store, By: v.k.host})
 	if errors.Is(err, custody.ErrNotFound) {
 		return
 	}
-	opened := VerifiedItem{Item: name, Metadata: metadata, Err: err, Took: v.k.now().Sub(began)}
+	opened := VerifiedItem{Item: name, Metadata: metadata, Err: err, Took: time.Since(began)}
 	defer func() { v.result.Items = append(v.result.Items, opened) }()
 	if err != nil {
 		v.problem("%q does not open: %v.", name, err)
@@ -151,7 +152,7 @@ func (v *verification) item(ctx context.Context, name string, expected map[Kind]
 	}
 	defer fields.Wipe()
 	for _, warning := range metadata.Warnings {
-		v.problem("%q: %s", name, warning)
+		v.result.Warnings = append(v.result.Warnings, fmt.Sprintf("%q: %s", name, warning))
 	}
 	kind, isKeys := kindOfItem(name)
 	switch {
@@ -171,9 +172,9 @@ func (v *verification) item(ctx context.Context, name string, expected map[Kind]
 		}
 		parts[kind] = append(parts[kind], part)
 		if metadata.Key != key {
-			v.problem("%q is sealed with the key %q and the configuration names %q: `nitroseal material rewrap` seals it anew.", name, metadata.Key, key)
+			v.problem("%q is sealed with the key %q and the configuration names %q: `nitroseal rewrap --stored` seals it anew.", name, metadata.Key, key)
 		} else if metadata.LatestVersion > metadata.Version {
-			v.problem("%q is sealed with version %d of the key %q, whose newest is %d: `nitroseal material rewrap` seals it anew.", name, metadata.Version,
+			v.problem("%q is sealed with version %d of the key %q, whose newest is %d: `nitroseal rewrap --stored` seals it anew.", name, metadata.Version,
 				metadata.Key, metadata.LatestVersion)
 		}
 	}
