@@ -28,8 +28,11 @@ type act struct {
 	// request tells one request from another: only the same one joins.
 	request string
 	by      string
-	began   time.Time
-	done    chan struct{}
+	// kept is true where an answer that nobody took is worth keeping: the act makes what is made once. An old answer to what
+	// can be done at any time would tell how things were.
+	kept  bool
+	began time.Time
+	done  chan struct{}
 
 	ended  time.Time
 	answer *logical.Response // shared by those that joined: read only
@@ -96,7 +99,7 @@ func (a *acts) join(name string, wanted act) (mine, other *act) {
 		return last, nil
 	case last.running():
 		return nil, last
-	case last.same(wanted) && !last.taken && time.Since(last.ended) < answerKept:
+	case last.same(wanted) && last.kept && !last.taken && time.Since(last.ended) < answerKept:
 		return last, nil
 	default:
 		return nil, nil

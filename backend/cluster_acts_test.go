@@ -190,6 +190,26 @@ func TestRequestsThatWantTheSameAreOneAct(t *testing.T) {
 	})
 }
 
+// An old answer would tell of nodes that were sealed meanwhile.
+func TestAnUnsealThatNobodyWaitedForIsNotTakenForANewOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, fake := newActs(t)
+		fake.tend = func(_ context.Context, c *cluster.Cluster) []cluster.NodeOutcome {
+			time.Sleep(10 * time.Second)
+			return outcomesOf(c, cluster.ActionUnsealed, nil)
+		}
+		if got := m.write("clusters/prod/unseal", nil).want(t, http.StatusOK); got.text("state") != "running" {
+			t.Errorf("answer = %v", got.data)
+		}
+		time.Sleep(time.Minute)
+		m.write("clusters/prod/unseal", nil).want(t, http.StatusOK)
+		if fake.tended("prod") != 2 {
+			t.Errorf("%d acts for two requests a minute apart", fake.tended("prod"))
+		}
+		time.Sleep(time.Minute)
+	})
+}
+
 func TestAnUnsealThatFailsAtSomeNodesIsAWarning(t *testing.T) {
 	m, fake := newActs(t)
 	for name, test := range map[string]struct {

@@ -277,3 +277,27 @@ func TestLocksOfTheMountAreOnesOwn(t *testing.T) {
 	}
 	again()
 }
+
+// Another wrapping key, and another number of HSMs that take part, are a matter of two writes.
+func TestTheSharesMoveToAnotherKeyAndToASpread(t *testing.T) {
+	m, nodes := newPlayed(t, nodetest.Alone, 1)
+	for _, key := range []string{"office", "bunker", "bank"} {
+		m.addKey(key)
+		m.read("keys/" + key + "/backup").ok(t)
+		m.write("keys/"+key, fields{"accept_single_hsm": true}).ok(t)
+	}
+	m.write("clusters/prod/init", nil).ok(t)
+	for _, change := range []fields{
+		{"key": "office"},
+		{"spread": "2 of prod, bunker, bank"},
+		{"key": "office"},
+	} {
+		change["accept_destination"] = true
+		if got := m.write("clusters/prod", change).want(t, http.StatusOK); !strings.Contains(strings.Join(got.warnings, " "), "clusters/prod/rekey") {
+			t.Errorf("warnings = %q", got.warnings)
+		}
+		m.write("clusters/prod/rekey", nil).want(t, http.StatusOK)
+		nodes[0].Restart()
+		m.write("clusters/prod/unseal", nil).want(t, http.StatusOK)
+	}
+}

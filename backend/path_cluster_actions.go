@@ -125,6 +125,7 @@ func (b *backend) clusterActionPaths() []*framework.Path {
 					"people":    peopleAnswer(),
 					"finished":  {Type: framework.TypeBool, Description: "Whether this was an earlier rekey that had not ended; no other one was made then."},
 					"dropped":   {Type: framework.TypeBool, Description: "Whether an earlier rekey that had not ended was undone."},
+					"redealt":   {Type: framework.TypeBool, Description: "Whether shares were dealt anew, because the configuration names another key or spread."},
 					"cancelled": {Type: framework.TypeBool, Description: "Whether a rekey that was under way in the cluster was ended."},
 				}))),
 			HelpSynopsis: "Give a cluster new unseal keys or recovery keys.",
@@ -196,6 +197,9 @@ func clusterStatusAnswer() map[string]*framework.FieldSchema {
 	}
 }
 
+// verbUnseal is the verb that can be done at any time.
+const verbUnseal = "unseal"
+
 // actOn runs a verb on the cluster that a request names, or joins the one that is at work.
 func (b *backend) actOn(
 	ctx context.Context, req *logical.Request, data *framework.FieldData, verb, request string,
@@ -209,7 +213,7 @@ func (b *backend) actOn(
 	if _, err := b.checkOwnVault(ctx, c); err != nil {
 		return nil, err
 	}
-	wanted := act{verb: verb, request: request, by: by(req)}
+	wanted := act{verb: verb, request: request, by: by(req), kept: verb != verbUnseal}
 	response, err := b.perform(ctx, name, wanted, func(ctx context.Context) (*logical.Response, error) { return run(ctx, c) })
 	if errors.Is(err, errAtWork) {
 		response = &logical.Response{Data: map[string]any{"state": "running"}}
@@ -237,7 +241,7 @@ func (b *backend) clusterInit(ctx context.Context, req *logical.Request, data *f
 }
 
 func (b *backend) clusterUnseal(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
-	return b.actOn(ctx, req, data, "unseal", "", func(ctx context.Context, c *cluster.Cluster) (*logical.Response, error) {
+	return b.actOn(ctx, req, data, verbUnseal, "", func(ctx context.Context, c *cluster.Cluster) (*logical.Response, error) {
 		outcomes, err := b.tend(ctx, c)
 		if err != nil {
 			return nil, err
@@ -275,7 +279,7 @@ func (b *backend) clusterRekey(ctx context.Context, req *logical.Request, data *
 		return withWarnings(map[string]any{
 			"state": "done", "kind": string(result.Kind), "node": result.Node, "shares": result.Shares, "threshold": result.Threshold,
 			"items": present(result.Items), "people": showPeople(result.People), "finished": result.Finished, "dropped": result.Dropped,
-			"cancelled": result.Cancelled,
+			"redealt": result.Redealt, "cancelled": result.Cancelled,
 		}, result.Warnings), nil
 	})
 }

@@ -202,16 +202,21 @@ func (b *backend) clusterWrite(ctx context.Context, req *logical.Request, data *
 	if err != nil {
 		return nil, err
 	}
-	if err := b.checkMove(ctx, name, old, record, data.Get("accept_destination").(bool), by(req)); err != nil {
+	moved, err := b.checkMove(ctx, name, old, record, data.Get("accept_destination").(bool), by(req))
+	if err != nil {
 		return nil, err
+	}
+	if slices.Contains(moved, "spread") || slices.Contains(moved, "key") || slices.Contains(moved, "pgp_keys") {
+		warnings = append(warnings, fmt.Sprintf("the shares that are kept are where they were; write clusters/%s/rekey now, which makes new ones and puts "+
+			"them where this says. Until then a node may stay sealed", name))
 	}
 	unasked, err := b.checkOwnVault(ctx, c)
 	if err != nil {
 		return nil, err
 	}
 	if len(unasked) > 0 {
-		warnings = append(warnings, fmt.Sprintf("%s did not answer, so it is not known yet whether this is the Vault that the mount lives in, which is "+
-			"refused; it is asked again before anything is done", summarise(unasked)))
+		warnings = append(warnings, fmt.Sprintf("%s did not tell yet whether it is the Vault that the mount lives in, which is refused; it is asked "+
+			"again before anything is done", summarise(unasked)))
 	}
 	record.Updated, record.UpdatedBy = time.Now(), by(req)
 	if err := b.putCluster(ctx, name, record); err != nil {
@@ -283,31 +288,33 @@ func (b *backend) mergeCluster(ctx context.Context, record *clusterRecord, data 
 }
 
 // checkMove refuses a write by which shares that are kept would go elsewhere than before, unless it says that it is meant:
-// whoever answers at a node's address and is taken for it gets them. That is recorded.
-func (b *backend) checkMove(ctx context.Context, name string, old, changed *clusterRecord, accept bool, who string) error {
+// whoever answers at a node's address and is taken for it gets them. That is recorded. It returns which fields moved them.
+func (b *backend) checkMove(ctx context.Context, name string, old, changed *clusterRecord, accept bool, who string) (moved []string, err error) {
 	from := old
 	if old == nil {
 		from = new(clusterRecord) // it may have been deleted while its material stayed
 	}
-	moved := changed.moved(from)
-	if len(moved) == 0 {
-		return nil
+	if moved = changed.moved(from); len(moved) == 0 {
+		return nil, nil
 	}
 	kept, err := b.clusterMaterial(ctx, name)
 	if err != nil || len(kept) == 0 {
-		return err
+		return nil, err
 	}
 	if old != nil && slices.Contains(moved, "store") {
-		return mistake("what is kept of cluster %q (%s) lies in store %q, and would not be found in %q; nothing was changed",
+		return nil, mistake("what is kept of cluster %q (%s) lies in store %q, and would not be found in %q; nothing was changed",
 			name, strings.Join(kept, ", "), old.Store, changed.Store)
 	}
 	if !accept {
-		return mistake("this write says %s of cluster %q, whose keys are kept (%s): shares would go where they did not go before. Give "+
+		return nil, mistake("this write says %s of cluster %q, whose keys are kept (%s): shares would go where they did not go before. Give "+
 			"accept_destination=true in the same write where that is meant; nothing was changed", strings.Join(moved, " and "), name, strings.Join(kept, ", "))
 	}
 	changed.Accepted = &accepted{Changed: moved, By: who, At: time.Now()}
 	b.logger.Warn("shares of a cluster may go elsewhere than before", "cluster", name, "changed", strings.Join(moved, ","), "by", who)
-	return nil
+	if old == nil {
+		return nil, nil // it is written as it was, for all that is known
+	}
+	return moved, nil
 }
 
 func (b *backend) clusterDelete(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
