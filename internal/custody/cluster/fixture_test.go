@@ -153,7 +153,11 @@ func (h *host) process() *Custodian {
 		look: 5 * time.Millisecond, settle: 2 * time.Second, poll: time.Millisecond, pollLast: 20 * time.Millisecond, wait: 5 * time.Millisecond,
 		keepFirst: time.Millisecond, keepLast: 5 * time.Millisecond, lock: 20 * time.Millisecond,
 	}
-	h.t.Cleanup(func() { k.Close() })
+	h.t.Cleanup(func() {
+		if err := k.Close(); err != nil {
+			h.t.Error(err)
+		}
+	})
 	return k
 }
 
@@ -481,7 +485,7 @@ type faultyLine struct {
 
 func (l faultyLine) RoundTrip(request *http.Request) (answer *http.Response, err error) {
 	err = l.around("node "+request.Method+" "+strings.TrimPrefix(request.URL.Path, "/v1/"), func() (err error) {
-		answer, err = l.next.RoundTrip(request)
+		answer, err = l.next.RoundTrip(request) //nolint:bodyclose // closed below, or by the client
 		return err
 	})
 	if errors.Is(err, errFault) && answer != nil {

@@ -210,8 +210,12 @@ func (k *Custodian) begin(ctx context.Context, c *Cluster, n *node.Node, kind Ki
 	if err == nil {
 		st, err = n.Status(ctx)
 	}
-	if err != nil || st.Initialized || len(kinds) > 0 {
-		return err != nil, join(err, k.withdraw(ctx, s, claimed), busyUnless(err, c))
+	switch {
+	case err != nil:
+		return true, join(err, k.withdraw(ctx, s, claimed))
+	case st.Initialized || len(kinds) > 0:
+		busy := fmt.Errorf("initialising cluster %q: %w: another host was faster", c.Name, ErrBusy)
+		return false, join(busy, k.withdraw(ctx, s, claimed))
 	}
 	made := &creation{kind: kind, request: request, own: own, by: options.By}
 	defer made.wipe()
@@ -220,14 +224,6 @@ func (k *Custodian) begin(ctx context.Context, c *Cluster, n *node.Node, kind Ki
 	}
 	result.Initialized = true
 	return true, k.settle(ctx, c, kind, st, opened(made.material), result)
-}
-
-// busyUnless makes the loop of Init look again where nothing failed.
-func busyUnless(err error, c *Cluster) error {
-	if err != nil {
-		return nil
-	}
-	return fmt.Errorf("initialising cluster %q: %w: another host was faster", c.Name, ErrBusy)
 }
 
 // creation is what Vault is asked for, and what it answered.
@@ -453,8 +449,8 @@ func (k *Custodian) settle(ctx context.Context, c *Cluster, kind Kind, st node.S
 	result.Kind = kind
 	if !result.Initialized {
 		result.Shares, result.Threshold = st.N, st.T
-		for _, clear := range []func(context.Context, *Cluster) error{k.settleIntent, k.clearRehearsal} {
-			if err := clear(ctx, c); err != nil {
+		for _, tidy := range []func(context.Context, *Cluster) error{k.settleIntent, k.clearRehearsal} {
+			if err := tidy(ctx, c); err != nil {
 				result.Warnings = append(result.Warnings, err.Error())
 			}
 		}

@@ -180,6 +180,7 @@ func TestInitSurvivesAFaultAtEveryCall(t *testing.T) {
 
 // initWithFault returns false where there was no such call.
 func initWithFault(t *testing.T, at int, how mode) (struck bool) {
+	t.Helper()
 	s := newPlainSite(t, nodetest.Alone, 1)
 	h := s.host("one")
 	n := s.nodes[0]
@@ -263,6 +264,7 @@ func TestAnotherHostAfterACrashAtEveryCall(t *testing.T) {
 }
 
 func anotherHost(t *testing.T, at int, how mode) (struck bool) {
+	t.Helper()
 	s := newPlainSite(t, nodetest.Alone, 1)
 	first, second := s.host("one"), s.host("two")
 	first.fault.at, first.fault.mode = at, how

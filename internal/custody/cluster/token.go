@@ -147,7 +147,7 @@ func (k *Custodian) revokeDue(ctx context.Context, c *Cluster, n *node.Node, st 
 	}
 	if gone {
 		k.rootAt(c, k.now().Add(rootAgain))
-		return false, nil //nolint:nilerr // there is none, or it will be looked for again
+		return false, nil
 	}
 	if err != nil {
 		k.rootAt(c, k.now().Add(rootRetry))

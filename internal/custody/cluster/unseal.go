@@ -272,7 +272,7 @@ func (k *Custodian) settled(ctx context.Context, n *node.Node, st node.Status) (
 	for pause := k.pauses.poll; ; pause = min(2*pause, k.pauses.pollLast) {
 		k.pause(ctx, pause)
 		if ctx.Err() != nil {
-			return st, nil //nolint:nilerr // that is how it is now
+			return st, nil // that is how it is now
 		}
 		now, err := n.Status(ctx)
 		if err != nil {
