@@ -24,6 +24,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -228,8 +229,21 @@ func (l *Log) write(ctx context.Context, r record, must bool) (maybe bool, err e
 
 // noSink says why no sink took a line.
 func (l *Log) noSink(why []error) error {
-	return fmt.Errorf("writing the audit log: %w: %w", ErrNoSink, errors.Join(why...))
+	return fmt.Errorf("writing the audit log: %w: %w", ErrNoSink, failures(why))
 }
+
+// failures are the errors of several sinks in one line.
+type failures []error
+
+func (f failures) Error() string {
+	texts := make([]string, len(f))
+	for i, err := range f {
+		texts[i] = err.Error()
+	}
+	return strings.Join(texts, "; ")
+}
+
+func (f failures) Unwrap() []error { return f }
 
 // SinkStatus is how a sink fares.
 type SinkStatus struct {
@@ -288,7 +302,7 @@ func (l *Log) Check(ctx context.Context) error {
 	if would {
 		return nil
 	}
-	return fmt.Errorf("checking the audit log: %w: %w", ErrNoSink, errors.Join(failed...))
+	return fmt.Errorf("checking the audit log: %w: %w", ErrNoSink, failures(failed))
 }
 
 // Reopen makes every sink begin anew where it writes to, before its next line.

@@ -56,7 +56,7 @@ func (f *file) Reopen() error {
 		return fmt.Errorf("audit file %s: %w: it is a symbolic link; name the file itself", f.path, ErrUnsafe)
 	}
 	if err != nil {
-		return fmt.Errorf("opening the audit file: %w", err)
+		return fmt.Errorf("opening it: %w", pathless(err))
 	}
 	if err := checkFile(opened); err != nil {
 		return errors.Join(err, opened.Close())
@@ -79,7 +79,7 @@ func (f *file) Write(lines []Line) (err error) {
 	}
 	descriptor := int(f.open.Fd())
 	if err := flock(descriptor, unix.LOCK_EX); err != nil {
-		return fmt.Errorf("locking the audit file: %w", err)
+		return fmt.Errorf("locking it: %w", err)
 	}
 	defer func() { err = errors.Join(err, flock(descriptor, unix.LOCK_UN)) }()
 
@@ -95,10 +95,10 @@ func (f *file) Write(lines []Line) (err error) {
 		text = append(text, line.Text...)
 	}
 	if _, err := f.open.Write(text); err != nil {
-		return fmt.Errorf("writing the audit file: %w", err)
+		return fmt.Errorf("writing it: %w", pathless(err))
 	}
 	if err := f.open.Sync(); err != nil {
-		return fmt.Errorf("syncing the audit file: %w", err)
+		return fmt.Errorf("syncing it: %w", pathless(err))
 	}
 	return nil
 }
@@ -107,10 +107,10 @@ func (f *file) Write(lines []Line) (err error) {
 func (f *file) Room() error {
 	var disk unix.Statfs_t
 	if err := unix.Fstatfs(int(f.open.Fd()), &disk); err != nil {
-		return fmt.Errorf("looking at the disk of the audit file: %w", err)
+		return fmt.Errorf("looking at its disk: %w", err)
 	}
 	if disk.Blocks > 0 && disk.Bavail == 0 && (os.Geteuid() != 0 || disk.Bfree == 0) { // some file systems tell nothing
-		return fmt.Errorf("writing the audit file: %w", unix.ENOSPC)
+		return fmt.Errorf("its disk is full: %w", unix.ENOSPC)
 	}
 	return nil
 }
@@ -133,7 +133,7 @@ func (f *file) torn() (bool, error) {
 	}
 	var last [1]byte
 	if _, err := f.open.ReadAt(last[:], end-1); err != nil {
-		return false, fmt.Errorf("reading the end of the audit file: %w", err)
+		return false, fmt.Errorf("reading its end: %w", pathless(err))
 	}
 	return last[0] != '\n', nil
 }
@@ -152,7 +152,7 @@ func (f *file) moved() bool {
 func checkFile(opened *os.File) error {
 	var info unix.Stat_t
 	if err := unix.Fstat(int(opened.Fd()), &info); err != nil {
-		return fmt.Errorf("looking at the audit file %s: %w", opened.Name(), err)
+		return fmt.Errorf("looking at it: %w", err)
 	}
 	refuse := func(why string) error { return fmt.Errorf("audit file %s: %w: %s", opened.Name(), ErrUnsafe, why) }
 	switch {
@@ -172,7 +172,7 @@ func checkFile(opened *os.File) error {
 func checkFolder(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
-		return fmt.Errorf("looking at the folder of the audit file: %w", err)
+		return fmt.Errorf("looking at its folder: %w", pathless(err))
 	}
 	if info.Mode().Perm()&0o002 != 0 && info.Mode()&os.ModeSticky == 0 {
 		return fmt.Errorf("audit file in %s: %w: everybody may write in that folder; run: chmod o-w %s", dir, ErrUnsafe, dir)
@@ -184,13 +184,22 @@ func checkFolder(dir string) error {
 func syncFolder(dir string) error {
 	opened, err := os.Open(dir)
 	if err != nil {
-		return fmt.Errorf("syncing the folder of the audit file: %w", err)
+		return fmt.Errorf("syncing its folder: %w", pathless(err))
 	}
 	defer opened.Close()
 	if err := opened.Sync(); err != nil {
-		return fmt.Errorf("syncing the folder of the audit file: %w", err)
+		return fmt.Errorf("syncing its folder: %w", pathless(err))
 	}
 	return nil
+}
+
+// pathless leaves out the path, which the name of the sink says already.
+func pathless(err error) error {
+	var failed *fs.PathError
+	if errors.As(err, &failed) {
+		return failed.Err
+	}
+	return err
 }
 
 // flock locks a file among processes; a signal does not interrupt it.

@@ -217,6 +217,24 @@ func TestTheAlertsUseMetricsThatThereAre(t *testing.T) {
 	}
 }
 
+func TestThePagesNameMetricsThatThereAre(t *testing.T) {
+	known := families(t)
+	pages, err := filepath.Glob(filepath.Join("..", "..", "docs", "*.md"))
+	must(t, err)
+	pages = append(pages, filepath.Join(deployDir, "grafana", "README.md"), filepath.Join(deployDir, "systemd", "README.md"))
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		must(t, err)
+		for _, name := range regexp.MustCompile("nitroseal_[a-z0-9_]*[a-z0-9]\\b").FindAllString(string(text), -1) {
+			_, one := known[name]
+			_, several := known[name+"_count"]
+			if !one && !several {
+				t.Errorf("%s: there is no metric %s", filepath.Base(page), name)
+			}
+		}
+	}
+}
+
 func TestTheUnitIsOneThatSystemdTakes(t *testing.T) {
 	units := filepath.Join(deployDir, "systemd")
 	text, err := os.ReadFile(filepath.Join(units, "nitroseal.service"))

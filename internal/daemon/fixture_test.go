@@ -216,7 +216,7 @@ func start(t *testing.T, y *yard, build func(ctx context.Context, hooks *Hooks) 
 			r.hooks = hooks
 			return build(ctx, hooks)
 		},
-		Logger: slog.New(slog.NewTextHandler(r.logged, nil)), Reload: r.reload, Version: "1.2.3",
+		Logger: slog.New(slog.NewTextHandler(r.logged, &slog.HandlerOptions{Level: slog.LevelDebug})), Reload: r.reload, Version: "1.2.3",
 		notify: &notifier{send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, interval: 20 * time.Second},
 	}
 	go func() { r.ended <- Run(ctx, options) }()

@@ -47,7 +47,7 @@ func (n *notes) looked(logger *slog.Logger, v view) {
 func (n *notes) tended(logger *slog.Logger, v view, r Result) {
 	switch {
 	case r.Unsealed:
-		logger.Info("unsealed the node")
+		logger.Debug("unsealed the node") // the custodian says so, too
 		n.condition, n.complaint, n.alarm = v.condition(), "", AlarmNone
 	case r.Err != nil && v.alarm != AlarmNone:
 		if v.alarm == n.alarm && r.Err.Error() == n.complaint {
