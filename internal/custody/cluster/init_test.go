@@ -498,3 +498,80 @@ func TestAutoSealKeepsRecoveryKeys(t *testing.T) {
 	}
 	s.wantClean(h)
 }
+
+// A host that stalls in front of Vault for longer than an intent lives is taken over from. Whoever comes second at Vault changes
+// nothing, and both end with the keys of the first.
+func TestTakeoverFromAHostThatOnlyStalled(t *testing.T) {
+	for name, stalledWins := range map[string]bool{"and comes second": false, "and comes first": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, nodetest.Alone, 1)
+			first, second := s.host("one"), s.host("two")
+			n := s.nodes[0]
+			arrived, go1, done1 := make(chan struct{}), make(chan struct{}), make(chan struct{})
+			n.Break("sys/init", 1, func(w http.ResponseWriter, r *http.Request, serve http.Handler) {
+				close(arrived)
+				<-go1
+				serve.ServeHTTP(w, r)
+				close(done1)
+			})
+			n.Break("sys/init", 1, nodetest.Then(func() {
+				if stalledWins {
+					close(go1)
+					<-done1
+				}
+			}))
+			var group sync.WaitGroup
+			var results [2]InitResult
+			var errs [2]error
+			group.Go(func() { results[0], errs[0] = first.process().Init(t.Context(), s.Cluster, InitOptions{}) })
+			<-arrived
+			s.clock.advance(intentLife + time.Second)
+			group.Go(func() {
+				results[1], errs[1] = second.process().Init(t.Context(), s.Cluster, InitOptions{})
+				if !stalledWins {
+					close(go1)
+				}
+			})
+			group.Wait()
+			if errs[0] != nil || errs[1] != nil || results[0].Initialized != stalledWins || results[1].Initialized == stalledWins {
+				t.Errorf("the first: %+v, %v; the second: %+v, %v", results[0], errs[0], results[1], errs[1])
+			}
+			s.wantAllUnsealed()
+			second.wantMaterial()
+			first.mustInit()
+			second.mustInit()
+			s.wantClean(first, second)
+		})
+	}
+}
+
+func TestEveryActIsAnnouncedBeforeIt(t *testing.T) {
+	s := newSite(t, nodetest.Raft, 2)
+	h := s.host("one")
+	h.mustInit()
+	calls, _ := h.fault.reset()
+	for call, announced := range map[string]string{
+		"node PUT sys/init": "audit init", "node PUT sys/unseal": "audit unseal", "node PUT sys/storage/raft/join": "audit join",
+		"node PUT auth/token/revoke-self": "audit revoke-root", "store put material/prod/unseal": "audit store", "store put material/prod/root": "audit store",
+	} {
+		done, intent := slices.Index(calls, call), slices.Index(calls, announced)
+		if done < 0 || intent < 0 || intent > done {
+			t.Errorf("%q is call %d, %q is call %d", call, done, announced, intent)
+		}
+	}
+	open := map[string]int{}
+	for _, line := range h.acts.all() {
+		words := strings.Fields(line)
+		if words[0] == "intent" {
+			open[words[1]]++
+		} else {
+			open[words[1]]--
+		}
+	}
+	for verb, left := range open {
+		if left != 0 {
+			t.Errorf("%d acts %q have no outcome", left, verb)
+		}
+	}
+}

@@ -19,9 +19,10 @@ type memory struct {
 	refusals map[nodeName]refusal
 	given    map[nodeName]given
 	alarms   map[nodeName]knownAlarm
-	looked   map[nodeName]bool // whether the local disk was asked for an alarm
-	ids      map[string]string // by cluster: its id, from the material that was opened last
-	roots    map[string]time.Time
+	looked   map[nodeName]bool    // whether the local disk was asked for an alarm
+	ids      map[string]string    // by cluster: its id, from the material that was opened last
+	roots    map[string]time.Time // by cluster: when a root token that is to be revoked is looked for again
+	kept     map[string]uint64    // by cluster: the generation of the root token that is there to stay
 }
 
 // refusal is why a node got nothing, or did not take what it got. It stands while neither the material nor the node changes,
@@ -55,7 +56,7 @@ func (k *Custodian) remember(change func(*memory)) {
 	if k.memory.refusals == nil {
 		k.memory = memory{
 			refusals: map[nodeName]refusal{}, given: map[nodeName]given{}, alarms: map[nodeName]knownAlarm{},
-			looked: map[nodeName]bool{}, ids: map[string]string{}, roots: map[string]time.Time{},
+			looked: map[nodeName]bool{}, ids: map[string]string{}, roots: map[string]time.Time{}, kept: map[string]uint64{},
 		}
 	}
 	change(&k.memory)

@@ -153,6 +153,12 @@ func (k *Custodian) revokeDue(ctx context.Context, c *Cluster, n *node.Node, st 
 		k.rootAt(c, k.now().Add(rootRetry))
 		return false, err
 	}
+	var kept uint64
+	k.remember(func(m *memory) { kept = m.kept[c.Name] })
+	if metadata.Generation == kept { // it was opened before, and is not to be revoked
+		k.rootAt(c, k.now().Add(rootAgain))
+		return false, nil
+	}
 	role, err := n.Role(ctx)
 	if err != nil || role != node.RoleActive {
 		return false, err
@@ -189,8 +195,9 @@ func (k *Custodian) revokeRoot(ctx context.Context, c *Cluster, n *node.Node, st
 		return false, err
 	}
 	defer root.wipe()
-	if root.Purpose != RootDiscard {
-		return false, nil // it was to be kept when it came
+	if root.Purpose != RootDiscard { // it was to be kept when it came
+		k.remember(func(m *memory) { m.kept[c.Name] = root.generation })
+		return false, nil
 	}
 	end, err := k.act(ctx, "revoke-root", c, n.Address(), k.host, nil)
 	if err != nil {
