@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -307,6 +308,35 @@ func (b *backend) checkOwnVault(ctx context.Context, c *cluster.Cluster) (unaske
 	}
 	return unasked, nil
 }
+
+// checkPresent refuses to change the keys of a raft cluster while a node of it is sealed or away: it has its own copy of how
+// it is unsealed, which it brings up to date only once it is unsealed, so it would want the old keys, and nobody has them then.
+func (b *backend) checkPresent(ctx context.Context, c *cluster.Cluster) error {
+	ctx, cancel := context.WithTimeout(ctx, ownVaultTimeout)
+	defer cancel()
+	var mu sync.Mutex
+	raft := false
+	var absent []string
+	askAll(c.Nodes, func(address string) map[string]any {
+		status, err := b.clusters.custodian.Look(ctx, c, address)
+		mu.Lock()
+		defer mu.Unlock()
+		raft = raft || status.Seal.StorageType == "raft"
+		if err != nil || status.Seal.Sealed || !status.Seal.Initialized {
+			absent = append(absent, address)
+		}
+		return nil
+	})
+	if !raft || len(absent) == 0 || len(absent) == len(c.Nodes) { // of no node at all the custodian says more
+		return nil
+	}
+	slices.Sort(absent)
+	return fmt.Errorf("changing the keys of cluster %q: %w: %s sealed or away, and a raft node that is, while the keys change, can be unsealed with the old "+
+		"ones only, which are gone then; unseal it first, or take it off the cluster and off nodes; nothing was changed", c.Name, errAbsent, summarise(absent))
+}
+
+// errAbsent is wrapped where nodes have to be there and are not. It passes once they are.
+var errAbsent = errors.New("not all of its nodes are there")
 
 // clustersUsing names the configured clusters that a predicate holds of.
 func (b *backend) clustersUsing(ctx context.Context, uses func(*clusterRecord) bool) ([]string, error) {

@@ -301,3 +301,22 @@ func TestTheSharesMoveToAnotherKeyAndToASpread(t *testing.T) {
 		m.write("clusters/prod/unseal", nil).want(t, http.StatusOK)
 	}
 }
+
+// A raft node that is sealed while the keys change would want the old ones, which are gone.
+func TestKeysAreNotChangedWhileANodeIsAway(t *testing.T) {
+	m, nodes := newPlayed(t, nodetest.Raft, 3)
+	m.write("clusters/prod/init", nil).ok(t)
+	unsealed := func() bool { return m.write("clusters/prod/unseal", nil).ok(t).text("unsealed") == "true" }
+	await(t, "all nodes to be unsealed", unsealed)
+	before := m.read("material/prod/unseal").ok(t).text("generation")
+	for name, leave := range map[string]func(){"sealed": nodes[2].Restart, "down": nodes[2].Down} {
+		leave()
+		m.write("clusters/prod/rekey", nil).want(t, http.StatusServiceUnavailable).says(t, nodes[2].Address(), "old")
+		if now := m.read("material/prod/unseal").ok(t).text("generation"); now != before {
+			t.Errorf("%s: generation %s, want %s", name, now, before)
+		}
+	}
+	nodes[2].Up(t)
+	await(t, "all nodes to be unsealed", unsealed)
+	m.write("clusters/prod/rekey", nil).want(t, http.StatusOK)
+}

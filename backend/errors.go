@@ -73,6 +73,7 @@ var passing = []error{
 	node.ErrUnavailable, cluster.ErrBusy, cluster.ErrIntentElsewhere,
 	cluster.ErrHeld,      // the repetition stores what is held
 	cluster.ErrTokenLeft, // and revokes what is left
+	errAbsent,
 }
 
 // alarms want a person, whatever else is the matter: shares went to another cluster, or a cluster's keys are lost.

@@ -131,7 +131,8 @@ func (b *backend) clusterActionPaths() []*framework.Path {
 			HelpSynopsis: "Give a cluster new unseal keys or recovery keys.",
 			HelpDescription: "The old keys hold until the cluster has seen that the new ones were kept, and one that was cut off is finished or undone by " +
 				"the next. The shares go as the configuration says today: to its key or spread, and to its people, whose messages are in the " +
-				"answer. A rekey that somebody else has begun is reported, and ended with cancel=true only.",
+				"answer. A rekey that somebody else has begun is reported, and ended with cancel=true only. All nodes of a raft cluster must be " +
+				"unsealed: one that is away meanwhile would want the old keys.",
 		},
 		{
 			Pattern: pattern + "/root",
@@ -270,6 +271,11 @@ func (b *backend) clusterRekey(ctx context.Context, req *logical.Request, data *
 	}
 	request := fmt.Sprint(options.Kind, options.Shares, options.Threshold, options.Cancel)
 	return b.actOn(ctx, req, data, "rekey", request, func(ctx context.Context, c *cluster.Cluster) (*logical.Response, error) {
+		if !options.Cancel {
+			if err := b.checkPresent(ctx, c); err != nil {
+				return nil, err
+			}
+		}
 		result, err := b.clusters.custodian.Rekey(ctx, c, options)
 		if err != nil {
 			return nil, err
