@@ -225,7 +225,7 @@ func TestThePagesNameMetricsThatThereAre(t *testing.T) {
 	for _, page := range pages {
 		text, err := os.ReadFile(page)
 		must(t, err)
-		for _, name := range regexp.MustCompile("nitroseal_[a-z0-9_]*[a-z0-9]\\b").FindAllString(string(text), -1) {
+		for _, name := range regexp.MustCompile(`nitroseal_[a-z0-9_]*[a-z0-9]\b`).FindAllString(string(text), -1) {
 			_, one := known[name]
 			_, several := known[name+"_count"]
 			if !one && !several {
