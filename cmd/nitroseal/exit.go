@@ -82,6 +82,9 @@ func exitCode(err error) int {
 	if err == nil {
 		return exitOK
 	}
+	if child := (*childError)(nil); errors.As(err, &child) {
+		return child.code
+	}
 	if mistake := (*usageError)(nil); errors.As(err, &mistake) || unsent(err) {
 		return exitUsage
 	}

@@ -364,8 +364,9 @@ func (n *importNote) names() []string {
 
 func importPath(c *Cluster) string { return "imports/" + c.Name }
 
-// importLeft tells whether an import was cut off.
-func (k *Custodian) importLeft(ctx context.Context, c *Cluster) (bool, error) {
+// ImportLeft tells whether an import of a cluster was cut off on this host. The next [Custodian.Import] finishes it, and needs
+// no shares.
+func (k *Custodian) ImportLeft(ctx context.Context, c *Cluster) (bool, error) {
 	note, err := k.readImport(ctx, c)
 	return note != nil, err
 }

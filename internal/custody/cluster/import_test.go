@@ -246,7 +246,7 @@ func TestAnImportThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 					return err
 				},
 				func(y *yard, _ string) {
-					noted, err := y.process().importLeft(y.t.Context(), y.Cluster)
+					noted, err := y.process().ImportLeft(y.t.Context(), y.Cluster)
 					y.must(err)
 					result, err := y.process().Import(y.t.Context(), y.Cluster, ImportRequest{Shares: shares, RootToken: token})
 					if noted && (err != nil || !result.Finished) {

@@ -56,6 +56,8 @@ type RekeyResult struct {
 	Items             []string
 	// People are those who took a share, each with the message that only they can open.
 	People []PersonMessage
+	// Made is how many new shares this call made and Vault verified; 0 for none.
+	Made int
 	// Finished is true where an earlier rekey was found that had not ended, and was finished; no other one was made then.
 	Finished bool
 	// Dropped is true where an earlier rekey was found that had not ended, and was undone.
@@ -363,7 +365,7 @@ func (r *rekey) renew(ctx context.Context) error {
 		if r.failed != nil {
 			return fmt.Errorf("cluster %q: Vault did not take the new keys, and those from before are as they were; run it again: %w", r.c.Name, r.failed)
 		}
-		r.result.Finished = false // that is said of an earlier one
+		r.result.Made, r.result.Finished = shares, false // the latter is said of an earlier one
 		return nil
 	})
 }

@@ -129,7 +129,7 @@ func (r *rewrapping) planLocal(ctx context.Context, c *Cluster) error {
 		return r.local(ctx, c, leftTokenPath(c), leftTokenContext(c))
 	}})
 	// An import is finished before anything else, and then sealed as it should be.
-	if left, err := r.k.importLeft(ctx, c); err != nil {
+	if left, err := r.k.ImportLeft(ctx, c); err != nil {
 		return err
 	} else if left {
 		r.result.Warnings = append(r.result.Warnings, fmt.Sprintf("Cluster %q: an import was cut off and is still sealed as it was; `nitroseal import %s` "+

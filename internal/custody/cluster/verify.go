@@ -303,7 +303,7 @@ func (v *verification) leftovers(ctx context.Context) {
 	} else if len(held) > 0 {
 		v.problem("Keys are held on the local disk that the store has not taken: %s. `nitroseal unseal %s` stores them.", strings.Join(held, ", "), v.c.Name)
 	}
-	if found, err := v.k.importLeft(ctx, v.c); err != nil {
+	if found, err := v.k.ImportLeft(ctx, v.c); err != nil {
 		v.problem("%v.", err)
 	} else if found {
 		v.problem("An import was cut off: `nitroseal import %s` finishes it.", v.c.Name)
