@@ -13,7 +13,7 @@ import (
 )
 
 func newUnsealCommand(a *app) *cobra.Command {
-	var clear string
+	var alarm string
 	cmd := &cobra.Command{
 		Use:   "unseal [CLUSTER…]",
 		Short: "Unseal every node of clusters that is sealed, and end",
@@ -33,8 +33,8 @@ that address, and give --clear-alarm with it.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a.steps = isTerminal(a.stderr)
 			ctx := cmd.Context()
-			if clear != "" {
-				if err := a.clearAlarm(ctx, args, clear); err != nil {
+			if alarm != "" {
+				if err := a.clearAlarm(ctx, args, alarm); err != nil {
 					return err
 				}
 			}
@@ -53,7 +53,7 @@ that address, and give --clear-alarm with it.`,
 		},
 	}
 	cmd.Flags().Bool("once", true, "end when it is done; it always does")
-	cmd.Flags().StringVar(&clear, "clear-alarm", "", "let the node of this address have shares again, although it belonged to another cluster")
+	cmd.Flags().StringVar(&alarm, "clear-alarm", "", "let the node of this address have shares again, although it belonged to another cluster")
 	return cmd
 }
 
