@@ -216,9 +216,7 @@ func (k *Custodian) give(ctx context.Context, c *Cluster, n *node.Node, m *mater
 	}
 	// A raft node that has just joined has all it needs, and goes on by itself.
 	k.remember(func(m *memory) { m.given[name] = given{until: k.now().Add(joinTime)} })
-	if st, err = k.settled(ctx, n, st); err != nil {
-		return err
-	}
+	st = k.settled(ctx, n, st, k.pauses.settle)
 	out.Node.Seal = st
 	if !st.Sealed {
 		return k.unsealed(ctx, c, n, st, o, out)
@@ -258,28 +256,28 @@ func (k *Custodian) send(ctx context.Context, c *Cluster, n *node.Node, shares [
 // disturbed is the end of an attempt to which somebody else gave shares as well, as another host does that finds the node
 // sealed at the same moment.
 func (k *Custodian) disturbed(ctx context.Context, c *Cluster, n *node.Node, st node.Status) (node.Status, error) {
-	now, err := k.settled(ctx, n, st)
-	if err == nil && now.Sealed {
-		err = fmt.Errorf("node %s of cluster %q: %w: others gave it shares at the same time; look again", n.Address(), c.Name, ErrBusy)
+	now := k.settled(ctx, n, st, k.pauses.look)
+	if now.Sealed {
+		return now, fmt.Errorf("node %s of cluster %q: %w: others gave it shares at the same time; look again", n.Address(), c.Name, ErrBusy)
 	}
-	return now, err
+	return now, nil
 }
 
-// settled looks at a node until it is unsealed, or for as long as that may take.
-func (k *Custodian) settled(ctx context.Context, n *node.Node, st node.Status) (node.Status, error) {
-	ctx, cancel := context.WithTimeout(ctx, k.pauses.settle)
+// settled looks at a node until it is unsealed, for so long at most.
+func (k *Custodian) settled(ctx context.Context, n *node.Node, st node.Status, limit time.Duration) node.Status {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for pause := k.pauses.poll; ; pause = min(2*pause, k.pauses.pollLast) {
 		k.pause(ctx, pause)
 		if ctx.Err() != nil {
-			return st, nil // that is how it is now
+			return st
 		}
 		now, err := n.Status(ctx)
 		if err != nil {
 			continue // it is busy
 		}
 		if st = now; !st.Sealed {
-			return st, nil
+			return st
 		}
 	}
 }
