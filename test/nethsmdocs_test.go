@@ -130,9 +130,10 @@ func TestFromNothingToABackupThatWasRestored(t *testing.T) {
 // TestDocumentedFlagsExist compares every nitroseal command that a page or the demo shows with the command's own help.
 func TestDocumentedFlagsExist(t *testing.T) {
 	program, found := buildCommand(t), 0
-	command := regexp.MustCompile("(?m)(?:^\\s*|`|show |fails )nitroseal ((?:(?:nethsm|device|key|config) )?[a-z][-a-z]+)([^\n`|]*)")
+	command := regexp.MustCompile("(?m)(?:^\\s*|`|show |fails )nitroseal (import bank-vaults|(?:(?:nethsm|device|key|config) )?[a-z][-a-z]+)([^\n`|]*)")
 	for _, page := range []string{
-		"README.md", "docs/nethsm.md", "docs/operations.md", "docs/threat-model.md", "deploy/nethsm/README.md", "scripts/demo-nethsm",
+		"README.md", "docs/nethsm.md", "docs/operations.md", "docs/recovery.md", "docs/bank-vaults.md", "docs/threat-model.md",
+		"deploy/nethsm/README.md", "scripts/demo-nethsm",
 	} {
 		joined := strings.ReplaceAll(readFile(t, vaulttest.Root(), page), "\\\n", " ")
 		for _, match := range command.FindAllStringSubmatch(joined, -1) {
@@ -143,7 +144,7 @@ func TestDocumentedFlagsExist(t *testing.T) {
 				continue
 			}
 			found++
-			for _, flag := range regexp.MustCompile(`--[a-z][-a-z]+`).FindAllString(rest, -1) {
+			for _, flag := range regexp.MustCompile(`--[a-z][-a-z0-9]+`).FindAllString(rest, -1) {
 				if !strings.Contains(string(out), " "+flag+" ") {
 					t.Errorf("%s: nitroseal %s has no flag %s", page, name, flag)
 				}
