@@ -36,7 +36,7 @@ func IsCredential(path string) bool {
 	return credential && name != "" && name != "." && name != ".." && !strings.ContainsRune(name, '/')
 }
 
-// ErrNoCredentials: systemd did not start this program, so it has none of the credentials that it would have as a service.
+// ErrNoCredentials says that systemd did not start this program, so it has none of the credentials that it would have as a service.
 var ErrNoCredentials = errors.New("this program was not started by systemd")
 
 // credentialsVariable holds the folder in which systemd puts the credentials of a service.
