@@ -17,7 +17,7 @@ TESTFLAGS ?=
 
 .PHONY: help
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-11s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## see it work: a real Vault, a software HSM, an etcd; cleans up after itself
@@ -28,6 +28,11 @@ demo: ## see it work: a real Vault, a software HSM, an etcd; cleans up after its
 demo-nethsm: ## the same with a NetHSM double: two nodes over TLS, an etcd over mutual TLS, a node that fails, one that restarts
 	@scripts/setup demo
 	@scripts/demo-nethsm
+
+.PHONY: demo-custody
+demo-custody: ## see three Vaults initialised, cut off from power and unsealed again, rekeyed, drilled
+	@scripts/setup demo
+	@scripts/demo-custody
 
 .PHONY: dev
 dev: ## the same, left running for you to play with; prints how to talk to it
