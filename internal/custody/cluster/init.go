@@ -87,6 +87,7 @@ func (k *Custodian) Init(ctx context.Context, c *Cluster, options InitOptions) (
 	}
 	defer unlock()
 	var reason error // of waiting
+	var since time.Time
 	for {
 		done, err := k.initOnce(ctx, c, options, &result)
 		switch {
@@ -94,8 +95,11 @@ func (k *Custodian) Init(ctx context.Context, c *Cluster, options InitOptions) (
 			return result, join(reason, err)
 		case done:
 			return result, err
+		case reason != nil && errors.Is(err, ErrBusy) && k.now().Sub(since) > intentLife:
+			return result, fmt.Errorf("%w, for longer than that takes; look at the log of the node", err)
 		}
 		if reason == nil {
+			since = k.now()
 			k.logger.Info("waiting for another host that initialises the cluster", "cluster", c.Name, "reason", err)
 		}
 		reason = err
@@ -137,6 +141,8 @@ func (k *Custodian) initOnce(ctx context.Context, c *Cluster, options InitOption
 		return true, k.settle(ctx, c, kinds[0], st, k.opening(c), result)
 	case st.Initialized:
 		return true, k.settle(ctx, c, kinds[0], st, k.opening(c), result)
+	case len(kinds) > 0 && k.joinable(ctx, c, st):
+		return true, k.settle(ctx, c, kinds[0], st, k.opening(c), result)
 	case len(kinds) > 0:
 		return true, fmt.Errorf("initialising cluster %q: %w, and its first node %s has none: where its storage was wiped on purpose, delete the material "+
 			"first; where the node is a new one that should join, list another one first; else look at its address", c.Name, ErrExists, n.Address())
@@ -149,6 +155,15 @@ func (k *Custodian) initOnce(ctx context.Context, c *Cluster, options InitOption
 		return true, fmt.Errorf("cluster %q: %w", c.Name, err)
 	}
 	return k.begin(ctx, c, n, kind, options, result)
+}
+
+// joinable tells whether the first node, which has lost its storage, can join the others again.
+func (k *Custodian) joinable(ctx context.Context, c *Cluster, st node.Status) bool {
+	if st.StorageType != storageRaft {
+		return false
+	}
+	leader, sealed := k.leader(ctx, c, c.Nodes[0])
+	return leader != "" || sealed
 }
 
 // complete tells whether all items of a kind are there. Of a spread, a host that has initialised stores one after the other.
@@ -392,7 +407,8 @@ func (k *Custodian) take(c *Cluster, st node.Status, origin string, made *creati
 	m.add(set, shares, messages)
 	result.Kind, result.Shares, result.Threshold = made.kind, total, threshold
 	if len(answer.RootToken) == 0 {
-		return join(failed...)
+		return join(append(failed, errors.New("the answer was cut off before the root token, which lives and which nobody knows: when the cluster is "+
+			"unsealed, make another one (nitroseal root) and revoke the first by its accessor"))...)
 	}
 	switch purpose := c.rootToken(); purpose {
 	case RootPGP:
@@ -483,16 +499,17 @@ func (k *Custodian) settle(ctx context.Context, c *Cluster, kind Kind, st node.S
 	for i := range result.Nodes {
 		result.RootRevoked = result.RootRevoked || result.Nodes[i].Outcome.RootRevoked
 	}
-	if err == nil && result.Nodes[0].Err == nil { // what was done in the two looks is one outcome
-		if result.Nodes[0].Outcome.Action == ActionNone {
-			result.Nodes[0].Outcome.Action = first.Action
+	if looked := &result.Nodes[0]; err == nil && looked.Err == nil { // what was done in the two looks is one outcome
+		if looked.Outcome.Action == ActionNone {
+			looked.Outcome.Action = first.Action
 		}
-		result.Nodes[0].Outcome.Took += first.Took
+		looked.Outcome.Joined = looked.Outcome.Joined || first.Joined
+		looked.Outcome.Took += first.Took
 	}
 	if c.rootToken() == RootDiscard && result.Initialized && !result.RootRevoked {
 		result.Warnings = append(result.Warnings, "The root token that initialising made is not revoked yet; nitroseal run or unseal does it when a node is active.")
 	}
-	return err
+	return result.Nodes[0].Err
 }
 
 // diagnose says what became of the keys of a cluster that is initialised while the store has none. The local lock is held, so

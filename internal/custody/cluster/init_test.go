@@ -575,3 +575,55 @@ func TestEveryActIsAnnouncedBeforeIt(t *testing.T) {
 		}
 	}
 }
+
+// An answer that breaks off is read as far as it goes: the keys in it are the only ones.
+func TestAnswerOfInitThatBreaksOff(t *testing.T) {
+	s := newSite(t, nodetest.Alone, 1)
+	h := s.host("one")
+	s.nodes[0].Break("sys/init", 1, nodetest.TornAt(`"root_token"`))
+	_, err := h.process().Init(t.Context(), s.Cluster, InitOptions{})
+	if err == nil || !strings.Contains(err.Error(), "root token") {
+		t.Fatalf("Init = %v", err)
+	}
+	if result := h.mustInit(); result.Initialized || result.RootRevoked {
+		t.Errorf("the next Init = %+v", result)
+	}
+	s.wantAllUnsealed()
+	h.wantMaterial()
+	s.wantClean(h)
+}
+
+func TestInitLetsAFirstNodeThatLostItsStorageJoin(t *testing.T) {
+	for name, sealed := range map[string]bool{"the others are unsealed": false, "the others are sealed": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, nodetest.Raft, 3)
+			h := s.host("one")
+			h.mustInit()
+			s.wantAllUnsealed()
+			s.nodes[0].Wipe()
+			if sealed {
+				s.nodes[1].Restart()
+				s.nodes[2].Restart()
+			}
+			result := h.mustInit()
+			s.wantAllUnsealed()
+			if result.Initialized || !result.Nodes[0].Outcome.Joined || s.initialisations() != 1 {
+				t.Errorf("Init = %+v", result)
+			}
+		})
+	}
+}
+
+func TestInitGivesUpOnAVaultThatNeverEndsInitialising(t *testing.T) {
+	s := newSite(t, nodetest.Alone, 1)
+	h := s.host("one")
+	s.nodes[0].Break("sys/seal-status", -1, func(w http.ResponseWriter, r *http.Request, serve http.Handler) {
+		s.clock.advance(time.Minute)
+		nodetest.Body(`{"type":"shamir","initialized":true,"sealed":true,"t":0,"n":0,"progress":0,"migration":false,"recovery_seal":false,`+
+			`"storage_type":"inmem","version":"1.21.0"}`)(w, r, serve)
+	})
+	if _, err := h.process().Init(t.Context(), s.Cluster, InitOptions{}); !errors.Is(err, ErrBusy) {
+		t.Errorf("Init = %v, want ErrBusy", err)
+	}
+}
