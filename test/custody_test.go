@@ -149,7 +149,7 @@ func voters(t *testing.T, h *vaulttest.Host, vaults *vaulttest.Cluster) {
 func neverInTheClear(t *testing.T, h *vaulttest.Host, vaults *vaulttest.Cluster, d *vaulttest.Running) {
 	t.Helper()
 	// A share begins with 32 random bytes; what is sought is what no file has by chance.
-	exported := h.Must(t, "material", "open", "eu", "unseal", "-o", "json")
+	exported := h.Must(t, "material", "open", "eu", "unseal", "--reveal-keys", "-o", "json")
 	shares := sharesIn(t, exported)
 	if len(shares) != crashShares {
 		t.Fatalf("%d shares are in custody", len(shares))
@@ -289,7 +289,7 @@ func TestSIGTERMDuringInitWaitsUntilTheKeysAreStored(t *testing.T) {
 	vault.Restarted(t)
 	h.Must(t, "unseal", "-once", "eu")
 	vault.WaitUnsealed(t, limit)
-	if len(sharesIn(t, h.Must(t, "material", "open", "eu", "unseal", "-o", "json"))) != crashShares {
+	if len(sharesIn(t, h.Must(t, "material", "open", "eu", "unseal", "--reveal-keys", "-o", "json"))) != crashShares {
 		t.Error("not all shares were stored")
 	}
 }

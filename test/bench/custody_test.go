@@ -70,7 +70,7 @@ func newUnsealing(b *testing.B, token *pkcs11test.Token, etcd *etcdtest.Cluster,
 	u.host.Must(b, "init", "eu")
 	opened := vaulttest.Decode[struct {
 		Fields map[string]string `json:"fields"`
-	}](b, u.host.Must(b, "material", "open", "eu", "unseal", "-o", "json"))
+	}](b, u.host.Must(b, "material", "open", "eu", "unseal", "--reveal-keys", "-o", "json"))
 	for field, value := range opened.Fields {
 		if field != "facts" {
 			u.shares = append(u.shares, value)
