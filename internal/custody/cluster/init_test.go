@@ -170,18 +170,29 @@ func TestInitSurvivesAFaultAtEveryCall(t *testing.T) {
 	for _, how := range []mode{refused, lost, crashBefore, crashAfter} {
 		t.Run(string(how), func(t *testing.T) {
 			t.Parallel()
-			ended := false
-			for at := 1; !ended; at++ {
-				ended = !initWithFault(t, at, how)
+			for at := 1; initWithFault(t, at, how, false); at++ {
+			}
+		})
+	}
+}
+
+func TestInitOfASpreadSurvivesAFaultAtEveryCall(t *testing.T) {
+	for _, how := range []mode{refused, crashAfter} {
+		t.Run(string(how), func(t *testing.T) {
+			t.Parallel()
+			for at := 1; initWithFault(t, at, how, true); at++ {
 			}
 		})
 	}
 }
 
 // initWithFault returns false where there was no such call.
-func initWithFault(t *testing.T, at int, how mode) (struck bool) {
+func initWithFault(t *testing.T, at int, how mode, spread bool) (struck bool) {
 	t.Helper()
 	s := newPlainSite(t, nodetest.Alone, 1)
+	if spread {
+		s.Cluster.Key, s.Cluster.Spread = "", &Spread{Needed: 2, Keys: []string{"office", "bunker", "bank"}}
+	}
 	h := s.host("one")
 	n := s.nodes[0]
 	h.fault.at, h.fault.mode = at, how
@@ -195,7 +206,7 @@ func initWithFault(t *testing.T, at int, how mode) (struck bool) {
 		if err != nil || !survived {
 			t.Fatalf("without a fault: %v", err)
 		}
-		if how == refused {
+		if how == refused && !spread {
 			compareGolden(t, "init_calls.golden", strings.Join(calls, "\n")+"\n")
 		}
 		return false
