@@ -58,15 +58,10 @@ func newSite(t *testing.T, kind nodetest.Kind, count int) *site {
 	return newSiteOf(t, nodetest.Options{Kind: kind, Authority: nodetest.NewAuthority(t)}, count)
 }
 
-// newPlainSite is one whose nodes speak plain http: for tests that make very many calls.
-func newPlainSite(t *testing.T, kind nodetest.Kind, count int) *site {
-	t.Helper()
-	return newSiteOf(t, nodetest.Options{Kind: kind, Plain: true}, count)
-}
-
+// newSiteOf is newSite with any options for the nodes.
 func newSiteOf(t *testing.T, options nodetest.Options, count int) *site {
 	t.Helper()
-	s := &site{t: t, hsms: map[string]*hsmtest.Memory{}, main: newStore(), clock: &clock{now: time.Now()}}
+	s := &site{t: t, hsms: map[string]*hsmtest.Memory{}}
 	s.keys = keyring.New(keyring.Config{Records: newStore(), Devices: s})
 	for i, name := range []string{"office", "bunker", "bank"} {
 		s.hsms[name] = hsmtest.NewMemory()
@@ -75,14 +70,28 @@ func newSiteOf(t *testing.T, options nodetest.Options, count int) *site {
 	}
 	s.hsms["office"].AddEC(t, "twin", "0a", ecdh.P256())
 	s.addKey("twin", "office", "twin")
+	s.begin(options, count)
+	return s
+}
+
+// again is a new cluster with the same HSMs and wrapping keys, for tests that need very many: its node speaks plain http.
+func (s *site) again(t *testing.T) *site {
+	t.Helper()
+	other := &site{t: t, hsms: s.hsms, keys: s.keys}
+	other.begin(nodetest.Options{Kind: nodetest.Alone, Plain: true}, 1)
+	return other
+}
+
+func (s *site) begin(options nodetest.Options, count int) {
+	s.t.Helper()
+	s.main, s.clock = newStore(), &clock{now: time.Now()}
 	s.Cluster = &Cluster{Name: "prod", Key: "office", Store: "main"}
 	for range count {
-		n := nodetest.Start(t, options)
+		n := nodetest.Start(s.t, options)
 		s.nodes = append(s.nodes, n)
 		s.Nodes = append(s.Nodes, n.Address())
 	}
 	s.TLS = s.nodes[0].TLS()
-	return s
 }
 
 func (s *site) addKey(name, device, label string) {

@@ -167,32 +167,35 @@ func inTheWindow(call string, how mode) bool {
 // After a fault at any call of Init the next run ends with an unsealed node and with all of its keys in the store, or says that
 // nobody has them where that is true; and then a wiped Vault is initialised.
 func TestInitSurvivesAFaultAtEveryCall(t *testing.T) {
+	base := newSite(t, nodetest.Alone, 1)
 	for _, how := range []mode{refused, lost, crashBefore, crashAfter} {
 		t.Run(string(how), func(t *testing.T) {
 			t.Parallel()
-			for at := 1; initWithFault(t, at, how, false); at++ {
+			for at := 1; initWithFault(t, base.again(t), at, how); at++ {
 			}
 		})
 	}
 }
 
 func TestInitOfASpreadSurvivesAFaultAtEveryCall(t *testing.T) {
+	base := newSite(t, nodetest.Alone, 1)
 	for _, how := range []mode{refused, crashAfter} {
 		t.Run(string(how), func(t *testing.T) {
 			t.Parallel()
-			for at := 1; initWithFault(t, at, how, true); at++ {
+			spread := func() *site {
+				s := base.again(t)
+				s.Cluster.Key, s.Cluster.Spread = "", &Spread{Needed: 2, Keys: []string{"office", "bunker", "bank"}}
+				return s
+			}
+			for at := 1; initWithFault(t, spread(), at, how); at++ {
 			}
 		})
 	}
 }
 
 // initWithFault returns false where there was no such call.
-func initWithFault(t *testing.T, at int, how mode, spread bool) (struck bool) {
+func initWithFault(t *testing.T, s *site, at int, how mode) (struck bool) {
 	t.Helper()
-	s := newPlainSite(t, nodetest.Alone, 1)
-	if spread {
-		s.Cluster.Key, s.Cluster.Spread = "", &Spread{Needed: 2, Keys: []string{"office", "bunker", "bank"}}
-	}
 	h := s.host("one")
 	n := s.nodes[0]
 	h.fault.at, h.fault.mode = at, how
@@ -206,7 +209,7 @@ func initWithFault(t *testing.T, at int, how mode, spread bool) (struck bool) {
 		if err != nil || !survived {
 			t.Fatalf("without a fault: %v", err)
 		}
-		if how == refused && !spread {
+		if how == refused && s.Spread == nil {
 			compareGolden(t, "init_calls.golden", strings.Join(calls, "\n")+"\n")
 		}
 		return false
@@ -265,18 +268,18 @@ func initWithFault(t *testing.T, at int, how mode, spread bool) (struck bool) {
 // What a host left behind at any point, another one finishes, waits for, or knows to be lost; it never says so while the first
 // one still holds the keys and can bring them.
 func TestAnotherHostAfterACrashAtEveryCall(t *testing.T) {
+	base := newSite(t, nodetest.Alone, 1)
 	for _, how := range []mode{crashBefore, crashAfter} {
 		t.Run(string(how), func(t *testing.T) {
 			t.Parallel()
-			for at := 1; anotherHost(t, at, how); at++ {
+			for at := 1; anotherHost(t, base.again(t), at, how); at++ {
 			}
 		})
 	}
 }
 
-func anotherHost(t *testing.T, at int, how mode) (struck bool) {
+func anotherHost(t *testing.T, s *site, at int, how mode) (struck bool) {
 	t.Helper()
-	s := newPlainSite(t, nodetest.Alone, 1)
 	first, second := s.host("one"), s.host("two")
 	first.fault.at, first.fault.mode = at, how
 	_, _ = first.fault.in(func() error {

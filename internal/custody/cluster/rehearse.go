@@ -47,7 +47,7 @@ func (k *Custodian) ready(ctx context.Context, c *Cluster) error {
 const (
 	shareSize   = 128  // with the name of its field
 	messageSize = 2048 // a share encrypted to a person
-	factsSize   = 4096
+	factsSize   = 2048
 )
 
 // rehearse does with a secret of no value what will be done with the keys, before there are any (promise 2): it is written to
@@ -55,7 +55,7 @@ const (
 // rekey will need. Each key costs one operation of an HSM.
 func (k *Custodian) rehearse(ctx context.Context, c *Cluster, kind Kind) error {
 	shares, _ := c.sizes(kind)
-	secret := make([]byte, 2*(shares*shareSize+(len(c.People)+1)*messageSize)+factsSize)
+	secret := make([]byte, 2*(shares*shareSize+len(c.People)*messageSize)+factsSize)
 	_, _ = rand.Read(secret) // never fails, says its documentation
 	if err := k.rehearseLocal(ctx, c, secret); err != nil {
 		return fmt.Errorf("rehearsing the initialisation of cluster %q on the local disk: %w", c.Name, err)
