@@ -70,7 +70,7 @@ var exitCodes = []struct {
 		keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound,
 		cluster.ErrNoMaterial, cluster.ErrNotInitialized, custody.ErrNotFound,
 	}},
-	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, custody.ErrInvalid, daemon.ErrConfig}},
+	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, cluster.ErrPGPKey, custody.ErrInvalid, daemon.ErrConfig}},
 	{exitUnavailable, []error{daemon.ErrSealed}}, // and nothing is known to be wrong
 }
 

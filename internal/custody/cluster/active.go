@@ -48,18 +48,18 @@ func (k *Custodian) activeNode(ctx context.Context, c *Cluster, m *material) (*n
 		return nil, node.Status{}, fmt.Errorf("cluster %q: %w: %w", c.Name, errNoActive, join(errs...))
 	}
 	if sealed == len(c.Nodes) {
-		return nil, node.Status{}, fmt.Errorf("cluster %q: %w", c.Name, allSealed{})
+		return nil, node.Status{}, fmt.Errorf("cluster %q: %w", c.Name, allSealedError{})
 	}
 	return nil, node.Status{}, fmt.Errorf("cluster %q: %w: it is choosing one, or the active one is not in the configuration; look again, or list all nodes: %w",
 		c.Name, errNoActive, node.ErrUnavailable)
 }
 
-// allSealed is errNoActive, and what a sealed node's own error is.
-type allSealed struct{}
+// allSealedError is errNoActive, and what a sealed node's own error is.
+type allSealedError struct{}
 
-func (allSealed) Error() string { return "all its nodes are sealed; unseal it first" }
+func (allSealedError) Error() string { return "all its nodes are sealed; unseal it first" }
 
 // Is implements errors.Is.
-func (allSealed) Is(target error) bool {
-	return target == errNoActive || target == node.ErrSealed || target == node.ErrUnavailable //nolint:errorlint // sentinels, never wrapped
+func (allSealedError) Is(target error) bool {
+	return target == errNoActive || target == node.ErrSealed || target == node.ErrUnavailable
 }

@@ -158,13 +158,12 @@ func (d *drill) shares(ctx context.Context, options DrillOptions) {
 		d.result.NotProved = "It was not asked for."
 		return
 	}
-	err := d.k.Prove(ctx, d.c, d.result.Kind, shares, options.By)
+	err := d.k.proveMaterial(ctx, d.c, d.m, options.By)
 	switch {
 	case err == nil:
 		d.result.Proved = true
 	case errors.Is(err, ErrWrongShares):
-		d.problem("Vault does not take the shares: %v. A rekey that was cut off is finished by `nitroseal rekey %s`; one that somebody else did has its "+
-			"new shares there: import them with --replace.", err, d.c.Name)
+		d.problem("Vault does not take the shares: %v. Whoever rekeyed the cluster has the new ones: import them with --replace.", err)
 	default:
 		d.result.NotProved = err.Error()
 	}

@@ -59,7 +59,7 @@ type ImportResult struct {
 	Warnings []string
 }
 
-// ErrUnproved: no node answered that could say whether the shares are its cluster's.
+// ErrUnproved is wrapped where no node answered that could say whether the shares are its cluster's.
 var ErrUnproved = errors.New("the shares could not be proved")
 
 // Import takes the keys of a running cluster into custody, after Vault has said that it takes them: by a rekey that is

@@ -235,8 +235,13 @@ func TestAnImportThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var shares [][]byte
 			var token []byte
-			steps := everyStep(t, allModes,
+			modes := dying
+			if change == nil {
+				modes = allModes
+			}
+			steps := everyStep(t, modes,
 				func(t *testing.T) *yard {
+					t.Helper()
 					var y *yard
 					y, shares, token = foreignCluster(t, nodetest.Raft, change)
 					return y

@@ -68,3 +68,19 @@ func (k *Custodian) proveAt(ctx context.Context, c *Cluster, n *node.Node, kind 
 	}
 	return nil
 }
+
+// proveMaterial asks Vault about the shares in custody: the active set, or else the pending one of a rekey that was cut off,
+// which unsealing tries as well.
+func (k *Custodian) proveMaterial(ctx context.Context, c *Cluster, m *material, by string) error {
+	active := m.active()
+	err := k.Prove(ctx, c, m.Kind, m.take(active, active.Threshold), by)
+	pending := m.pending()
+	if pending == nil || !errors.Is(err, ErrWrongShares) {
+		return err
+	}
+	shares := m.take(pending, pending.Threshold)
+	if len(shares) < pending.Threshold {
+		return err
+	}
+	return k.Prove(ctx, c, m.Kind, shares, by)
+}

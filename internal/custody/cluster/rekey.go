@@ -351,6 +351,7 @@ func (r *rekey) renew(ctx context.Context) error {
 	}
 	// Whoever asks the process to end waits from here on: what is half done would be undone by the next run only.
 	return r.critical(ctx, func(ctx context.Context) error {
+		// Noted is the nonce of the rekey itself: that of its verification changes whenever a verification goes wrong.
 		set, err := r.take(ctx, under, old, Set{
 			ID: newID(), Shares: shares, Threshold: threshold, State: SetPending, Made: r.k.today(), MadeBy: r.options.By,
 			People: people.shares, VerificationNonce: under.nonce,

@@ -165,7 +165,7 @@ func TestRekeyRefuses(t *testing.T) {
 // opens the cluster as well.
 func TestARekeyThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	steps := everyStep(t, allModes,
-		func(t *testing.T) *yard { return initialised(t, nodetest.Raft, 1, nil) }, rekeyOnce, lookAfterRekey)
+		begun(nodetest.Raft, nil), rekeyOnce, lookAfterRekey)
 	wantSteps(t, steps, []string{
 		"local put attempts/prod/unseal",
 		"node PUT sys/rekey/init",
@@ -179,12 +179,12 @@ func TestARekeyThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 
 func TestARekeyOfASpreadThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	everyStep(t, dying,
-		func(t *testing.T) *yard { return initialised(t, nodetest.Raft, 1, spread) }, rekeyOnce, lookAfterRekey)
+		begun(nodetest.Raft, spread), rekeyOnce, lookAfterRekey)
 }
 
 func TestARekeyOfRecoveryKeysThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	everyStep(t, dying,
-		func(t *testing.T) *yard { return initialised(t, nodetest.Auto, 1, nil) }, rekeyOnce,
+		begun(nodetest.Auto, nil), rekeyOnce,
 		func(y *yard, _ string) {
 			_, err := y.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
 			y.must(err)
@@ -209,7 +209,7 @@ func lookAfterRekey(y *yard, _ string) {
 // The same where all nodes were restarted in between, so that Vault has forgotten what was under way.
 func TestARekeyThatIsCutOffByAPowerCut(t *testing.T) {
 	everyStep(t, dying,
-		func(t *testing.T) *yard { return initialised(t, nodetest.Raft, 1, nil) }, rekeyOnce,
+		begun(nodetest.Raft, nil), rekeyOnce,
 		func(y *yard, _ string) {
 			y.restart()
 			_, err := y.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
@@ -222,7 +222,7 @@ func TestARekeyThatIsCutOffByAPowerCut(t *testing.T) {
 // Another host has no note of what was under way: where the store tells, it goes on, else it says who has to.
 func TestAnotherHostAfterARekeyThatWasCutOff(t *testing.T) {
 	everyStep(t, dying,
-		func(t *testing.T) *yard { return initialised(t, nodetest.Raft, 1, nil) }, rekeyOnce,
+		begun(nodetest.Raft, nil), rekeyOnce,
 		func(y *yard, struck string) {
 			other := &yard{y.site.host("host-2")}
 			_, err := other.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
@@ -268,6 +268,7 @@ func TestRekeyAfterTheConfigurationNamesOtherKeys(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			steps := everyStep(t, dying,
 				func(t *testing.T) *yard {
+					t.Helper()
 					y := initialised(t, nodetest.Raft, 1, test.from)
 					test.to(y)
 					return y

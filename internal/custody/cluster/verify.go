@@ -324,7 +324,7 @@ func (v *verification) prove(ctx context.Context) {
 		v.problem("The shares could not be proved: the HSM holds %d of the %d that are needed.", len(shares), active.Threshold)
 		return
 	}
-	switch err := v.k.Prove(ctx, v.c, v.result.Kind, shares, v.options.By); {
+	switch err := v.k.proveMaterial(ctx, v.c, v.m, v.options.By); {
 	case err == nil:
 		v.result.Proved = true
 	case errors.Is(err, ErrWrongShares):

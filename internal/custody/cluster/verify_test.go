@@ -3,6 +3,7 @@ package cluster
 import (
 	"crypto/ecdh"
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -35,7 +36,7 @@ func TestVerifyFindsNothingWhereAllIsWell(t *testing.T) {
 				t.Errorf("result = %+v", result)
 			}
 			for _, request := range y.nodes[0].Requests()[before:] {
-				if request.Method != "GET" {
+				if request.Method != http.MethodGet {
 					t.Errorf("it asked %v", request)
 				}
 			}
@@ -294,6 +295,7 @@ func TestARewrapThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	}
 	everyStep(t, allModes,
 		func(t *testing.T) *yard {
+			t.Helper()
 			y := initialised(t, nodetest.Raft, 1, spread)
 			for _, key := range []string{"office", "bunker", "bank"} {
 				y.rotate(key)
