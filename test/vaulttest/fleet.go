@@ -84,7 +84,7 @@ func (h *Host) custodian(t testing.TB, token *pkcs11test.Token, keep *etcdtest.C
 	})
 	must(t, err)
 	remote, err := etcd.Open(etcd.Config{
-		Endpoints: keep.Endpoints, Prefix: EtcdPrefix, CACert: keep.CACert, ClientCert: keep.ClientCert, ClientKey: keep.ClientKey,
+		Endpoints: keep.Endpoints, Prefix: h.prefix, CACert: keep.CACert, ClientCert: keep.ClientCert, ClientKey: keep.ClientKey,
 	})
 	must(t, err)
 	keys := keyring.New(keyring.Config{Records: folder("keyring"), Devices: oneDevice{device}, SealAuthKeys: true})

@@ -31,6 +31,7 @@ type Host struct {
 	program string
 	blocks  map[string]string // of nitroseal.hcl, by their heads
 	listen  string            // host:port of the daemon
+	prefix  string            // in etcd
 }
 
 // Set gives the configuration a block, `cluster "eu"` for example, in place of the one it had with that head.
@@ -120,6 +121,7 @@ func (h *Host) WithEtcd(t testing.TB, cluster *etcdtest.Cluster) {
 // WithEtcdAt is [Host.WithEtcd] with another prefix.
 func (h *Host) WithEtcdAt(t testing.TB, cluster *etcdtest.Cluster, prefix string) {
 	t.Helper()
+	h.prefix = prefix
 	h.Put(t, "etcd-ca.pem", cluster.CACert)
 	h.Put(t, "etcd.pem", cluster.ClientCert)
 	h.Put(t, "etcd.key", cluster.ClientKey)
