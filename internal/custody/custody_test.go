@@ -587,3 +587,40 @@ func TestTwoNamesOfOneHSMAreOneHSM(t *testing.T) {
 		})
 	}
 }
+
+func TestWhatOpensOnOneHSMOnlyIsWarnedAboutUntilABackupOfItsKeyIsConfirmed(t *testing.T) {
+	h := newHouse(t)
+	yes := true
+	warned := func(generation uint64) bool {
+		m, err := h.Get(t.Context(), "prod", "unseal", custody.ReadOptions{})
+		if err != nil || m.HSMs != 1 || m.Generation != generation {
+			t.Fatalf("Get = %+v, %v", m, err)
+		}
+		return slices.ContainsFunc(m.Warnings, func(w string) bool { return strings.Contains(w, "one HSM only") })
+	}
+	configure := func(settings keyring.Settings) {
+		settings.By = "test"
+		if _, err := h.keys.Configure(t.Context(), "prod", settings); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.put("prod", "unseal", "value")
+	configure(keyring.Settings{AcceptSingleHSM: &yes})
+	if !warned(1) {
+		t.Error("no warning, although losing the HSM loses it")
+	}
+	configure(keyring.Settings{BackupConfirmed: &yes})
+	if warned(1) {
+		t.Error("a warning, although the HSM's key is backed up")
+	}
+	if _, err := h.keys.Rotate(t.Context(), "prod", keyring.RotateRequest{Adopt: &keyring.AdoptRequest{Device: "one", Label: "other", By: "test"}}); err != nil {
+		t.Fatal(err)
+	}
+	if warned(1) {
+		t.Error("a warning about the old version, whose backup is confirmed")
+	}
+	h.put("prod", "unseal", "value")
+	if !warned(2) {
+		t.Error("no warning about the new version, whose key nobody backed up")
+	}
+}

@@ -228,25 +228,27 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 	}
 	if i.exists() {
 		m.Key, m.Version, m.Generation = i.claimed.Key, i.claimed.Version, i.claimed.Generation
-		m.KIDs, m.HSMs, m.LatestVersion = k.recipients(ctx, i)
-		if m.HSMs == 1 {
-			m.Warnings = append(m.Warnings, "It opens on one HSM only; add a recipient to its wrapping key and rewrap.")
+		backedUp := false
+		m.KIDs, m.HSMs, m.LatestVersion, backedUp = k.recipients(ctx, i)
+		if m.HSMs == 1 && !backedUp {
+			m.Warnings = append(m.Warnings, "It opens on one HSM only; add a recipient to its wrapping key and rewrap, or confirm that the key in that HSM is backed up.")
 		}
 	}
 	return m
 }
 
-const notRecorded = "There is no record of it in this mount, so nobody can say whether it is the newest generation; " +
+const notRecorded = "There is no record of it here, so nobody can say whether it is the newest generation; " +
 	"compare with what you know, then opening it begins a record."
 
 // recipients tells which HSM keys open an envelope and on how many HSMs they lie, as [keyring.CountHSMs] counts; keys that
-// the keyring does not know count as one each.
-func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int) {
+// the keyring does not know count as one each. backedUp: somebody confirmed a backup of the HSM keys of that version.
+func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int, backedUp bool) {
 	known := map[string]keyring.Recipient{}
 	key, err := k.keys.Get(ctx, i.claimed.Key)
 	if err == nil {
 		latest = key.LatestVersion
 		for _, version := range key.Versions {
+			backedUp = backedUp || version.Number == i.claimed.Version && version.BackupConfirmed != nil
 			for _, recipient := range version.Recipients {
 				known[recipient.KID] = recipient
 			}
@@ -262,5 +264,5 @@ func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, 
 		}
 		places = append(places, on)
 	}
-	return kids, hsms + keyring.CountHSMs(places), latest
+	return kids, hsms + keyring.CountHSMs(places), latest, backedUp
 }

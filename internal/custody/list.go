@@ -156,7 +156,7 @@ func (k *Keeper) Survey(ctx context.Context, key string) (Survey, error) {
 // count adds an envelope to a survey.
 func (k *Keeper) count(ctx context.Context, survey *Survey, i *item) {
 	survey.Items++
-	if _, devices, _ := k.recipients(ctx, i); devices == 1 {
+	if _, devices, _, _ := k.recipients(ctx, i); devices == 1 {
 		survey.SingleHSM++
 	}
 	outdated, err := k.outdated(ctx, i)

@@ -53,7 +53,7 @@ func (k *Keeper) Rewrap(ctx context.Context, key, by string, progress func(Progr
 			if rewrapped {
 				report.Rewrapped++
 			}
-			if _, devices, _ := k.recipients(ctx, i); devices == 1 {
+			if _, devices, _, _ := k.recipients(ctx, i); devices == 1 {
 				report.SingleHSM++
 			}
 		}
