@@ -24,7 +24,7 @@ func parseAddress(text string, allowPlain bool) (address string, plain bool, err
 	case parsed.Path != "" && parsed.Path != "/" || parsed.RawQuery != "" || parsed.ForceQuery || parsed.Fragment != "":
 		return "", false, fmt.Errorf("%w: the address %q of a node has more than a host and a port; %s", ErrConfig, text, form)
 	}
-	address = parsed.Scheme + "://" + parsed.Host
+	address = (&url.URL{Scheme: parsed.Scheme, Host: parsed.Host}).String() // with the zone of an IPv6 address as a URL has it
 	if parsed.Scheme == "https" {
 		return address, false, nil
 	}

@@ -222,14 +222,14 @@ func (s *scanner) texts(each func([]byte) error) error {
 	})
 }
 
-// into reads a string that is no secret.
+// into reads a string that is no secret, and makes it fit for a line of a log or a terminal: nobody knows who answers.
 func (s *scanner) into(out *string) error {
 	if s.null() {
 		return nil
 	}
 	text, err := s.text()
 	if err == nil {
-		*out = string(text)
+		*out = printable(string(text))
 	}
 	return err
 }

@@ -15,10 +15,13 @@ func TestTheScannerReadsWhatJSONIs(t *testing.T) {
 		buffer := []byte(`{"x":` + text + `,"y":"behind"}`)
 		var got, behind string
 		err := scanObject(buffer, func(name string, s *scanner) error {
+			raw, err := s.text()
 			if name == "x" {
-				return s.into(&got)
+				got = string(raw)
+			} else {
+				behind = string(raw)
 			}
-			return s.into(&behind)
+			return err
 		})
 		if err != nil || got != want || behind != "behind" {
 			t.Errorf("%s: %q and %q, %v", text, got, behind, err)

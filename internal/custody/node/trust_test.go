@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
@@ -108,6 +109,10 @@ func TestEachShareGoesToWhoShowsItsCertificateNow(t *testing.T) {
 	}
 	if _, err := n.Unseal(t.Context(), share); !errors.Is(err, node.ErrIdentity) {
 		t.Error(err)
+	}
+	node.LetTimePass(n, 10*time.Minute)
+	if _, err := n.Status(t.Context()); !errors.Is(err, node.ErrIdentity) {
+		t.Error("a watcher should see soon, not at the next restart, that the node shows another certificate, or is elsewhere by now:", err)
 	}
 	played.RenewCertificate(t)
 	if _, err := n.Unseal(t.Context(), share); !errors.Is(err, node.ErrUninitialized) {
