@@ -332,6 +332,7 @@ func (r *rekey) verify(ctx context.Context, set Set) error {
 
 // renew makes new keys.
 func (r *rekey) renew(ctx context.Context) error {
+	r.failed = nil // that is said of an earlier one
 	active := *r.m.active()
 	old, err := r.enough(active)
 	if err != nil {
@@ -366,7 +367,7 @@ func (r *rekey) renew(ctx context.Context) error {
 		if r.failed != nil {
 			return fmt.Errorf("cluster %q: Vault did not take the new keys, and those from before are as they were; run it again: %w", r.c.Name, r.failed)
 		}
-		r.result.Made, r.result.Finished = shares, false // the latter is said of an earlier one
+		r.result.Made, r.result.Finished = shares, false // and so is the latter
 		return nil
 	})
 }

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -217,6 +218,39 @@ func TestARekeyThatIsCutOffByAPowerCut(t *testing.T) {
 			y.wantOneSet(KindUnseal)
 			y.restart()
 		})
+}
+
+// Vault may lose the rekey at the very moment that it is finished. Then it is undone, and another one is made.
+func TestARekeyThatVaultLosesWhileItIsFinished(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, nil)
+	before := y.material(KindUnseal).active().ID
+	y.cutOff("node PUT sys/rekey/verify", rekeyOnce)
+	y.nodes[0].Break("sys/rekey/verify", 1, nodetest.Answer(http.StatusBadRequest, 0, "no rekey in progress"))
+	result, err := y.process().Rekey(t.Context(), y.Cluster, RekeyOptions{})
+	y.must(err)
+	if !result.Dropped || result.Finished || result.Made != 5 {
+		t.Errorf("result = %+v", result)
+	}
+	if y.wantOneSet(KindUnseal).active().ID == before {
+		t.Error("the keys are the old ones")
+	}
+	y.restart()
+}
+
+// A verification that Vault refuses leaves everything as it was, and says so.
+func TestARekeyWhoseVerificationIsRefused(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, nil)
+	before := y.material(KindUnseal).active().ID
+	y.nodes[0].Break("sys/rekey/verify", -1, nodetest.Answer(http.StatusBadRequest, 0, "no rekey in progress"))
+	_, err := y.process().Rekey(t.Context(), y.Cluster, RekeyOptions{})
+	if err == nil || !strings.Contains(err.Error(), "those from before are as they were; run it again") {
+		t.Errorf("Rekey = %v", err)
+	}
+	y.nodes[0].Mend()
+	if y.wantOneSet(KindUnseal).active().ID != before {
+		t.Error("the keys are other ones")
+	}
+	y.restart()
 }
 
 // Another host has no note of what was under way: where the store tells, it goes on, else it says who has to.

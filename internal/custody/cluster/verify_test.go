@@ -142,6 +142,7 @@ func (y *yard) cutOff(call string, act func(*yard) error) {
 	_, _ = twin.fault.in(func() error { return act(twin) })
 	calls, _ := twin.fault.reset()
 	slices.Reverse(calls)
+	y.fault.reset()
 	y.fault.mu.Lock()
 	y.fault.mode, y.fault.at = crashBefore, len(calls)-slices.Index(calls, call)
 	y.fault.mu.Unlock()
