@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"errors"
+	"math/big"
 	"slices"
 	"testing"
 
@@ -42,7 +43,12 @@ func (s *suite) testLegacy(t *testing.T, algorithm hsm.Algorithm) {
 	}
 	wrong := encrypt([]byte("share"))
 	wrong[len(wrong)/2] ^= 1
+	// What the bare operation does not change: 0, 1 and one less than the modulus. They look like no other answer of a token.
+	zero, one := make([]byte, len(wrong)), make([]byte, len(wrong))
+	one[len(one)-1] = 1
+	most := new(big.Int).Sub(public.N, big.NewInt(1)).FillBytes(make([]byte, len(wrong)))
 	for name, block := range map[string][]byte{
+		"a block of nothing": zero, "a block of one": one, "the largest block": most,
 		"a changed block": wrong, "a short block": wrong[1:], "no block": nil, "a block of nothing but ones": bytes.Repeat([]byte{0xff}, len(wrong)),
 	} {
 		if got, err := key.DecryptPKCS1v15(s.context(t), block); !errors.Is(err, hsm.ErrCiphertext) {

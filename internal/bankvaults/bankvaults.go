@@ -37,7 +37,7 @@ const (
 	// MaxBlock is the size of the largest block in bytes: RSA with 4096 bits.
 	MaxBlock = 512
 	// MaxSecret is the size of the largest Kubernetes document in bytes.
-	MaxSecret = 4 << 20
+	MaxSecret = 2 << 20
 )
 
 var (

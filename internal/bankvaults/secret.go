@@ -2,22 +2,22 @@ package bankvaults
 
 import (
 	"bytes"
-	"encoding/json"
+	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 
-	"sigs.k8s.io/yaml"
+	"go.yaml.in/yaml/v3"
 )
 
-// secretDocument is the part of a Kubernetes object that matters here: a Secret, or a List of them.
+// secretDocument is the part of a Kubernetes object that matters here.
 type secretDocument struct {
-	Kind     string `json:"kind"`
 	Metadata struct {
-		Name      string `json:"name"`
-		Namespace string `json:"namespace"`
-	} `json:"metadata"`
-	Data       map[string][]byte `json:"data"` // base64
-	StringData map[string]string `json:"stringData"`
-	Items      []json.RawMessage `json:"items"`
+		Name      string `yaml:"name"`
+		Namespace string `yaml:"namespace"`
+	} `yaml:"metadata"`
+	Data       map[string]string `yaml:"data"` // base64
+	StringData map[string]string `yaml:"stringData"`
 }
 
 // Secret reads what "kubectl get secret -o yaml" (or json) prints: a Secret, a List of them, or several documents. Only
@@ -27,12 +27,22 @@ func Secret(text []byte) ([]Copy, error) {
 		return nil, fmt.Errorf("%w: a document of %d bytes; %d are read at most", ErrInvalid, len(text), MaxSecret)
 	}
 	var copies []Copy
-	for _, document := range documents(text) {
-		object, err := yaml.YAMLToJSONStrict(document)
-		if err != nil {
-			return nil, fmt.Errorf("%w: it is neither YAML nor JSON, or has a key twice", ErrInvalid) // the parser's own text quotes
+	for documents := yaml.NewDecoder(bytes.NewReader(text)); ; {
+		var document yaml.Node
+		err := documents.Decode(&document)
+		if errors.Is(err, io.EOF) {
+			break
 		}
-		found, err := readDocument(object, true)
+		if err != nil {
+			return nil, fmt.Errorf("%w: it is neither YAML nor JSON", ErrInvalid) // the parser's own text quotes
+		}
+		if object := document.Content[0]; object.Kind == yaml.ScalarNode && object.Value == "" {
+			continue // between two lines of dashes
+		}
+		if !plain(&document) {
+			return nil, fmt.Errorf("%w: it has aliases or tags, which kubectl does not print", ErrInvalid)
+		}
+		found, err := readDocument(&document, true)
 		if err != nil {
 			return nil, err
 		}
@@ -48,44 +58,40 @@ func Secret(text []byte) ([]Copy, error) {
 	return copies, nil
 }
 
-// documents splits at lines of three dashes. Inside of a document no such line can be.
-func documents(text []byte) [][]byte {
-	var all [][]byte
-	begin := 0
-	for rest := 0; rest < len(text); {
-		end := len(text)
-		if i := bytes.IndexByte(text[rest:], '\n'); i >= 0 {
-			end = rest + i + 1
-		}
-		if line := bytes.TrimRight(text[rest:end], " \r\n"); bytes.Equal(line, []byte("---")) {
-			all = append(all, text[begin:rest])
-			begin = end
-		}
-		rest = end
+// plain tells whether a document is no more than it says: with aliases, a few bytes can be gigabytes.
+func plain(node *yaml.Node) bool {
+	if node.Kind == yaml.AliasNode || node.Style&yaml.TaggedStyle != 0 {
+		return false
 	}
-	all = append(all, text[begin:])
-	kept := all[:0]
-	for _, document := range all {
-		if len(bytes.TrimSpace(document)) > 0 {
-			kept = append(kept, document)
+	for _, part := range node.Content {
+		if !plain(part) {
+			return false
 		}
 	}
-	return kept
+	return true
 }
 
 // readDocument reads one object. A List holds no Lists.
-func readDocument(object []byte, outermost bool) ([]Copy, error) {
-	var d secretDocument
-	if err := json.Unmarshal(object, &d); err != nil {
-		return nil, fmt.Errorf("%w: it is no Secret, and no List of Secrets", ErrInvalid) // the decoder's own text quotes
+func readDocument(object *yaml.Node, outermost bool) ([]Copy, error) {
+	var d struct {
+		Kind  string      `yaml:"kind"`
+		Items []yaml.Node `yaml:"items"`
+	}
+	// The decoder's own text quotes, here and below.
+	if err := object.Decode(&d); err != nil {
+		return nil, fmt.Errorf("%w: it is no Secret, and no List of Secrets, or has a key twice", ErrInvalid)
 	}
 	switch {
 	case d.Kind == "Secret":
-		return d.copies()
+		var secret secretDocument
+		if err := object.Decode(&secret); err != nil {
+			return nil, fmt.Errorf("%w: a Secret with something else than texts, or with a key twice", ErrInvalid)
+		}
+		return secret.copies()
 	case outermost && (d.Kind == "List" || d.Kind == "SecretList"):
 		var copies []Copy
-		for _, item := range d.Items {
-			found, err := readDocument(item, false)
+		for i := range d.Items {
+			found, err := readDocument(&d.Items[i], false)
 			if err != nil {
 				return nil, err
 			}
@@ -99,31 +105,33 @@ func readDocument(object []byte, outermost bool) ([]Copy, error) {
 }
 
 func (d *secretDocument) copies() ([]Copy, error) {
-	from := "the Secret " + d.Metadata.Name
+	from := fmt.Sprintf("the Secret %.253s", d.Metadata.Name) // no name of Kubernetes is longer
 	if d.Metadata.Namespace != "" {
-		from = "the Secret " + d.Metadata.Namespace + "/" + d.Metadata.Name
+		from = fmt.Sprintf("the Secret %.253s/%.253s", d.Metadata.Namespace, d.Metadata.Name)
 	}
 	var copies []Copy
-	keep := func(key string, block []byte) error {
-		name, known := ParseName(key)
-		if !known {
-			return nil
+	keep := func(texts map[string]string, decode func(string) ([]byte, error)) error {
+		for key, text := range texts {
+			name, known := ParseName(key)
+			if !known {
+				continue
+			}
+			block, err := decode(text)
+			if err != nil {
+				return fmt.Errorf("%w: %s in %s is no base64", ErrInvalid, name, from) // the decoder's own text quotes
+			}
+			if len(block) == 0 || len(block) > MaxBlock {
+				return fmt.Errorf("%w: %s in %s has %d bytes; an encrypted value has 256 to %d", ErrInvalid, name, from, len(block), MaxBlock)
+			}
+			copies = append(copies, Copy{Name: name, From: from, Block: block})
 		}
-		if len(block) == 0 || len(block) > MaxBlock {
-			return fmt.Errorf("%w: %s in %s has %d bytes; an encrypted value has 256 to %d", ErrInvalid, name, from, len(block), MaxBlock)
-		}
-		copies = append(copies, Copy{Name: name, From: from, Block: block})
 		return nil
 	}
-	for key, block := range d.Data {
-		if err := keep(key, block); err != nil {
-			return nil, err
-		}
+	if err := keep(d.Data, base64.StdEncoding.DecodeString); err != nil {
+		return nil, err
 	}
-	for key, text := range d.StringData {
-		if err := keep(key, unwrapText([]byte(text))); err != nil {
-			return nil, err
-		}
+	if err := keep(d.StringData, unwrapText); err != nil {
+		return nil, err
 	}
 	return copies, nil
 }

@@ -44,6 +44,9 @@ func TestSecretsOfKubernetes(t *testing.T) {
 		"two documents":        {"---\n" + manifest("a", root) + "---\r\n" + manifest("b", unseal) + "--- \n", 2},
 		"a List":               {`{"kind":"List","apiVersion":"v1","items":[` + string(object) + `,{"kind":"ConfigMap","data":{"vault-root":"text"}}]}`, 7},
 		"a List of its own":    {`{"kind":"SecretList","items":[` + string(object) + `]}`, 7},
+		"plain text beside":    {`{"kind":"List","items":[{"kind":"ConfigMap","data":{"vault-root":"no base64!","n":1}},` + string(object) + `]}`, 7},
+		"words at the dashes":  {"--- # Source: a\n" + manifest("a", root) + "---\t# b\n" + manifest("b", unseal), 2},
+		"ends of documents":    {manifest("a", root) + "...\n---\n" + manifest("b", unseal) + "...\n", 2},
 		"copies in two":        {manifest("a", root) + "---\n" + manifest("b", root), 2},
 		"base64 in stringData": {"kind: Secret\nstringData:\n  vault-root: " + base64.StdEncoding.EncodeToString(blocks["vault-root"]) + "\n", 1},
 	} {
@@ -74,6 +77,12 @@ func TestSecretsThatAreNone(t *testing.T) {
 		"an empty value":            {"kind: Secret\ndata:\n  vault-root: ''\n", bankvaults.ErrInvalid},
 		"a value that is too large": {manifest("a", map[string][]byte{"vault-root": make([]byte, bankvaults.MaxBlock+1)}), bankvaults.ErrInvalid},
 		"a List in a List":          {`{"kind":"List","items":[{"kind":"List","items":[{"kind":"Secret"}]}]}`, bankvaults.ErrNothing},
+		"an alias":                  {"kind: Secret\nmetadata: &a {name: a}\nmore: *a\n", bankvaults.ErrInvalid},
+		"a bomb of aliases":         {"kind: Secret\na: &a " + strings.Repeat("x", 1<<20) + "\nb: [" + strings.Repeat("*a, ", 400) + "]\n", bankvaults.ErrInvalid},
+		"a merge of itself":         {"kind: Secret\ndata: &a\n  <<: *a\n", bankvaults.ErrInvalid},
+		"a binary name":             {"kind: Secret\ndata:\n  !!binary dmF1bHQtcm9vdA==: AAAA\n", bankvaults.ErrInvalid},
+		"a list of lists of lists":  {strings.Repeat("[", 1<<20), bankvaults.ErrInvalid},
+		"a value that is a list":    {"kind: Secret\ndata:\n  vault-root: [AAAA]\n", bankvaults.ErrInvalid},
 		"more than is read":         {strings.Repeat("#", bankvaults.MaxSecret+1), bankvaults.ErrInvalid},
 	} {
 		if copies, err := bankvaults.Secret([]byte(test.text)); !errors.Is(err, test.want) {

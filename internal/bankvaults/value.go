@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/hex"
+	"strings"
 )
 
 // The sizes of a share in bytes: Vault's key has 16 to 32, and a share of several one more.
@@ -42,11 +43,9 @@ func validToken(text []byte) bool {
 }
 
 // unwrapText returns the block that a text is the base64 of, and else the text's own bytes.
-func unwrapText(text []byte) []byte {
-	trimmed := bytes.TrimSpace(text)
-	decoded := make([]byte, base64.StdEncoding.DecodedLen(len(trimmed)))
-	if n, err := base64.StdEncoding.Strict().Decode(decoded, trimmed); err == nil && n >= 256 {
-		return decoded[:n]
+func unwrapText(text string) ([]byte, error) {
+	if block, err := base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(text)); err == nil && len(block) >= 256 {
+		return block, nil
 	}
-	return text
+	return []byte(text), nil
 }
