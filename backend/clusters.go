@@ -13,8 +13,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
@@ -239,10 +241,8 @@ func (b *backend) clusterMaterial(ctx context.Context, name string) ([]string, e
 	if err != nil {
 		return nil, fmt.Errorf("looking for what is held of cluster %q: %w", name, err)
 	}
-	for _, item := range held {
-		if !slices.Contains(kept, item) {
-			kept = append(kept, item)
-		}
+	if len(held) > 0 { // by the initialisation that made it
+		kept = append(kept, "what the store has not taken yet")
 	}
 	return kept, nil
 }
@@ -251,6 +251,22 @@ func (b *backend) clusterMaterial(ctx context.Context, name string) ([]string, e
 func isCustodyItem(name string) bool {
 	kind, _, _ := strings.Cut(name, ".")
 	return kind == string(cluster.KindUnseal) || kind == string(cluster.KindRecovery) || name == "root"
+}
+
+// ofCustody tells whether an item is what a cluster in custody is opened with: the cluster is configured, or was, and the item
+// holds the facts of it.
+func (b *backend) ofCustody(ctx context.Context, name, item string, data *framework.FieldData) (bool, error) {
+	if !isCustodyItem(item) {
+		return false, nil
+	}
+	if configured, err := b.exists(ctx, clustersPrefix+name); err != nil || configured {
+		return configured, err
+	}
+	metadata, err := b.keeper.Get(ctx, name, item, readOptions(nil, data))
+	if errors.Is(err, custody.ErrNotFound) {
+		return false, nil
+	}
+	return slices.Contains(metadata.Fields, "facts"), err
 }
 
 // checkReferences refuses a cluster whose keys or store are not there, and returns warnings about those that could not be

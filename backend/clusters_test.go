@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 
+	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 )
@@ -134,7 +135,10 @@ func clusterOf(t testing.TB, more fields) fields {
 // keep puts something where the shares of a cluster would lie.
 func (m *mount) keep(name string) {
 	m.t.Helper()
-	m.write("material/"+name+"/unseal", fields{"fields": fields{"x": "YQ=="}, "key": "prod", "store": "own", "cluster_id": "another"}).ok(m.t)
+	_, err := m.keeper.Put(m.t.Context(), name, "unseal", custody.Fields{"x": []byte("a")}, custody.PutOptions{Key: "prod", Store: "own"})
+	if err != nil {
+		m.t.Fatal(err)
+	}
 }
 
 func TestAClusterIsConfiguredShownAndForgotten(t *testing.T) {

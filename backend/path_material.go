@@ -77,6 +77,16 @@ func (b *backend) materialPaths() []*framework.Path {
 		Description: "The id of the Vault cluster that the material unseals, as vault status shows it. Where it is the cluster that this mount " +
 			"lives in, a store of type vault is refused: it could not be opened when it is needed.",
 	}
+	write["discard_keys"] = &framework.FieldSchema{
+		Type: framework.TypeBool, Query: true,
+		Description: "For a deletion: delete what a cluster in custody is opened with. Its data is lost then, unless others have shares of it.",
+	}
+	open := itemFields()
+	open["reveal_keys"] = &framework.FieldSchema{
+		Type: framework.TypeBool,
+		Description: "Show what a cluster in custody is opened with, all of its shares or its root token, which nobody needs to see to unseal or rekey it. " +
+			"A policy can deny this parameter.",
+	}
 	accept := itemFields()
 	accept["generation"] = &framework.FieldSchema{
 		Type: framework.TypeInt64, Required: true, Description: "The generation that lies in the store and is to open from now on.",
@@ -127,12 +137,12 @@ func (b *backend) materialPaths() []*framework.Path {
 			HelpDescription: "Writing seals all fields into one envelope and stores it; no HSM is needed for that. Reading shows what is known " +
 				"of it, never the secrets: those are at material/<cluster>/<name>/open, so that a policy can forbid it. A write without cas " +
 				"replaces what is there. A write with cas whose answer was lost may have been stored: give every write a request_id, with " +
-				"which a repetition is recognised, by its values as well, or read the item before you repeat. Where the store is of type vault, a write is " +
-				"refused if cluster_id says that the material is this very Vault's, and warned about if there is no cluster_id.",
+				"which a repetition is recognised, by its values as well, or read the item before you repeat. What a cluster in custody is opened with is " +
+				"written by clusters/ only. Where the store is of type vault, a write is refused if cluster_id says that the material is this very Vault's, and warned about if there is no cluster_id.",
 		},
 		{
 			Pattern:      pattern + "/open",
-			Fields:       itemFields(),
+			Fields:       open,
 			DisplayAttrs: display,
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.UpdateOperation: &framework.PathOperation{
@@ -155,7 +165,7 @@ func (b *backend) materialPaths() []*framework.Path {
 			HelpSynopsis: "The fields of an item, in the clear.",
 			HelpDescription: "Costs one private-key operation for all fields. An envelope that is older than this mount expects, or newer, does " +
 				"not open until material/<cluster>/<name>/accept-generation says so. Where this mount has no record of the item yet, the " +
-				"first open begins one, and warns.",
+				"first open begins one, and warns. What a cluster in custody is opened with (unseal, recovery, root) wants reveal_keys=true.",
 		},
 		{
 			Pattern:      pattern + "/accept-generation",
@@ -232,6 +242,11 @@ func (b *backend) materialWrite(ctx context.Context, req *logical.Request, data 
 		if err := checkName(what, part); err != nil {
 			return nil, err
 		}
+	}
+	if ours, err := b.ofCustody(ctx, cluster, name, data); err != nil {
+		return nil, err
+	} else if ours {
+		return nil, mistake("%q of cluster %q belongs to custody: init and rekey of clusters/%s write it; take another name", name, cluster, cluster)
 	}
 	options := custody.PutOptions{Key: data.Get("key").(string), Store: data.Get("store").(string), By: by(req)}
 	cas, err := readCAS(data)
@@ -369,6 +384,16 @@ func readFields(data *framework.FieldData) (custody.Fields, error) {
 
 func (b *backend) materialOpen(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	cluster, name := itemNames(data)
+	if !data.Get("reveal_keys").(bool) { // which may be said of a damaged one as well
+		ours, err := b.ofCustody(ctx, cluster, name, data)
+		switch {
+		case err != nil:
+			return nil, err
+		case ours:
+			return nil, mistake("%q of cluster %q opens the whole cluster, and nobody needs to see it to unseal or rekey; where that is meant, give "+
+				"reveal_keys=true", name, cluster)
+		}
+	}
 	secrets, metadata, err := b.keeper.Open(ctx, cluster, name, readOptions(req, data))
 	if err != nil {
 		return nil, err
@@ -390,6 +415,16 @@ func (b *backend) materialOpen(ctx context.Context, req *logical.Request, data *
 
 func (b *backend) materialDelete(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	cluster, name := itemNames(data)
+	if !data.Get("discard_keys").(bool) { // which may be said of a damaged one as well
+		ours, err := b.ofCustody(ctx, cluster, name, data)
+		switch {
+		case err != nil:
+			return nil, err
+		case ours:
+			return nil, mistake("%q of cluster %q is what its nodes are opened with, and without it their data is lost; where that is meant, give "+
+				"discard_keys=true", name, cluster)
+		}
+	}
 	options := custody.DeleteOptions{Store: data.Get("store").(string), By: by(req)}
 	cas, err := readCAS(data)
 	if err != nil {

@@ -226,7 +226,7 @@ func (c *sealVault) active(t *testing.T, token string) *api.Client {
 // shares are those that are kept, in the spellings in which they could be seen: the test may open them.
 func (c *sealVault) shares(t *testing.T) []string {
 	t.Helper()
-	opened := c.Write(t, "nitrokey/material/prod/unseal/open", nil)
+	opened := c.Write(t, "nitrokey/material/prod/unseal/open", vaulttest.Fields{"reveal_keys": true})
 	var all []string
 	for name, value := range opened["fields"].(map[string]any) {
 		if name == "facts" || strings.HasSuffix(name, ".pgp") {
@@ -266,6 +266,11 @@ func (c *sealVault) policies(t *testing.T) []any {
 		path "nitrokey/clusters/+" {
 		  capabilities      = ["read", "update"]
 		  denied_parameters = { "accept_destination" = [] }
+		}
+		path "nitrokey/material/+/+" { capabilities = ["read", "update"] }
+		path "nitrokey/material/+/+/open" {
+		  capabilities      = ["update"]
+		  denied_parameters = { "reveal_keys" = [] }
 		}`))
 	token, err := c.Client(t).Auth().Token().CreateOrphan(&api.TokenCreateRequest{Policies: []string{"restarter"}})
 	must(t, err)
@@ -283,7 +288,9 @@ func (c *sealVault) policies(t *testing.T) []any {
 		{"clusters/prod/root", map[string]any{"pgp_key": "x"}, http.StatusForbidden},
 		{"clusters/prod/rekey", nil, http.StatusForbidden},
 		{"clusters/prod/init", nil, http.StatusForbidden},
-		{"material/prod/unseal/open", nil, http.StatusForbidden},
+		{"material/prod/unseal", map[string]any{"fields": map[string]any{"x": "YQ=="}}, http.StatusBadRequest},
+		{"material/prod/unseal/open", nil, http.StatusBadRequest},
+		{"material/prod/unseal/open", map[string]any{"reveal_keys": true}, http.StatusForbidden},
 	} {
 		answer, err := client.Logical().WriteWithContext(t.Context(), "nitrokey/"+request.path, request.data)
 		code, refused := 0, (*api.ResponseError)(nil)
