@@ -151,46 +151,53 @@ func commandsIn(code string, root *helped) [][]string {
 	return found
 }
 
-// TestTheConfigurationsOfTheGuideAreRead loads every configuration of docs/custody.md, with the files that it names in another
-// folder.
-func TestTheConfigurationsOfTheGuideAreRead(t *testing.T) {
+// TestTheConfigurationsOfTheGuidesAreRead loads every configuration of the pages, with the files that it names in another folder.
+func TestTheConfigurationsOfTheGuidesAreRead(t *testing.T) {
 	dir, program := t.TempDir(), buildCommand(t)
 	writeTrust(t, dir)
-	page := readFile(t, vaulttest.Root(), "docs/custody.md")
 	whole, pieces := 0, 0
-	for _, match := range regexp.MustCompile("(?ms)^```hcl ?([a-z]*)\n(.*?)^```$").FindAllStringSubmatch(page, -1) {
-		text := match[2]
-		switch match[1] {
-		case "":
-			whole++
-		case "more":
-			pieces++
-			text = strings.Replace(guideBase, "store \"here\"", text+"\nstore \"here\"", 1)
-		case "cluster":
-			pieces++
-			if strings.Contains(text, "spread") {
-				text = strings.Replace(guideBase, "key          = \"prod\"", text, 1)
+	for _, page := range []string{"docs/custody.md", "docs/bank-vaults.md", "README.md"} {
+		for _, match := range configurations.FindAllStringSubmatch(readFile(t, vaulttest.Root(), page), -1) {
+			if match[1] == "" {
+				whole++
 			} else {
-				text = strings.Replace(guideBase, "store        = \"here\"", "store = \"here\"\n"+text, 1)
+				pieces++
+			}
+			text := strings.ReplaceAll(completed(match[1], match[2]), "/etc/nitroseal/", dir+"/")
+			path := filepath.Join(dir, "nitroseal.hcl")
+			write(t, dir, "nitroseal.hcl", text)
+			read, err := config.Load(path)
+			if err != nil {
+				t.Errorf("%s: %v, in\n%s", page, err, text)
+				continue
+			}
+			if len(read.Clusters) != 1 {
+				t.Errorf("%s: it has %d clusters\n%s", page, len(read.Clusters), text)
+			}
+			if out, err := exec.CommandContext(t.Context(), program, "config", "check", "--config", path).CombinedOutput(); err != nil {
+				t.Errorf("%s: nitroseal config check: %v\n%s\n%s", page, err, out, text)
 			}
 		}
-		text = strings.ReplaceAll(text, "/etc/nitroseal/", dir+"/")
-		path := filepath.Join(dir, "nitroseal.hcl")
-		write(t, dir, "nitroseal.hcl", text)
-		read, err := config.Load(path)
-		if err != nil {
-			t.Errorf("%v, in\n%s", err, text)
-			continue
-		}
-		if len(read.Clusters) != 1 {
-			t.Errorf("it has %d clusters\n%s", len(read.Clusters), text)
-		}
-		if out, err := exec.CommandContext(t.Context(), program, "config", "check", "--config", path).CombinedOutput(); err != nil {
-			t.Errorf("nitroseal config check: %v\n%s\n%s", err, out, text)
-		}
 	}
-	if whole < 2 || pieces < 4 {
-		t.Errorf("only %d configurations and %d pieces were found: does the page look different now?", whole, pieces)
+	if whole < 4 || pieces < 4 {
+		t.Errorf("only %d configurations and %d pieces were found: do the pages look different now?", whole, pieces)
+	}
+}
+
+// configurations are blocks of a page: whole ones, or pieces for a cluster or of more blocks.
+var configurations = regexp.MustCompile("(?ms)^```hcl ?([a-z]*)\n(.*?)^```$")
+
+// completed puts a piece of a configuration into a whole one.
+func completed(kind, text string) string {
+	switch {
+	case kind == "":
+		return text
+	case kind == "more":
+		return guideBase + text
+	case strings.Contains(text, "spread"):
+		return strings.Replace(guideBase, "key          = \"prod\"", text, 1)
+	default:
+		return strings.Replace(guideBase, "store        = \"here\"", "store = \"here\"\n"+text, 1)
 	}
 }
 
@@ -233,7 +240,9 @@ func writeTrust(t *testing.T, dir string) {
 	key, err := x509.MarshalPKCS8PrivateKey(server.TLS.Certificates[0].PrivateKey)
 	must(t, err)
 	write(t, dir, "etcd-client.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
-	write(t, dir, "pin", "648219\n")
+	for _, name := range []string{"pin", "stick.pin"} {
+		write(t, dir, name, "648219\n")
+	}
 	for _, name := range []string{"alice", "bob"} {
 		write(t, dir, name+".asc", string(publicKey(t, name)))
 	}
