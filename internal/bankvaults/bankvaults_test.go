@@ -1,6 +1,7 @@
 package bankvaults_test
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
@@ -262,6 +263,31 @@ func TestADeviceThatFailsIsNoWrongBlock(t *testing.T) {
 	k.SetHashes()
 	if _, err := bankvaults.Decrypt(t.Context(), k.key, copies, false); !errors.Is(err, hsm.ErrUnsupported) {
 		t.Errorf("a key that does no OAEP gives %v", err)
+	}
+}
+
+// noRaw is a key on a token without CKM_RSA_X_509.
+type noRaw struct{ hsm.Decrypter }
+
+func (noRaw) DecryptPKCS1v15(context.Context, []byte) ([]byte, error) { return nil, hsm.ErrUnsupported }
+
+// TestATokenThatDoesNotDecryptTheOlderFormat is no wrong block either, and no oracle: it works through the whole list.
+func TestATokenThatDoesNotDecryptTheOlderFormat(t *testing.T) {
+	k := newToken(t, mixed())
+	got, err := bankvaults.Decrypt(t.Context(), noRaw{k.key.(hsm.Decrypter)}, k.read(t), true)
+	if got != nil || !errors.Is(err, bankvaults.ErrDecrypt) || !errors.Is(err, hsm.ErrUnsupported) {
+		t.Errorf("it gives %v, %v", got, err)
+	}
+	if n := k.Operations(); n != 7 {
+		t.Errorf("%d operations, want 7", n)
+	}
+	k = newToken(t, now)
+	if got, err := bankvaults.Decrypt(t.Context(), noRaw{k.key.(hsm.Decrypter)}, k.read(t), true); err != nil || len(got.Shares) != 5 {
+		t.Errorf("with nothing of the older format: %v, %v", got, err)
+	}
+	k.SetHashes()
+	if _, err := bankvaults.Decrypt(t.Context(), noRaw{k.key.(hsm.Decrypter)}, k.read(t), true); errors.Is(err, bankvaults.ErrDecrypt) || !errors.Is(err, hsm.ErrUnsupported) {
+		t.Errorf("where nothing could be tried: %v", err)
 	}
 }
 

@@ -68,7 +68,8 @@ func (m *Material) Missing() (names []Name) {
 // where acceptPKCS1v15 lets it try the older format after the newer. Nothing comes out unless all of them open and are
 // what their names promise; copies of one name must agree.
 //
-// Errors: [ErrDecrypt] for all that is wrong with any block's content; [DifferError]; [ErrInvalid] for what shows without
+// Errors: [ErrDecrypt] for all that is wrong with any block's content, beside hsm.ErrUnsupported where the token cannot
+// do one of the formats; [DifferError]; [ErrInvalid] for what shows without
 // the key; and the device's own where it cannot work at all.
 func Decrypt(ctx context.Context, key hsm.Key, copies []Copy, acceptPKCS1v15 bool) (*Material, error) {
 	ways, err := waysToDecrypt(key, acceptPKCS1v15)
@@ -84,7 +85,8 @@ func Decrypt(ctx context.Context, key hsm.Key, copies []Copy, acceptPKCS1v15 boo
 			clear(v.content)
 		}
 	}()
-	good := true
+	good, tried := true, false
+	var untried error
 	for _, c := range copies {
 		// The name belongs to the question: one block under two names may be right for one of them only.
 		id := c.Name.String() + "\x00" + string(c.Block)
@@ -96,18 +98,30 @@ func Decrypt(ctx context.Context, key hsm.Key, copies []Copy, acceptPKCS1v15 boo
 			return nil, err // the device does not work; it says nothing about a block
 		}
 		opened[id] = v
-		good = good && v.content != nil
+		good, tried = good && v.content != nil, tried || v.tried
+		if v.untried != nil {
+			untried = v.untried
+		}
 	}
-	if !good {
-		return nil, ErrDecrypt
+	switch {
+	case good:
+		return collect(copies, opened)
+	case !tried:
+		return nil, untried
+	case untried != nil:
+		return nil, fmt.Errorf("%w, and not every format could be tried: %w", ErrDecrypt, untried)
 	}
-	return collect(copies, opened)
+	return nil, ErrDecrypt
 }
 
 // value is what a block holds; content is nil where it is not what its name promises.
 type value struct {
 	content []byte
 	old     bool
+	// tried is true where the device decrypted in some format, untried why it did not in another one. Both are the key's and
+	// the token's, whatever the block.
+	tried   bool
+	untried error
 }
 
 // way decrypts in one format.
@@ -157,29 +171,27 @@ func checkSizes(key hsm.Key, copies []Copy) error {
 
 // open tries the ways one after the other. An error is the device's; a block that does not open in any way is a value
 // without content.
-func open(ctx context.Context, ways []way, c Copy) (value, error) {
-	var unsupported error
+func open(ctx context.Context, ways []way, c Copy) (v value, _ error) {
 	for _, w := range ways {
 		plaintext, err := w.decrypt(ctx, c.Block)
 		switch {
 		case errors.Is(err, hsm.ErrCiphertext):
+			v.tried = true
 			continue
 		case errors.Is(err, hsm.ErrUnsupported): // the other format may do: a key can be made for one alone
-			unsupported = err
+			v.untried = err
 			continue
 		case err != nil:
 			return value{}, err
 		}
+		v.tried = true
 		content := c.Name.read(plaintext)
 		clear(plaintext)
 		if content != nil {
-			return value{content: content, old: w.old}, nil
+			return value{content: content, old: w.old, tried: true}, nil
 		}
 	}
-	if len(ways) == 1 {
-		return value{}, unsupported
-	}
-	return value{}, nil
+	return v, nil
 }
 
 // read returns what a value of this name holds, nil where it is not what it should be.
