@@ -26,7 +26,7 @@ func newStatusCommand(a *app) *cobra.Command {
 generation, sealed with which version of which wrapping key, and how many HSMs open it. No HSM is asked, and nothing is changed.
 
 The exit code is that of a health check: 0 where every node is unsealed and the keys are in order, 1 where a node is sealed or not
-initialised, or something is wrong with the keys, 3 where nothing is wrong but a node or a store does not answer. What was found is
+initialised, none is active, or something is wrong with the keys, 3 where nothing is wrong but a node or a store does not answer. What was found is
 printed in either case.`,
 		Example: `  nitroseal status
   nitroseal status prod -o json`,
@@ -115,6 +115,9 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 				"unseal %s --clear-alarm %s", n.Address, n.Alarm.Seen, n.Alarm.Recorded, c.Name, c.Name, n.Address)
 		}
 	}
+	if leaderless(s) {
+		add("its nodes are unsealed and no node is active, so it serves nobody: it is choosing one just now, or too many nodes are away")
+	}
 	for i := range s.Material {
 		m := &s.Material[i]
 		switch {
@@ -125,6 +128,14 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 			blame(m.Err)
 		case m.State == custody.StateStale, m.State == custody.StateAhead, m.State == custody.StateVanished:
 			add("material %q is %s; nitroseal material show %s %s", m.Item, m.State, c.Name, m.Item)
+		}
+		if m.Err == nil && m.Version > m.LatestVersion {
+			mend := "nitroseal key restore " + m.Key
+			if m.LatestVersion > 0 { // a key is never replaced
+				mend = fmt.Sprintf("nitroseal key delete %s, then %s", m.Key, mend)
+			}
+			add("%q is sealed with version %d of wrapping key %q, which this machine does not have, so it opens nothing; bring the key's newest record here: %s",
+				m.Item, m.Version, m.Key, mend)
 		}
 	}
 	if s.Held != nil {
@@ -139,6 +150,21 @@ func missing(m *cluster.MaterialStatus) bool { return errors.Is(m.Err, custody.E
 // initialized tells whether a node says that the cluster is.
 func initialized(s *cluster.Status) bool {
 	return slices.ContainsFunc(s.Nodes, func(n cluster.NodeStatus) bool { return n.Err == nil && n.Seal.Initialized })
+}
+
+// leaderless tells whether no node is active although some are unsealed, as far as they tell. A standby knows an active one, which
+// may not be in the configuration.
+func leaderless(s *cluster.Status) bool {
+	none := false
+	for i := range s.Nodes {
+		switch s.Nodes[i].Role {
+		case node.RoleActive, node.RoleStandby:
+			return false
+		case node.RoleNone:
+			none = true
+		}
+	}
+	return none
 }
 
 // unanswered tells whether an error says no more than that somebody does not answer.

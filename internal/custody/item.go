@@ -228,7 +228,7 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 	}
 	if i.exists() {
 		m.Key, m.Version, m.Generation = i.claimed.Key, i.claimed.Version, i.claimed.Generation
-		backedUp := false
+		var backedUp bool
 		m.KIDs, m.HSMs, m.LatestVersion, backedUp = k.recipients(ctx, i)
 		if m.HSMs == 1 && !backedUp {
 			m.Warnings = append(m.Warnings, "It opens on one HSM only; add a recipient to its wrapping key and rewrap, or confirm that the key in that HSM is backed up.")
