@@ -242,7 +242,8 @@ func foreignRekey(c *Cluster, n *node.Node, kind Kind, st node.RekeyStatus) erro
 		target = " -target=recovery"
 	}
 	return fmt.Errorf("cluster %q: %w: node %s has a rekey under way that was not begun here: nonce %s, for %d shares with a threshold of %d, %s; "+
-		"let whoever began it finish it, or end it with `vault operator rekey%s -cancel -nonce=%s`", c.Name, ErrBusy, n.Address(), st.Nonce, st.N, st.T, stage, target, st.Nonce)
+		"let whoever began it finish it, perhaps nitroseal on another host, or end it with `nitroseal rekey %s --cancel` (`vault operator rekey%s -cancel -nonce=%s`)",
+		c.Name, ErrBusy, n.Address(), st.Nonce, st.N, st.T, stage, c.Name, target, st.Nonce)
 }
 
 // refusedAttempt says what to do where Vault serves these calls to nobody, as it can be configured.
