@@ -56,14 +56,18 @@ func (a *app) site(ctx context.Context, wanted []string) (*daemon.Site, error) {
 	return site, nil
 }
 
-// watchedStores are the stores of clusters that may be asked whether they answer. Those on an HSM are opened when they are
-// needed: the HSM may be away, and is watched itself.
+// watchedStores are the stores of clusters. Those on an HSM are not asked whether they answer, and opened when they are needed:
+// the HSM may be away, and is watched itself.
 func (a *app) watchedStores(ctx context.Context, c *config.Config, clusters []*cluster.Cluster) ([]daemon.Store, error) {
 	var watched []daemon.Store
 	for i := range c.Stores {
 		name := c.Stores[i].Name
 		used := slices.ContainsFunc(clusters, func(c *cluster.Cluster) bool { return c.Store == name })
-		if !used || c.Stores[i].Type == config.StoreObject {
+		if !used {
+			continue
+		}
+		if c.Stores[i].Type == config.StoreObject {
+			watched = append(watched, daemon.Store{Name: name})
 			continue
 		}
 		opened, err := a.store(ctx, name)
