@@ -122,6 +122,43 @@ func TestWhatIsEncryptedToPeopleIsInEveryAnswerOfInit(t *testing.T) {
 	}
 }
 
+// Until its keys are kept, nothing would refuse a write by which they go elsewhere the moment that they are.
+func TestAClusterIsNotChangedWhileItIsInitialised(t *testing.T) {
+	m, fake := newActs(t)
+	release := make(chan struct{})
+	var nodes []string
+	fake.init = func(_ context.Context, c *cluster.Cluster) (cluster.InitResult, error) {
+		<-release
+		nodes = c.Nodes
+		m.keep(c.Name)
+		return cluster.InitResult{Cluster: c.Name, Initialized: true}, nil
+	}
+	m.write("clusters/prod/init", nil).want(t, http.StatusOK)
+	evil := fields{"nodes": "https://evil.example:8200"}
+	m.write("clusters/prod", evil).want(t, http.StatusServiceUnavailable).says(t, "try again")
+	close(release)
+	await(t, "the act to end", func() bool { return !m.clusters.acts.busy("prod") })
+	m.write("clusters/prod", evil).want(t, http.StatusBadRequest).says(t, "accept_destination=true")
+	if len(nodes) != 2 {
+		t.Errorf("initialised were %v", nodes)
+	}
+}
+
+// An answer of init that made new keys has the letters of these, and of no earlier ones.
+func TestLettersOfAnEarlierInitialisationAreNotThoseOfANewOne(t *testing.T) {
+	m, fake := newActs(t)
+	fake.init = func(context.Context, *cluster.Cluster) (cluster.InitResult, error) {
+		return cluster.InitResult{Initialized: true, People: []cluster.PersonMessage{{Message: []byte("to alice")}}}, nil
+	}
+	m.write("clusters/prod/init", nil).ok(t)
+	fake.init = func(context.Context, *cluster.Cluster) (cluster.InitResult, error) {
+		return cluster.InitResult{Initialized: true}, nil
+	}
+	if got := m.write("clusters/prod/init", nil).ok(t); got.text("people") != "[]" {
+		t.Errorf("answer = %v", got.data)
+	}
+}
+
 func TestMistakesInActsAreNamed(t *testing.T) {
 	m, _ := newActs(t)
 	for _, test := range []struct {

@@ -18,11 +18,11 @@ type letter struct {
 	root   []byte
 }
 
-// keep takes down the letters of a result that has some, and gives those of before to one that has none.
+// keep takes down the letters of a result that made new keys, and gives those of before to one that made none.
 func (l *letters) keep(name string, result *cluster.InitResult) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if result.People == nil && result.RootPGP == nil {
+	if !result.Initialized && result.People == nil && result.RootPGP == nil {
 		result.People, result.RootPGP = l.clusters[name].people, l.clusters[name].root
 		return
 	}

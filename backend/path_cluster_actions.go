@@ -227,6 +227,15 @@ func (b *backend) actOn(
 
 func (b *backend) clusterInit(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	return b.actOn(ctx, req, data, "init", "", func(ctx context.Context, c *cluster.Cluster) (*logical.Response, error) {
+		// While no keys are kept yet, a write does not know that it moves them: none comes in between.
+		done, err := b.clusters.writing.take(ctx, writingOf(c.Name))
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+		if c, err = b.knownCluster(ctx, c.Name); err != nil {
+			return nil, err
+		}
 		result, err := b.clusters.custodian.Init(ctx, c, cluster.InitOptions{By: by(req)})
 		b.clusters.letters.keep(c.Name, &result) // there may be some beside an error
 		if err != nil {

@@ -177,7 +177,7 @@ func (b *backend) clusterWrite(ctx context.Context, req *logical.Request, data *
 	if err := checkName("cluster", name); err != nil {
 		return nil, err
 	}
-	done, err := b.clusters.writing.take(ctx, fmt.Sprintf("cluster %q", name))
+	done, err := b.clusters.writing.take(ctx, writingOf(name))
 	if err != nil {
 		return nil, err
 	}
@@ -231,6 +231,9 @@ func (b *backend) clusterWrite(ctx context.Context, req *logical.Request, data *
 	}
 	return response, nil
 }
+
+// writingOf names the turn of those who write a cluster's record.
+func writingOf(name string) string { return fmt.Sprintf("cluster %q", name) }
 
 // maxNodeTimeout is the longest timeout of an ordinary call to a node.
 const maxNodeTimeout = time.Minute
@@ -319,14 +322,14 @@ func (b *backend) checkMove(ctx context.Context, name string, old, changed *clus
 
 func (b *backend) clusterDelete(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	name := data.Get("name").(string)
-	done, err := b.clusters.writing.take(ctx, fmt.Sprintf("cluster %q", name))
+	if b.clusters.acts.busy(name) {
+		return nil, &statusError{http.StatusServiceUnavailable, fmt.Errorf("cluster %q: %w; try again when it has ended", name, errAtWork)}
+	}
+	done, err := b.clusters.writing.take(ctx, writingOf(name))
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	if b.clusters.acts.busy(name) {
-		return nil, &statusError{http.StatusServiceUnavailable, fmt.Errorf("cluster %q: %w; try again when it has ended", name, errAtWork)}
-	}
 	if !data.Get("force").(bool) {
 		kept, err := b.clusterMaterial(ctx, name)
 		switch {
