@@ -96,6 +96,9 @@ func (r *recovery) run(ctx context.Context, a *app) error {
 	if err != nil {
 		return err
 	}
+	if err := r.out.makeDir(); err != nil {
+		return err
+	}
 	ctx, cancel := a.within(ctx, ordinaryTimeout)
 	defer cancel()
 	device, err := open(ctx)

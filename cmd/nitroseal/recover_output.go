@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -39,6 +38,25 @@ func (o *recoveryOutput) toFile() bool { return o.dir != "" || o.file != "" && o
 func (o *recoveryOutput) check(a *app) error {
 	if !o.toFile() && !o.show && isTerminal(a.stdout) {
 		return usage("the value would be shown on this terminal; redirect it, name a file with --out or a folder with --out-dir, or say --show")
+	}
+	return nil
+}
+
+// makeDir makes the folder, before the HSM is asked for what goes there. One that is there already must be of this user alone:
+// in a folder of others a link or a pipe may lie in place of a file.
+func (o *recoveryOutput) makeDir() error {
+	if o.dir == "" {
+		return nil
+	}
+	err := os.Mkdir(o.dir, 0o700)
+	if err == nil {
+		return nil
+	}
+	if info, statErr := os.Stat(o.dir); statErr != nil || !info.IsDir() {
+		return usage("the folder %s cannot be made: %w", o.dir, pathless(err))
+	}
+	if err := usableStateDir(o.dir); err != nil {
+		return usage("the folder %s %w, or name one that is not there yet", o.dir, err)
 	}
 	return nil
 }
@@ -95,9 +113,6 @@ func (o *recoveryOutput) write(a *app, made envelope.Context, payload []byte, au
 
 // writeFields writes each field to a file of its name.
 func (o *recoveryOutput) writeFields(a *app, view *recoveredView, fields custody.Fields) error {
-	if err := os.Mkdir(o.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("making the folder %s: %w", o.dir, pathless(err))
-	}
 	for _, name := range fields.Names() {
 		path := filepath.Join(o.dir, name)
 		if err := writeFile(path, fields[name]); err != nil {
