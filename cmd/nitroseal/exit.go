@@ -37,7 +37,7 @@ const exitCodesHelp = `Exit codes:
   2    wrong usage or configuration
   3    an HSM, a store or a node is unavailable, or busy: trying again may help
   4    there is no device, key, store, cluster or item of that name, or nothing is kept of the cluster
-  5    refused: a PIN, a password, a role, a locked HSM, or a node that is not what it should be; a person has to act
+  5    refused: a PIN, a password, a role, a locked HSM, an unsafe key, or a node that is not what it should be; a person has to act
   130  interrupted`
 
 // usageError is a mistake on the command line.
@@ -61,6 +61,7 @@ var exitCodes = []struct {
 	{exitRefused, []error{
 		hsm.ErrLocked, hsm.ErrForbidden, store.ErrDenied,
 		cluster.ErrForeignCluster, cluster.ErrMismatch, cluster.ErrWrongShares, node.ErrIdentity, node.ErrRedirect, node.ErrDenied,
+		errLegacyKey,
 	}},
 	{exitUnavailable, []error{
 		context.DeadlineExceeded, hsm.ErrUnavailable, store.ErrUnavailable,

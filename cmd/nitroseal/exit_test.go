@@ -10,6 +10,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/audit"
+	"vault-plugin-secrets-nitrokey/internal/bankvaults"
 	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
@@ -77,6 +78,8 @@ func TestErrorsHaveExitCodes(t *testing.T) {
 		"shares that went to another cluster":            {cluster.ErrForeignCluster, 5},
 		"a node that is not as recorded":                 {cluster.ErrMismatch, 5},
 		"a node that TLS does not know":                  {node.ErrIdentity, 5},
+		"a wrapping key that is Bank-Vaults' own":        {fmt.Errorf("x: %w", errLegacyKey), 5},
+		"values that do not decrypt":                     {bankvaults.ErrDecrypt, 1},
 		"shares that do not fit":                         {cluster.ErrWrongShares, 5},
 		"a cluster whose keys nobody has":                {cluster.ErrEmpty, 1},
 		"an envelope that is older than expected":        {custody.ErrStale, 1},
