@@ -118,12 +118,11 @@ func collectNode(to chan<- prometheus.Metric, v view) {
 	if !v.unsealed.IsZero() {
 		gauge(nodeUnsealed, seconds(v.unsealed))
 	}
-	if v.looked.IsZero() {
-		return
+	if !v.looked.IsZero() {
+		gauge(nodeUp, flag(v.up))
+		gauge(nodeLooked, seconds(v.looked))
 	}
-	gauge(nodeUp, flag(v.up))
-	gauge(nodeLooked, seconds(v.looked))
-	if v.seen {
+	if v.seen { // also before the first look after a reload
 		gauge(nodeSealed, flag(v.state.Sealed))
 		gauge(nodeInitialized, flag(v.state.Initialized))
 	}

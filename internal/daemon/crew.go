@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,7 +51,9 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 				cluster: configured.Name, address: address, custodian: site.Custodian, tender: t, interval: interval,
 				logger: logger.With("cluster", configured.Name, "node", address), kicks: make(chan func(), 1),
 				notes: notes{condition: old.told},
-				view:  view{cluster: configured.Name, address: address, unsealed: old.unsealed, attempts: old.attempts},
+				view: view{
+					cluster: configured.Name, address: address, state: old.state, seen: old.seen, unsealed: old.unsealed, attempts: old.attempts,
+				},
 			}
 			t.watches = append(t.watches, w)
 			c.watches = append(c.watches, w)
@@ -105,6 +108,12 @@ func (c *crew) checkAudit(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// storeOf names the store of a cluster.
+func (c *crew) storeOf(cluster string) string {
+	at := slices.IndexFunc(c.site.Clusters, func(known Cluster) bool { return known.Name == cluster })
+	return c.site.Clusters[at].Store
 }
 
 // auditError is why no act could be announced when that was last looked at; nil where one could, or nobody knows.

@@ -82,7 +82,7 @@ func Custody(custodian verbs, clusters []*cluster.Cluster) Custodian {
 func Watched(clusters []*cluster.Cluster) []Cluster {
 	watched := make([]Cluster, len(clusters))
 	for i, c := range clusters {
-		watched[i] = Cluster{Name: c.Name, Nodes: c.Nodes}
+		watched[i] = Cluster{Name: c.Name, Nodes: c.Nodes, Store: c.Store}
 	}
 	return watched
 }

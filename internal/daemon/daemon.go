@@ -68,6 +68,8 @@ type Result struct {
 type Cluster struct {
 	Name  string
 	Nodes []string // addresses
+	// Store is where its keys are, for /readyz; "" where nobody knows.
+	Store string
 }
 
 // Device is an HSM of the configuration. *device.Handle is one.

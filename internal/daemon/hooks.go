@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,6 +54,7 @@ func (h *Hooks) windows() (open []string, calmed <-chan struct{}) {
 	for _, what := range h.critical {
 		open = append(open, what)
 	}
+	slices.Sort(open) // or the log would see a change in every order of the map
 	return open, h.calm
 }
 

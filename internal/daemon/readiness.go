@@ -48,7 +48,7 @@ func (d *daemon) readiness() readiness {
 		r.Reasons = append(r.Reasons, "the daemon is starting")
 		return r
 	}
-	needed := 0
+	needed, from := 0, map[string]int{} // by store
 	for _, v := range c.views() {
 		n := nodeReadiness{
 			Cluster: v.cluster, Node: v.address, State: v.condition(), Alarm: v.alarm, Reason: shorten(v.note),
@@ -62,6 +62,7 @@ func (d *daemon) readiness() readiness {
 		}
 		if v.seen && !v.well() && v.up {
 			needed++
+			from[c.storeOf(v.cluster)]++
 		}
 		r.Nodes = append(r.Nodes, n)
 	}
@@ -86,6 +87,9 @@ func (d *daemon) readiness() readiness {
 		shown := storeReadiness{Store: s.Name}
 		if last, known := d.metrics.lastOfStore(s.Name); known {
 			shown.Up = &last.ok
+			if n := from[s.Name]; n > 0 && !last.ok {
+				r.Reasons = append(r.Reasons, fmt.Sprintf("%d nodes wait to be unsealed, and the store %q does not answer", n, s.Name))
+			}
 		}
 		r.Stores = append(r.Stores, shown)
 	}

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -35,6 +36,8 @@ const (
 	requestLimit  = 10 * time.Second
 	maxHeader     = 8 << 10
 	shutdownLimit = 2 * time.Second
+	// maxConnections are served at one time. Whoever can reach the listener could take all memory otherwise.
+	maxConnections = 256
 )
 
 func newServer(d *daemon) *server {
@@ -86,9 +89,32 @@ func (s *server) listen(l Listen) error {
 		s.shut(old)
 		return nil
 	}
+	open, err := s.serve(l)
+	if errors.Is(err, syscall.EADDRINUSE) && samePort(l, s.at) { // ours is in the way: the host is another one
+		s.shut(old)
+		if open, err = s.serve(l); err != nil {
+			l = s.at
+			var back error
+			if open, back = s.serve(l); back != nil {
+				l, err = Listen{}, errors.Join(err, back)
+			}
+		}
+		s.at, s.open = l, open
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	s.shut(old)
+	s.at, s.open = l, open
+	return nil
+}
+
+// serve begins to serve at an address.
+func (s *server) serve(l Listen) (*http.Server, error) {
 	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
 	if err != nil {
-		return fmt.Errorf("listening on %s: %w", l.Address, err)
+		return nil, fmt.Errorf("listening on %s: %w", l.Address, err)
 	}
 	s.certificate.Store(l.Certificate)
 	address := listener.Addr().String()
@@ -97,16 +123,21 @@ func (s *server) listen(l Listen) error {
 		IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(s.daemon.logger.Handler(), slog.LevelDebug),
 	}
 	s.serving.Go(func() {
-		if err := open.Serve(&armed{listener, &s.certificate}); !errors.Is(err, http.ErrServerClosed) {
+		if err := open.Serve(&armed{Listener: listener, certificate: &s.certificate}); !errors.Is(err, http.ErrServerClosed) {
 			s.daemon.logger.Error("the listener failed", "address", address, "cause", err)
 		}
 	})
-	s.shut(old)
-	s.at, s.open = l, open
 	if s.daemon.options.Listening != nil {
 		s.daemon.options.Listening(address)
 	}
-	return nil
+	return open, nil
+}
+
+// samePort tells whether two addresses differ in their host only.
+func samePort(a, b Listen) bool {
+	_, first, _ := net.SplitHostPort(a.Address)
+	_, second, _ := net.SplitHostPort(b.Address)
+	return first == second
 }
 
 // armed is a listener whose connections are TLS while there is a certificate, so that a reload may bring one, renew it or
@@ -115,14 +146,21 @@ type armed struct {
 	net.Listener
 
 	certificate *atomic.Pointer[tls.Certificate]
+	connections atomic.Int64
 }
 
 // Accept implements [net.Listener].
 func (a *armed) Accept() (net.Conn, error) {
-	conn, err := a.Listener.Accept()
+	raw, err := a.Listener.Accept()
+	for err == nil && a.connections.Load() >= maxConnections {
+		_ = raw.Close() // it has nothing to lose
+		raw, err = a.Listener.Accept()
+	}
 	if err != nil {
 		return nil, err
 	}
+	a.connections.Add(1)
+	conn := &counted{Conn: raw, gone: sync.OnceFunc(func() { a.connections.Add(-1) })}
 	certificate := a.certificate.Load()
 	if certificate == nil {
 		return conn, nil
@@ -130,6 +168,19 @@ func (a *armed) Accept() (net.Conn, error) {
 	return tls.Server(conn, &tls.Config{
 		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, Certificates: []tls.Certificate{*certificate},
 	}), nil
+}
+
+// counted is a connection that tells when it is closed.
+type counted struct {
+	net.Conn
+
+	gone func()
+}
+
+// Close implements [net.Conn].
+func (c *counted) Close() error {
+	c.gone()
+	return c.Conn.Close()
 }
 
 // shut ends a server that has little to finish.
@@ -161,7 +212,7 @@ func (s *server) healthz(w http.ResponseWriter, _ *http.Request) {
 	respond(w, http.StatusOK, map[string]any{"healthy": true})
 }
 
-// readyz: every node was looked at, and an HSM answers where one is needed.
+// readyz: every node was looked at, an HSM and the store answer where they are needed, and an act could be announced.
 func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
 	r := s.daemon.readiness()
 	code := http.StatusOK

@@ -37,6 +37,7 @@ func (v view) well() bool { return v.up && v.state.Initialized && !v.state.Seale
 
 // afterLook takes in a look.
 func (v *view) afterLook(state State, err error, now time.Time) {
+	was, over := v.well(), !now.Before(v.barred)
 	v.looked, v.up = now, err == nil
 	if err != nil {
 		v.err = err
@@ -46,13 +47,16 @@ func (v *view) afterLook(state State, err error, now time.Time) {
 		return
 	}
 	v.state, v.seen = state, true
-	switch over := !now.Before(v.barred); {
+	switch {
 	case state.Alarm != AlarmNone:
 		v.alarm = state.Alarm
 	case over && (v.alarm == AlarmIdentity || v.alarm == AlarmForeignCluster): // it is the right node again, the alarm was cleared
 		v.alarm = AlarmNone
 	}
 	if v.well() {
+		if was && !over {
+			return // what there is to be finished on a node that is well failed, and waits: the alarm stands
+		}
 		v.err, v.note = nil, ""
 		if v.alarm != AlarmForeignCluster { // shares that were given away are not taken back by whoever unsealed it
 			v.alarm, v.barred = AlarmNone, time.Time{}

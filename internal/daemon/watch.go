@@ -83,7 +83,7 @@ func (w *watch) round(ctx context.Context, answers []func()) {
 	w.mu.Unlock()
 	w.first()
 	w.notes.looked(w.logger, v)
-	if err != nil || v.well() && !w.tender.unsettled(v.looked) || !w.free(ctx, v) {
+	if err != nil || !w.free(ctx, v) || v.well() && !w.tender.unsettled(v.looked) {
 		answer(answers)
 		return
 	}
