@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -154,10 +153,13 @@ func TestARootTokenThatIsLeftIsSaidAndRevoked(t *testing.T) {
 
 func TestARekeyThatIsInterruptedIsAsIfItHadNotBeen(t *testing.T) {
 	configuration, n := kept(t)
-	var cmd *exec.Cmd
-	n.Break("sys/rekey/update", 1, nodetest.Then(func() { _ = cmd.Process.Kill() }))
-	cmd = command(t, configuration, "rekey", "prod")
-	if err := cmd.Run(); err == nil {
+	cmd, started := command(t, configuration, "rekey", "prod"), make(chan struct{})
+	n.Break("sys/rekey/update", 1, nodetest.Then(func() { <-started; _ = cmd.Process.Kill() }))
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	close(started)
+	if err := cmd.Wait(); err == nil {
 		t.Fatal("it was not killed")
 	}
 	if out := must(t, configuration, "rekey", "prod"); !strings.Contains(out, "has new keys") {
