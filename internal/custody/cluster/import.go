@@ -299,6 +299,14 @@ func (i *importing) proveSealed(ctx context.Context, n *node.Node, st node.Statu
 	}
 	i.m.ClusterID, i.m.ClusterName = o.id, o.name
 	i.result.Proved, i.result.Unsealed = true, true
+	// A proof that an earlier run was cut off in went with the seal of its node.
+	left, err := i.k.notedAttempt(ctx, i.c, string(i.result.Kind))
+	if err != nil {
+		return err
+	}
+	if left != nil && left.What == whatProof && left.Node == n.Address() {
+		i.k.forgetAttempt(ctx, i.c, string(i.result.Kind))
+	}
 	return nil
 }
 

@@ -706,7 +706,28 @@ func TestSharesAreWipedAlsoAfterAPanic(t *testing.T) {
 
 type panicking struct{}
 
-func (panicking) Begin(context.Context, audit.Act) (func(error), error) { panic("a bug") }
+func (panicking) Begin(context.Context, audit.Act) (func(error), error) {
+	return func(error) { panic("a bug") }, nil
+}
+
+// Where nobody can write down that a node is to be unsealed, its keys stay sealed.
+func TestNothingIsOpenedThatNobodyCanWriteDown(t *testing.T) {
+	s, h := inCustody(t, nodetest.Alone, 1)
+	s.nodes[0].Restart()
+	k := h.process()
+	k.audit = full{}
+	before := s.operations()
+	if _, err := k.Tend(t.Context(), s.Cluster, s.Nodes[0]); !errors.Is(err, audit.ErrNoSink) {
+		t.Errorf("Tend = %v", err)
+	}
+	if spent := s.operations() - before; spent != 0 || !s.nodes[0].Sealed() {
+		t.Errorf("%d HSM operations", spent)
+	}
+}
+
+type full struct{}
+
+func (full) Begin(context.Context, audit.Act) (func(error), error) { return nil, audit.ErrNoSink }
 
 func TestStatusTouchesNoHSM(t *testing.T) {
 	s, h := inCustody(t, nodetest.Raft, 3)

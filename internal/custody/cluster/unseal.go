@@ -119,6 +119,20 @@ func (k *Custodian) unseal(ctx context.Context, c *Cluster, n *node.Node, st nod
 	if alarm != nil {
 		return alarm.err()
 	}
+	// Before the keys are opened, not only before they are sent: where nobody can write it down, they stay sealed.
+	end, err := k.act(ctx, "unseal", c, address, k.host, map[string]string{"threshold": fmt.Sprint(st.T)})
+	if err != nil {
+		return err
+	}
+	err = k.openAndGive(ctx, c, n, st, o, out)
+	end(err)
+	return err
+}
+
+// openAndGive opens the keys, compares the node with what is recorded beside them, and gives it its shares.
+func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, st node.Status, o *opening, out *Outcome) error {
+	address := n.Address()
+	where := fmt.Sprintf("node %s of cluster %q", address, c.Name)
 	m, err := o.get(ctx)
 	if err != nil {
 		return err
@@ -191,15 +205,8 @@ func (k *Custodian) alone(ctx context.Context, c *Cluster, n *node.Node, st node
 }
 
 // give sends the shares of a set, as many as the threshold asks for.
-func (k *Custodian) give(ctx context.Context, c *Cluster, n *node.Node, m *material, set *Set, o *opening, out *Outcome) (err error) {
+func (k *Custodian) give(ctx context.Context, c *Cluster, n *node.Node, m *material, set *Set, o *opening, out *Outcome) error {
 	shares := m.take(set, set.Threshold)
-	end, err := k.act(ctx, "unseal", c, n.Address(), k.host, map[string]string{
-		"set": set.ID, "shares": fmt.Sprint(len(shares)), "threshold": fmt.Sprint(set.Threshold),
-	})
-	if err != nil {
-		return err
-	}
-	defer func() { end(err) }()
 	st, err := k.send(ctx, c, n, shares, set)
 	if err != nil {
 		return err
