@@ -145,10 +145,10 @@ func (b *block) checkTrust(c Cluster) {
 		switch {
 		case trouble != "":
 			b.wrong("nodes", "the address of node %d %s", i+1, trouble)
-		case slices.Contains(c.Nodes[:i], node):
+		case slices.ContainsFunc(c.Nodes[:i], func(other string) bool { return sameNode(other, node) }):
 			b.wrong("nodes", "node %s is there twice; keep one", node)
 		}
-		tls = tls || strings.HasPrefix(node, "https:")
+		tls = tls || strings.HasPrefix(strings.ToLower(node), "https:")
 	}
 	switch {
 	case !b.good:
@@ -176,6 +176,11 @@ func nodeAddress(address string, plain bool) (trouble string) {
 		return "is plain http: every program of this machine that takes the port gets the shares; set plain_http = true where that is meant, or write https://host:8200"
 	}
 	return ""
+}
+
+// sameNode tells whether two addresses, which are right, are one.
+func sameNode(one, other string) bool {
+	return strings.EqualFold(strings.TrimRight(one, "/"), strings.TrimRight(other, "/"))
 }
 
 // spreadForm is "2 of office, bunker, bank".
@@ -245,10 +250,29 @@ func (b *block) nested(kind string) []*block {
 // checkClusterReferences checks what a cluster says about the rest of the file.
 func (r *reader) checkClusterReferences(config *Config, nested *hclsyntax.Block) {
 	c, found := config.Cluster(nested.Labels[0])
-	if !found || c.Store == "" {
+	if !found {
+		return
+	}
+	r.checkNodesOfOthers(config, c, nested)
+	if c.Store == "" {
 		return
 	}
 	if _, known := config.Store(c.Store); !known {
 		r.complain(nested.Body.Attributes["store"].Expr.Range(), "cluster %q: there is no store %q in this file", c.Name, c.Store)
+	}
+}
+
+// checkNodesOfOthers checks that no other cluster has a node of this one: it would get the shares of both.
+func (r *reader) checkNodesOfOthers(config *Config, c Cluster, nested *hclsyntax.Block) {
+	for _, other := range config.Clusters {
+		if other.Name == c.Name { // those before it are compared, so that each is told once
+			return
+		}
+		for _, node := range c.Nodes {
+			if slices.ContainsFunc(other.Nodes, func(of string) bool { return sameNode(of, node) }) {
+				r.complain(nested.Body.Attributes["nodes"].Expr.Range(), "cluster %q: node %s is one of cluster %q already; a node belongs to one cluster",
+					c.Name, node, other.Name)
+			}
+		}
 	}
 }

@@ -20,11 +20,17 @@ func TestAClusterIsRefusedWhereItsSharesCouldGoAstray(t *testing.T) {
 		lines, replace, with string
 		want                 string
 	}{
-		"no node":                     {replace: `"https://v:8200"`, with: ``, want: ":10:11: cluster \"prod\": nodes lists the addresses of the nodes themselves"},
-		"an address that is no URL":   {replace: `https://v:8200`, with: `v:8200`, want: ":10:11: cluster \"prod\": the address of node 1 is no URL; write https://host:8200"},
-		"a path in an address":        {replace: `https://v:8200`, with: `https://v:8200/v1`, want: ":10:11: cluster \"prod\": the address of node 1 has more than host and port"},
-		"a password in an address":    {replace: `https://v:8200`, with: `https://u:648219@v:8200`, want: ":10:11: cluster \"prod\": the address of node 1 holds a user or a password"},
-		"a node twice":                {replace: `"https://v:8200"`, with: `"https://v:8200", "https://v:8200"`, want: ":10:11: cluster \"prod\": node https://v:8200 is there twice"},
+		"no node":                   {replace: `"https://v:8200"`, with: ``, want: ":10:11: cluster \"prod\": nodes lists the addresses of the nodes themselves"},
+		"an address that is no URL": {replace: `https://v:8200`, with: `v:8200`, want: ":10:11: cluster \"prod\": the address of node 1 is no URL; write https://host:8200"},
+		"a path in an address":      {replace: `https://v:8200`, with: `https://v:8200/v1`, want: ":10:11: cluster \"prod\": the address of node 1 has more than host and port"},
+		"a password in an address":  {replace: `https://v:8200`, with: `https://u:648219@v:8200`, want: ":10:11: cluster \"prod\": the address of node 1 holds a user or a password"},
+		"a node twice":              {replace: `"https://v:8200"`, with: `"https://v:8200", "https://v:8200"`, want: ":10:11: cluster \"prod\": node https://v:8200 is there twice"},
+		"a node twice, spelt apart": {replace: `"https://v:8200"`, with: `"https://v:8200", "HTTPS://V:8200/"`, want: ":10:11: cluster \"prod\": node HTTPS://V:8200/ is there twice"},
+		"no CA in capital letters":  {replace: "[\"https://v:8200\"]\n  key = \"prod\"\n  store = \"here\"\n  ca_cert_file = \"ca.pem\"", with: "[\"HTTPS://v:8200\"]\n  key = \"prod\"\n  store = \"here\"", want: ":9:1: cluster \"prod\": nothing says how to know a node"},
+		"a node of two clusters": {
+			lines: "}\ncluster \"test\" {\n  nodes = [\"https://v:8200/\"]\n  key = \"prod\"\n  store = \"here\"\n  ca_cert_file = \"ca.pem\"\n",
+			want:  ":16:11: cluster \"test\": node https://v:8200/ is one of cluster \"prod\"",
+		},
 		"plain http to another host":  {replace: `https://v:8200`, with: `http://v:8200`, lines: "  plain_http = true\n", want: ":10:11: cluster \"prod\": the address of node 1 would send the shares in the clear"},
 		"plain http without a word":   {replace: `https://v:8200`, with: `http://127.0.0.1:8200`, want: ":10:11: cluster \"prod\": the address of node 1 is plain http"},
 		"trust that says nothing":     {replace: `https://v:8200`, with: `http://127.0.0.1:8200`, lines: "  plain_http = true\n", want: ":14:16: cluster \"prod\": the nodes speak plain http"},
