@@ -80,22 +80,10 @@ func (b *backend) tick(ctx context.Context, _ *logical.Request) error {
 
 // look tends a cluster that is watched.
 func (b *backend) look(ctx context.Context, name string) {
-	select {
-	case b.clusters.watch.slots <- struct{}{}:
-		defer func() { <-b.clusters.watch.slots }()
-	case <-ctx.Done():
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, watchLimit)
-	defer cancel()
 	again := time.NewTicker(watchAgain)
 	defer again.Stop()
 	for range watchRounds {
-		onItsWay, err := b.lookOnce(ctx, name)
-		if err != nil && ctx.Err() == nil {
-			b.clusters.watch.note(b.logger, name, []cluster.NodeOutcome{{Err: err}}, time.Now())
-		}
-		if !onItsWay {
+		if !b.lookInTurn(ctx, name) {
 			return
 		}
 		select {
@@ -104,6 +92,23 @@ func (b *backend) look(ctx context.Context, name string) {
 			return
 		}
 	}
+}
+
+// lookInTurn looks at a cluster once it has a slot, which it gives back before it is looked at again: others wait for it.
+func (b *backend) lookInTurn(ctx context.Context, name string) (onItsWay bool) {
+	select {
+	case b.clusters.watch.slots <- struct{}{}:
+		defer func() { <-b.clusters.watch.slots }()
+	case <-ctx.Done():
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, watchLimit)
+	defer cancel()
+	onItsWay, err := b.lookOnce(ctx, name)
+	if err != nil && b.closing.Err() == nil {
+		b.clusters.watch.note(b.logger, name, []cluster.NodeOutcome{{Err: err}}, time.Now())
+	}
+	return onItsWay
 }
 
 // lookOnce tends those nodes of a watched cluster that are due, and tells whether one of them is on its way.

@@ -131,6 +131,35 @@ func TestFewClustersAreTendedAtOneTime(t *testing.T) {
 	})
 }
 
+// Clusters whose nodes join, all at once after a power cut, keep nobody waiting while they wait themselves.
+func TestClustersThatAreOnTheirWayHinderNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, fake := newCustody(t)
+		for i := range watchParallel {
+			m.write(fmt.Sprintf("clusters/a%02d", i), clusterOf(t, nil)).ok(t)
+		}
+		m.write("clusters/sealed", clusterOf(t, nil)).ok(t)
+		began := time.Now()
+		var others atomic.Int32
+		var waited atomic.Int64
+		fake.tend = func(_ context.Context, c *cluster.Cluster) []cluster.NodeOutcome {
+			if c.Name == "sealed" {
+				for others.Load() < watchParallel { // it is last in the queue
+					time.Sleep(time.Millisecond)
+				}
+				waited.Store(int64(time.Since(began)))
+				return outcomesOf(c, cluster.ActionUnsealed, nil)
+			}
+			others.Add(1)
+			return outcomesOf(c, cluster.ActionWaiting, nil)
+		}
+		m.minutes(t, 1)
+		if waited := time.Duration(waited.Load()); waited > watchAgain/2 {
+			t.Errorf("it waited %v for those that wait", waited)
+		}
+	})
+}
+
 // A node that waits for others is looked at again soon; one that is down is left to the next minute.
 func TestWhatIsOnItsWayIsLookedAtAgainSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

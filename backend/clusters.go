@@ -32,6 +32,7 @@ type custodian interface {
 	Rekey(ctx context.Context, c *cluster.Cluster, options cluster.RekeyOptions) (cluster.RekeyResult, error)
 	Root(ctx context.Context, c *cluster.Cluster, options cluster.RootOptions) (cluster.RootResult, error)
 	ClearAlarm(ctx context.Context, c *cluster.Cluster, address string) error
+	Retry(c *cluster.Cluster)
 	Close() error
 }
 

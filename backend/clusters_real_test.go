@@ -225,6 +225,24 @@ func TestKeysThatTheStoreDoesNotTakeAreHeldAndStoredLater(t *testing.T) {
 	}
 }
 
+// A node that did not take the shares gets no more of them by itself. Whoever has mended it, and asks, does not wait.
+func TestAPersonWhoAsksIsNotToldOfTheLastTry(t *testing.T) {
+	m, nodes := newPlayed(t, nodetest.Alone, 1)
+	m.write("clusters/prod/init", nil).ok(t)
+	nodes[0].Restart()
+	nodes[0].Break("sys/unseal", 1, nodetest.Answer(http.StatusInternalServerError, 0, "cipher: message authentication failed"))
+	m.write("clusters/prod/unseal", nil).want(t, http.StatusConflict).says(t, "do not unseal")
+	nodes[0].Mend()
+	before := nodes[0].Count(http.MethodPut, "sys/unseal")
+	for range 3 {
+		m.tickOnce(t)
+	}
+	if after := nodes[0].Count(http.MethodPut, "sys/unseal"); after != before {
+		t.Errorf("the watch sent %d shares again", after-before)
+	}
+	m.write("clusters/prod/unseal", nil).want(t, http.StatusOK)
+}
+
 // A node with a foreign certificate gets nothing, and 503 says whose certificate it is not.
 func TestAForeignCertificateGetsNoShare(t *testing.T) {
 	m, nodes := newPlayed(t, nodetest.Alone, 1)

@@ -100,6 +100,8 @@ func (f *fakeCustodian) ClearAlarm(_ context.Context, _ *cluster.Cluster, addres
 	return nil
 }
 
+func (f *fakeCustodian) Retry(*cluster.Cluster) {}
+
 func (f *fakeCustodian) Close() error { return nil }
 
 // someCA is the PEM of some authority.

@@ -252,6 +252,7 @@ func (b *backend) clusterInit(ctx context.Context, req *logical.Request, data *f
 
 func (b *backend) clusterUnseal(ctx context.Context, req *logical.Request, data *framework.FieldData) (*logical.Response, error) {
 	return b.actOn(ctx, req, data, verbUnseal, "", func(ctx context.Context, c *cluster.Cluster) (*logical.Response, error) {
+		b.clusters.custodian.Retry(c) // whoever asks may have mended a node
 		outcomes, err := b.tend(ctx, c)
 		if err != nil {
 			return nil, err

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
@@ -83,6 +84,14 @@ func (k *Custodian) refused(ctx context.Context, c *Cluster, address string, st 
 	}
 	k.remember(func(m *memory) { delete(m.refusals, name) })
 	return nil
+}
+
+// Retry lets nodes of a cluster be tried again that did not take its shares, or did not fit them, although nothing here has
+// changed: a person asks, who may have mended them.
+func (k *Custodian) Retry(c *Cluster) {
+	k.remember(func(m *memory) {
+		maps.DeleteFunc(m.refusals, func(name nodeName, _ refusal) bool { return name.cluster == c.Name })
+	})
 }
 
 // generations tells what the store holds of the unseal keys, so that a change is noticed. No HSM is touched.
