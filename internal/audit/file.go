@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -78,7 +79,7 @@ func (f *file) Write(lines []Line) (err error) {
 		}
 	}
 	descriptor := int(f.open.Fd())
-	if err := flock(descriptor, unix.LOCK_EX); err != nil {
+	if err := lock(descriptor); err != nil {
 		return fmt.Errorf("locking it: %w", err)
 	}
 	defer func() { err = errors.Join(err, flock(descriptor, unix.LOCK_UN)) }()
@@ -200,6 +201,26 @@ func pathless(err error) error {
 		return failed.Err
 	}
 	return err
+}
+
+// lockLimit is how long a file that others hold locked is waited for, lockPause how often they are asked.
+const (
+	lockLimit = time.Second
+	lockPause = 5 * time.Millisecond
+)
+
+// lock locks a file among processes. Whoever may read the file can lock it and keep it so, and a process that was stopped does
+// not let go; so after a while it is written without the lock, which costs an empty line at worst: an append is whole anyway.
+func lock(descriptor int) error {
+	for begun := time.Now(); ; <-time.After(lockPause) {
+		err := flock(descriptor, unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
+		}
+		if time.Since(begun) > lockLimit {
+			return nil
+		}
+	}
 }
 
 // flock locks a file among processes; a signal does not interrupt it.

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -238,4 +239,29 @@ func TestOneFullDiskStopsNoActAndAllOfThemDo(t *testing.T) {
 		t.Errorf("with all disks full: %v", err)
 	}
 	must(t, l.Close())
+}
+
+// TestWhoMayReadAFileCannotStopTheLog: a lock needs no right to write, and may be held for ever.
+func TestWhoMayReadAFileCannotStopTheLog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	sink, err := File(path)
+	must(t, err)
+	reader, err := os.Open(path)
+	must(t, err)
+	defer reader.Close()
+	must(t, unix.Flock(int(reader.Fd()), unix.LOCK_EX))
+	written := make(chan error, 1)
+	go func() { written <- sink.Write(line("1")) }()
+	select {
+	case err := <-written:
+		must(t, err)
+	case <-time.After(10 * time.Second):
+		t.Error("the log waits for somebody who only reads it")
+		must(t, reader.Close())
+		must(t, <-written)
+	}
+	must(t, sink.Close())
+	if got := content(t, path); got != "1\n" {
+		t.Errorf("%q", got)
+	}
 }
