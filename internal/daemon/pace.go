@@ -20,6 +20,8 @@ const (
 	// settleInterval is how often a cluster whose nodes are well is tended nevertheless, settlePause where that failed.
 	settleInterval = time.Hour
 	settlePause    = time.Minute
+	// relapse is how soon after an unsealing a node that is sealed again gets its next one later, up to longestPause after the last.
+	relapse = time.Minute
 	// silence is how long a complaint about a node that changes its words is not logged again.
 	silence = time.Minute
 )

@@ -32,6 +32,33 @@ func TestAnAlarmOfANodeThatIsWellStands(t *testing.T) {
 	}
 }
 
+// TestANodeThatSealsItselfAgainAndAgainTakesNotTheHSM: it crashes at every start, or somebody plays with us. One that restarts
+// now and then is not kept waiting.
+func TestANodeThatSealsItselfAgainAndAgainTakesNotTheHSM(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		y := newYard()
+		c := y.cluster("prod", 1)
+		r := start(t, y, nil, c)
+		pass(10 * time.Second)
+		y.forget()
+		for range 30 * 60 {
+			y.seal(c.Nodes...)
+			pass(time.Second)
+		}
+		if _, acts := y.since(time.Time{}, c.Nodes[0]); acts < 40 || acts > 80 {
+			t.Errorf("%d acts in half an hour", acts)
+		}
+		pass(10 * time.Minute)
+		y.forget()
+		y.seal(c.Nodes...)
+		pass(defaultInterval * 6 / 5)
+		if _, acts := y.since(time.Time{}, c.Nodes[0]); acts != 1 {
+			t.Errorf("%d acts after ten quiet minutes", acts)
+		}
+		r.end(t)
+	})
+}
+
 // TestTwoCriticalWindowsAreLoggedOnce: their order is that of a map.
 func TestTwoCriticalWindowsAreLoggedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

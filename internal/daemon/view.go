@@ -13,6 +13,7 @@ type view struct {
 	state            State     // as it was last known
 	err              error     // of the last look or act; nil where the node is well, or nothing went wrong
 	unsealed         time.Time // the last time that we unsealed it
+	relapses         int       // times in a row that it was sealed again soon after, see relapse
 	attempts         map[string]uint64
 	alarm            Alarm     // what only a person can mend, AlarmNone for nothing
 	barred           time.Time // until when nothing is asked of the custodian
@@ -75,6 +76,9 @@ func (v *view) afterTend(r Result, generation string, now time.Time) {
 		v.count(outcomeFailed)
 	case r.Unsealed:
 		v.count(outcomeUnsealed)
+		if v.relapses++; now.Sub(v.unsealed) > relapse {
+			v.relapses = 0
+		}
 		v.unsealed = now
 	default:
 		v.count(outcomeNone)

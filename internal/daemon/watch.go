@@ -102,9 +102,13 @@ func (w *watch) look(ctx context.Context) (State, error) {
 	return w.custodian.Look(ctx, w.cluster, w.address)
 }
 
-// free tells whether the custodian may be asked to tend the node: no bar stands, or the material changed since.
+// free tells whether the custodian may be asked to tend the node: no bar stands, or the material changed since, and the node is
+// none that seals itself as fast as it is unsealed.
 func (w *watch) free(ctx context.Context, v view) bool {
 	now := time.Now()
+	if v.state.Sealed && v.relapses > 0 && now.Sub(v.unsealed) < pause(v.relapses) {
+		return false
+	}
 	if !now.Before(v.barred) {
 		return true
 	}
