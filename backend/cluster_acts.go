@@ -73,7 +73,11 @@ func (b *backend) perform(ctx context.Context, name string, wanted act, run func
 		}
 		select {
 		case <-waiting.done:
-			if mine != nil {
+			switch {
+			case mine == nil:
+			case ctx.Err() != nil: // nobody hears it any more: it waits for the repetition
+				return nil, errAtWork
+			default:
 				return b.clusters.acts.take(mine)
 			}
 		case <-ctx.Done():
@@ -86,7 +90,7 @@ func (b *backend) perform(ctx context.Context, name string, wanted act, run func
 	}
 }
 
-// join returns the act that a request is about: the same one at work, or ended with an answer that nobody took. Else it
+// join returns the act that a request is about: the same one at work, or its own, ended, with an answer that nobody took. Else it
 // returns the other one at work, which is waited for, or neither.
 func (a *acts) join(name string, wanted act) (mine, other *act) {
 	a.mu.Lock()
@@ -99,7 +103,7 @@ func (a *acts) join(name string, wanted act) (mine, other *act) {
 		return last, nil
 	case last.running():
 		return nil, last
-	case last.same(wanted) && last.kept && !last.taken && time.Since(last.ended) < answerKept:
+	case last.same(wanted) && last.by == wanted.by && last.kept && !last.taken && time.Since(last.ended) < answerKept:
 		return last, nil
 	default:
 		return nil, nil

@@ -15,6 +15,7 @@ import (
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
 	openpgp "github.com/ProtonMail/go-crypto/openpgp/v2"
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
@@ -156,6 +157,44 @@ func TestLettersOfAnEarlierInitialisationAreNotThoseOfANewOne(t *testing.T) {
 	}
 	if got := m.write("clusters/prod/init", nil).ok(t); got.text("people") != "[]" {
 		t.Errorf("answer = %v", got.data)
+	}
+}
+
+// An answer goes to a request that still waits for it: one whose client has gone leaves it to the repetition.
+func TestARequestThatIsOverTakesNoAnswer(t *testing.T) {
+	m, _ := newActs(t)
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	for range 20 {
+		ran := 0
+		wanted := act{verb: "root", by: "alice", kept: true}
+		make1 := func(context.Context) (*logical.Response, error) {
+			ran++
+			return &logical.Response{Data: map[string]any{"root_token": "a message"}}, nil
+		}
+		if _, err := m.perform(gone, "prod", wanted, make1); !errors.Is(err, errAtWork) {
+			t.Fatalf("a request whose client has gone is answered: %v", err)
+		}
+		await(t, "the act to end", func() bool { return !m.clusters.acts.busy("prod") })
+		_, _ = m.perform(gone, "prod", wanted, make1)
+		got, err := m.perform(t.Context(), "prod", wanted, make1)
+		if err != nil || got.Data["root_token"] != "a message" || ran != 1 {
+			t.Fatalf("the repetition got %v, %v, and it was done %d times", got, err, ran)
+		}
+	}
+}
+
+// Who asks for new keys wants new ones, whatever somebody else asked for before.
+func TestAnAnswerThatNobodyTookIsForWhoAsked(t *testing.T) {
+	m, _ := newActs(t)
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	ran := 0
+	rekey := func(context.Context) (*logical.Response, error) { ran++; return new(logical.Response), nil }
+	_, _ = m.perform(gone, "prod", act{verb: "rekey", by: "alice", kept: true}, rekey)
+	await(t, "the act to end", func() bool { return !m.clusters.acts.busy("prod") })
+	if _, err := m.perform(t.Context(), "prod", act{verb: "rekey", by: "bob", kept: true}, rekey); err != nil || ran != 2 {
+		t.Errorf("%d rekeys for two people, %v", ran, err)
 	}
 }
 

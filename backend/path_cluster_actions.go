@@ -171,6 +171,9 @@ func (b *backend) clusterActionPaths() []*framework.Path {
 					Callback:  b.clusterStatus,
 					Summary:   "Ask the nodes of a cluster how they are, and how its keys are kept.",
 					Responses: answer(http.StatusOK, "How the cluster is.", clusterStatusAnswer()),
+					// Acts and the watch are in the memory of the node that may write.
+					ForwardPerformanceStandby:   true,
+					ForwardPerformanceSecondary: true,
 				},
 			},
 			HelpSynopsis: "How a cluster is, and how well its keys are kept.",
