@@ -20,8 +20,10 @@ const (
 	// settleInterval is how often a cluster whose nodes are well is tended nevertheless, settlePause where that failed.
 	settleInterval = time.Hour
 	settlePause    = time.Minute
-	// relapse is how soon after an unsealing a node that is sealed again gets its next one later, up to longestPause after the last.
-	relapse = time.Minute
+	// relapse is how soon after an unsealing a node that is sealed again has relapsed. After so many relapses in a row the next
+	// unsealing comes later each time, up to longestPause after the one before.
+	relapse  = time.Minute
+	relapses = 20
 	// silence is how long a complaint about a node that changes its words is not logged again.
 	silence = time.Minute
 )

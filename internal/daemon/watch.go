@@ -106,7 +106,7 @@ func (w *watch) look(ctx context.Context) (State, error) {
 // none that seals itself as fast as it is unsealed.
 func (w *watch) free(ctx context.Context, v view) bool {
 	now := time.Now()
-	if v.state.Sealed && v.relapses > 0 && now.Sub(v.unsealed) < pause(v.relapses) {
+	if v.state.Sealed && v.relapses > relapses && now.Sub(v.unsealed) < pause(v.relapses-relapses) {
 		return false
 	}
 	if !now.Before(v.barred) {
