@@ -127,6 +127,30 @@ func TestTheWayOutIsRefusedWhereTheKeysAreNotTheVaults(t *testing.T) {
 	}
 }
 
+// TestNothingIsDeletedThatTheVaultDidNotTake: a Vault that is sealed proves as many keys as it takes to unseal it, and the others
+// wait until it can be asked about them.
+func TestNothingIsDeletedThatTheVaultDidNotTake(t *testing.T) {
+	w := newWayOut(t, buildCommand(t), bankvaultstest.OAEP)
+	w.must(t, "key")
+	w.replace(t, "vault-unseal-4", strings.Repeat("5a", 33))
+	w.vault.Seal(t)
+	said, err := w.run(t, "import")
+	if err == nil && !strings.Contains(said, "was not asked about every key") || err != nil && !strings.Contains(said, "is not the cluster's") {
+		t.Errorf("while the Vault is sealed it says %v\n%s", err, said)
+	}
+	w.vault.WaitActive(t)
+	if said, err := w.run(t, "delete"); err == nil || !strings.Contains(said, "is not the cluster's") || !strings.Contains(said, "nothing was deleted") {
+		t.Errorf("with one key that is another's it says %v\n%s", err, said)
+	}
+	if left := w.token.Tool(t, "--list-objects", "--type", "data"); strings.Count(left, "vault-unseal-") < 5 {
+		t.Errorf("left on the token:\n%s", left)
+	}
+	w.page["sh without"] = strings.TrimSuffix(w.page["sh delete"], "\n") + " --without vault-unseal-4 --replace\n"
+	if said := w.must(t, "without"); strings.Count(said, "deleted") != 6 || !strings.Contains(said, "the running Vault takes them") {
+		t.Errorf("without it it says\n%s", said)
+	}
+}
+
 // wayOut is a Vault in the custody of Bank-Vaults, and the page that tells how it gets out.
 type wayOut struct {
 	*desk

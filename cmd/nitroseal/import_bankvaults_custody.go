@@ -16,13 +16,13 @@ import (
 )
 
 // takeOver takes the material into custody unless it is there already, opens what is stored, and compares. Where old objects
-// are to be deleted afterwards, the running Vault must have proved the keys.
+// are to be deleted afterwards, the running Vault must have proved all keys.
 func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluster, material *bankvaults.Material, view *bankVaultsView) error {
 	custodian, err := a.custodian()
 	if err != nil {
 		return err
 	}
-	kept, err := a.keeps(ctx, c, material)
+	kept, err := a.keeps(ctx, c, material, m.replace)
 	if err != nil && (!m.replace || ctx.Err() != nil) { // what is replaced need not open any more
 		return err
 	}
@@ -30,20 +30,53 @@ func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluste
 		return err
 	}
 	view.Already = kept
+	all := false
 	if !kept {
-		if err := proveAll(ctx, custodian, c, material); err != nil {
-			return err
-		}
-		if err := m.importInto(ctx, a, custodian, c, material, view); err != nil {
+		if all, err = m.importProved(ctx, a, custodian, c, material, view); err != nil {
 			return err
 		}
 	}
-	if !m.deleteOld || view.Proved {
-		return nil
+	switch {
+	case m.deleteOld && !all:
+		return m.proveForDeletion(ctx, custodian, c, material, view)
+	case view.Proved && !all:
+		view.Warnings = append(view.Warnings, "The Vault was not asked about every key, but about as many as its threshold. --delete-old asks about all of them.")
 	}
+	return nil
+}
+
+// importProved imports the material and tells whether the running Vault has proved every key of it.
+func (m *bankVaultsMove) importProved(ctx context.Context, a *app, custodian *cluster.Custodian, c *cluster.Cluster,
+	material *bankvaults.Material, view *bankVaultsView,
+) (all bool, _ error) {
+	others, err := proveOthers(ctx, custodian, c, material)
+	if err != nil {
+		return false, fmt.Errorf("nothing was stored: %w", err)
+	}
+	if err := m.importInto(ctx, a, custodian, c, material, view); err != nil {
+		return false, err
+	}
+	if view.Proved && !others { // by unsealing a node, which can be asked about the others now
+		if others, err = proveOthers(ctx, custodian, c, material); err != nil {
+			return false, fmt.Errorf("the keys are in custody, but import them again with --replace: %w", err)
+		}
+	}
+	return view.Proved && others, nil
+}
+
+// proveForDeletion has the running Vault prove the keys that are in custody, and every one whose object would be deleted.
+func (m *bankVaultsMove) proveForDeletion(ctx context.Context, custodian *cluster.Custodian, c *cluster.Cluster, material *bankvaults.Material,
+	view *bankVaultsView,
+) error {
 	found, err := custodian.Verify(ctx, c, cluster.VerifyOptions{By: by(), Prove: true})
 	if err != nil {
 		return err
+	}
+	if found.Proved {
+		found.Proved, err = proveOthers(ctx, custodian, c, material)
+	}
+	if err != nil {
+		return fmt.Errorf("nothing was deleted: %w", err)
 	}
 	if !found.Proved {
 		return fmt.Errorf("%w: the keys of cluster %q are in custody, and the running Vault has not proved them, so nothing was deleted; run it again "+
@@ -74,9 +107,9 @@ func (m *bankVaultsMove) withoutShares(ctx context.Context, custodian *cluster.C
 	return true, nil
 }
 
-// proveAll asks the running Vault about all shares that importing does not ask about: it proves as many as the threshold.
-// Where no node can be asked, the import says what that means.
-func proveAll(ctx context.Context, custodian *cluster.Custodian, c *cluster.Cluster, material *bankvaults.Material) error {
+// proveOthers asks the running Vault about all shares beyond the threshold: about the first ones it is asked when they are
+// imported, or verified. It tells whether it could; fewer than the threshold are what a deletion that was cut off has left.
+func proveOthers(ctx context.Context, custodian *cluster.Custodian, c *cluster.Cluster, material *bankvaults.Material) (all bool, _ error) {
 	kind, shares := cluster.KindUnseal, material.Shares
 	if len(shares) == 0 {
 		kind, shares = cluster.KindRecovery, material.RecoveryShares
@@ -89,20 +122,22 @@ func proveAll(ctx context.Context, custodian *cluster.Custodian, c *cluster.Clus
 		}
 	}
 	if threshold == 0 {
-		return nil
+		return false, nil
 	}
 	for start := threshold; start < len(shares); start += threshold {
 		some := shares[min(start, len(shares)-threshold):]
 		err := custodian.Prove(ctx, c, kind, bankvaults.Values(some), by())
 		switch {
+		case errors.Is(err, node.ErrUnavailable):
+			return false, nil
 		case errors.Is(err, cluster.ErrWrongShares):
-			return fmt.Errorf("nothing was stored: one of the %d %s keys from number %d on is not the cluster's, or an earlier one; leave it out with --without: %w",
+			return false, fmt.Errorf("one of the %d %s keys from number %d on is not the cluster's, or an earlier one; leave it out with --without: %w",
 				threshold, kind, some[0].Index, err)
-		case err != nil && !errors.Is(err, node.ErrUnavailable):
-			return err
+		case err != nil:
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // importInto imports the material. An import that had been cut off is finished first, and may be this one.
@@ -118,7 +153,7 @@ func (m *bankVaultsMove) importInto(ctx context.Context, a *app, custodian *clus
 			return err
 		}
 		view.Proved, view.Warnings = result.Proved, append(view.Warnings, result.Warnings...)
-		kept, err := a.keeps(ctx, c, material)
+		kept, err := a.keeps(ctx, c, material, m.replace)
 		switch {
 		case err != nil:
 			return fmt.Errorf("reading back what was stored: %w", err)
@@ -130,8 +165,9 @@ func (m *bankVaultsMove) importInto(ctx context.Context, a *app, custodian *clus
 	}
 }
 
-// keeps opens what is in custody of a cluster and tells whether all of the material is among it.
-func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvaults.Material) (bool, error) {
+// keeps opens what is in custody of a cluster and tells whether all of the material is among it, and where alone is set,
+// whether no other keys are.
+func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvaults.Material, alone bool) (bool, error) {
 	keeper, err := a.keeper()
 	if err != nil {
 		return false, err
@@ -152,7 +188,7 @@ func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvault
 		}
 		all := !slices.ContainsFunc(values, func(value []byte) bool {
 			return !slices.ContainsFunc(kept, func(k []byte) bool { return bytes.Equal(k, value) })
-		})
+		}) && (!alone || kind == "root" || len(kept) == len(values))
 		for _, value := range kept {
 			clear(value)
 		}
@@ -163,7 +199,7 @@ func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvault
 	return true, nil
 }
 
-// openKept returns the values of all items of a kind, of each of a spread. The caller wipes them.
+// openKept returns the keys of all items of a kind, of each of a spread. The caller wipes them.
 func openKept(ctx context.Context, keeper *custody.Keeper, c *cluster.Cluster, kind string) (values [][]byte, err error) {
 	names := []string{kind}
 	if c.Spread != nil && kind != "root" {
@@ -183,8 +219,10 @@ func openKept(ctx context.Context, keeper *custody.Keeper, c *cluster.Cluster, k
 			}
 			return nil, err
 		}
-		for _, value := range fields {
-			values = append(values, value)
+		for field, value := range fields {
+			if field != "facts" { // what they are for
+				values = append(values, value)
+			}
 		}
 	}
 	return values, nil
