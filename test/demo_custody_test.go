@@ -12,6 +12,11 @@ import (
 func TestTwoCustodyDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 	first := startDemo(t, "demo-custody")
 	vaulttest.Eventually(t, 5*time.Minute, "the first to have built what it needs", func() error {
+		select {
+		case err := <-first.ended:
+			t.Fatalf("scripts/demo-custody: %v\n%s", err, first.out.String())
+		default:
+		}
 		if !strings.Contains(first.out.String(), "Starting etcd") {
 			return fmt.Errorf("it says\n%s", first.out.String())
 		}
