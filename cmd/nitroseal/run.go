@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -58,8 +61,35 @@ func (a *app) buildSite(ctx context.Context, hooks *daemon.Hooks) (*daemon.Site,
 		}
 		return nil, err
 	}
-	site.Close = inner.close
+	site.Warm, site.Close = inner.warm, inner.close
 	return site, nil
+}
+
+// warm opens the authentication keys of the clusters' wrapping keys, so that an unsealing costs one operation of an HSM.
+func (a *app) warm(ctx context.Context) error {
+	clusters, err := a.clusters(nil)
+	if err != nil {
+		return err
+	}
+	keys, err := a.keyring()
+	if err != nil {
+		return err
+	}
+	names := map[string]bool{}
+	for _, c := range clusters {
+		if c.Spread == nil {
+			names[c.Key] = true
+			continue
+		}
+		for _, name := range c.Spread.Keys {
+			names[name] = true
+		}
+	}
+	var problems []error
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		problems = append(problems, keys.Warm(ctx, name))
+	}
+	return errors.Join(problems...)
 }
 
 // The forms of the daemon's log.

@@ -77,6 +77,13 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 	if site.Audit != nil {
 		c.running.Go(func() { c.checkAudit(stop) })
 	}
+	if site.Warm != nil {
+		c.running.Go(func() {
+			if err := site.Warm(stop); err != nil && stop.Err() == nil {
+				logger.Warn("what unsealing needs is not ready ahead of time; the first one takes longer", "cause", err)
+			}
+		})
+	}
 	for _, s := range site.Stores {
 		if s.Probe {
 			c.running.Go(func() { probeStore(stop, s.Store) })

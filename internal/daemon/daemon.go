@@ -106,6 +106,9 @@ type Site struct {
 	Audit     *audit.Log // for the metrics, and to be reopened; nil for none
 	Listen    Listen
 	Interval  time.Duration // between two looks at a node that is well; 0 for 5 seconds
+	// Warm is called once in the background, when the site's nodes begin to be watched: for what unsealing would spend time on
+	// that can be spent before. Its error is logged, no more. Nil for nothing.
+	Warm func(ctx context.Context) error
 	// Close gives back all of it. It is called once, after everything that used the site has ended. Nil for nothing.
 	Close func() error
 }

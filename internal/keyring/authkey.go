@@ -17,6 +17,14 @@ func (k *Keyring) authKey(ctx context.Context, rec *record, number int) (*envelo
 	if auth, ok := k.knownAuth(v); ok {
 		return &auth, nil
 	}
+	leave, err := k.opening.lock(ctx, fmt.Sprintf("%s, version %d", rec.Name, number)) // several that need it open it once
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	if auth, ok := k.knownAuth(v); ok {
+		return &auth, nil
+	}
 	parsed, err := envelope.Parse(v.AuthEnvelope)
 	if err != nil {
 		return nil, fmt.Errorf("key %q: the authentication envelope of version %d: %w", rec.Name, number, err)
@@ -46,6 +54,25 @@ func (k *Keyring) authKey(ctx context.Context, rec *record, number int) (*envelo
 		k.logger.Warn("keeping an opened authentication key failed", "key", rec.Name, "version", number, "error", err)
 	}
 	return &auth, nil
+}
+
+// Warm opens the authentication key of a key's newest version where no use has done so yet, at the cost of one private-key
+// operation. A daemon does it ahead of time, so that what it is there for costs one operation and not two.
+func (k *Keyring) Warm(ctx context.Context, name string) error {
+	rec, err := k.lookup(ctx, name)
+	if err != nil {
+		return err
+	}
+	v := rec.newest()
+	if v == nil {
+		return rec.settled()
+	}
+	auth, err := k.authKey(ctx, rec, v.Number)
+	if err != nil {
+		return err
+	}
+	clear(auth[:])
+	return nil
 }
 
 // knownAuth returns a version's authentication key; ok is false where an HSM has to open it first.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"sync"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/internal/envelope"
@@ -103,6 +104,19 @@ func TestASealedAuthKeyCostsOneOperationInAProcess(t *testing.T) {
 			}
 		}, 1},
 		{"in a new process both are opened", func() { f.sealed().unwrapped(raw) }, 2},
+		{"in one that was warmed by several at once, the authentication key once", func() {
+			f.sealed()
+			var all sync.WaitGroup
+			for range 8 {
+				all.Go(func() {
+					if err := f.Warm(t.Context(), "prod"); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			all.Wait()
+		}, 1},
+		{"and then the envelope only", func() { f.unwrapped(raw) }, 1},
 	} {
 		spent := f.operations()
 		step.do()

@@ -71,6 +71,7 @@ type Keyring struct {
 	lock    func(ctx context.Context, name string) (unlock func(), err error) // Config.Lock; may be nil
 	sealed  bool                                                              // Config.SealAuthKeys
 	opened  openedAuthKeys
+	opening nameLocks // of authentication keys
 	words   Words
 }
 
