@@ -43,8 +43,15 @@ func newWatched(t *testing.T) *watched {
 	w.WithCluster(t, w.authority.PEM, []string{w.front.URL}, "etcd", "timeout = \"2s\"")
 	w.WithKey(t)
 	w.Must(t, "init", "eu")
+	before := w.card.Operations(t)
 	w.daemon = w.Host.Daemon(t)
 	w.daemon.Ready(t)
+	vaulttest.Eventually(t, limit, "the authentication key to be opened", func() error {
+		if w.card.Operations(t) != before+1 {
+			return errors.New("it was not, or something else was")
+		}
+		return nil
+	})
 	return w
 }
 
