@@ -131,7 +131,7 @@ func TestDaemonUnsealsOnABadDay(t *testing.T) {
 	}
 	t.Run("429 to every fifth request or so", func(t *testing.T) {
 		w.front.breaks(func(rw http.ResponseWriter, r *http.Request) bool {
-			return rand.IntN(5) == 0 && status(http.StatusTooManyRequests)(rw, r) //nolint:gosec // it guards nothing
+			return rand.IntN(5) == 0 && status(http.StatusTooManyRequests)(rw, r)
 		})
 		w.vault.Restarted(t)
 		unsealed(t)
