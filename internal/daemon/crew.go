@@ -13,7 +13,6 @@ import (
 // crew is everything that works for one site: a watch for each node, a tender for each cluster, probes of devices and stores.
 type crew struct {
 	site    *Site
-	tenders []*tender
 	watches []*watch
 	devices []*deviceProbe
 
@@ -44,7 +43,6 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 		t := &tender{
 			cluster: configured.Name, custodian: site.Custodian, lanes: shared, stop: stop, acts: acts, running: &c.running,
 		}
-		c.tenders = append(c.tenders, t)
 		for _, address := range configured.Nodes {
 			old := known[[2]string{configured.Name, address}]
 			w := &watch{
@@ -145,11 +143,6 @@ func (c *crew) stuck(now time.Time) string {
 	for _, w := range c.watches {
 		if w.stuck(now) {
 			return fmt.Sprintf("the watch of node %s of cluster %q", w.address, w.cluster)
-		}
-	}
-	for _, t := range c.tenders {
-		if t.stuck(now) {
-			return fmt.Sprintf("an act on cluster %q", t.cluster)
 		}
 	}
 	for _, d := range c.devices {

@@ -199,6 +199,9 @@ func (d *daemon) healthy() error {
 	if open, _ := d.hooks.windows(); len(open) > 0 {
 		return nil
 	}
+	if cluster := d.lanes.stuck(time.Now()); cluster != "" {
+		return fmt.Errorf("an act on cluster %q does not turn", cluster)
+	}
 	if c := d.crew.Load(); c != nil {
 		if what := c.stuck(time.Now()); what != "" {
 			return fmt.Errorf("%s does not turn", what)

@@ -13,12 +13,13 @@ import (
 type lanes struct {
 	slots chan struct{}
 
-	mu       sync.Mutex
+	mu       sync.Mutex // guards what follows
 	clusters map[string]chan struct{}
+	began    map[string]time.Time // of the acts under way, by cluster
 }
 
 func newLanes() *lanes {
-	return &lanes{slots: make(chan struct{}, maxActs), clusters: map[string]chan struct{}{}}
+	return &lanes{slots: make(chan struct{}, maxActs), clusters: map[string]chan struct{}{}, began: map[string]time.Time{}}
 }
 
 // enter waits for the cluster's turn and for a free slot.
@@ -40,7 +41,29 @@ func (l *lanes) enter(ctx context.Context, cluster string) (leave func(), err er
 			return nil, ctx.Err()
 		}
 	}
-	return func() { <-l.slots; <-lane }, nil
+	l.note(cluster, time.Now())
+	return func() { l.note(cluster, time.Time{}); <-l.slots; <-lane }, nil
+}
+
+// note notes when the act on a cluster began, zero for its end.
+func (l *lanes) note(cluster string, began time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.began[cluster] = began; began.IsZero() {
+		delete(l.began, cluster)
+	}
+}
+
+// stuck names a cluster on which an act has taken longer than it may, "" for none.
+func (l *lanes) stuck(now time.Time) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for cluster, began := range l.began {
+		if now.Sub(began) > actLimit+turnSlack {
+			return cluster
+		}
+	}
+	return ""
 }
 
 // tender has the nodes of one cluster tended: one act at a time, for all nodes that wait for it.
@@ -56,7 +79,6 @@ type tender struct {
 	mu      sync.Mutex // guards what follows
 	waiting []request
 	active  bool
-	began   time.Time // of the act under way, zero where there is none
 	settle  time.Time // when nodes that are well are tended next, see unsettled
 }
 
@@ -102,7 +124,7 @@ func (t *tender) run() {
 	for {
 		t.gather()
 		leave, err := t.lanes.enter(t.stop, t.cluster)
-		batch := t.take(err == nil)
+		batch := t.take()
 		if err != nil {
 			for _, r := range batch {
 				r.result <- Result{Address: r.address, Err: err}
@@ -112,7 +134,6 @@ func (t *tender) run() {
 			leave()
 		}
 		t.mu.Lock()
-		t.began = time.Time{}
 		if t.active = len(t.waiting) > 0; !t.active {
 			t.mu.Unlock()
 			return
@@ -122,14 +143,11 @@ func (t *tender) run() {
 }
 
 // take returns all who wait.
-func (t *tender) take(begin bool) []request {
+func (t *tender) take() []request {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	batch := t.waiting
 	t.waiting = nil
-	if begin {
-		t.began = time.Now()
-	}
 	return batch
 }
 
@@ -180,11 +198,4 @@ func (t *tender) waits(address string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.ContainsFunc(t.waiting, func(r request) bool { return r.address == address })
-}
-
-// stuck tells whether an act has taken longer than it may.
-func (t *tender) stuck(now time.Time) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return !t.began.IsZero() && now.Sub(t.began) > actLimit+turnSlack
 }

@@ -59,6 +59,38 @@ func TestANodeThatSealsItselfAgainAndAgainTakesNotTheHSM(t *testing.T) {
 	})
 }
 
+// TestTheWatchdogFindsAnActThatNeverEnds: also one that a reload left behind, because its cluster waits for it.
+func TestTheWatchdogFindsAnActThatNeverEnds(t *testing.T) {
+	for name, reload := range map[string]bool{"of the site in use": false, "of a site that was replaced": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				y := newYard()
+				c := y.cluster("prod", 1)
+				y.seal(c.Nodes...)
+				release := make(chan struct{})
+				y.during = func(context.Context, string) { <-release }
+				r := start(t, y, nil, c)
+				pass(time.Second)
+				if reload {
+					r.hangUp()
+				}
+				pass(actLimit)
+				if n := r.told.count("WATCHDOG=1"); n < 85 {
+					t.Errorf("fed %d times while it may still end", n)
+				}
+				pass(turnSlack + stopGrace)
+				before := r.told.count("WATCHDOG=1")
+				pass(10 * time.Minute)
+				if n := r.told.count("WATCHDOG=1") - before; n > 0 || r.told.count(`an act on cluster "prod" does not turn`) == 0 {
+					t.Errorf("fed %d times while stuck", n)
+				}
+				close(release)
+				r.end(t)
+			})
+		})
+	}
+}
+
 // TestTwoCriticalWindowsAreLoggedOnce: their order is that of a map.
 func TestTwoCriticalWindowsAreLoggedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
