@@ -122,7 +122,7 @@ func newBackend(ctx context.Context, options Options, config *logical.BackendCon
 		Local: &mountLocal{Store: vaultstore.New(b.storage, custodyPrefix, locks)},
 		Audit: actLog{b.logger},
 		// Whichever node of this Vault is active: its storage is the disk.
-		Host: "the mount " + b.mount, UserAgent: "vault-plugin-secrets-nitrokey/" + Version,
+		Host: "the mount " + b.mount, UserAgent: "vault-plugin-secrets-nitrokey/" + Version, Do: howTo,
 	})
 
 	b.Backend = &framework.Backend{

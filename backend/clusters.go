@@ -36,6 +36,16 @@ type custodian interface {
 	Close() error
 }
 
+// howTo says how a verb is done to a cluster, for the custodian's sentences.
+func howTo(verb, name string) string {
+	switch verb {
+	case "init", "unseal", "rekey", "root":
+		return fmt.Sprintf("write %s%s/%s", clustersPrefix, name, verb)
+	default:
+		return fmt.Sprintf("nitroseal %s %s, the command, which keeps clusters beside this mount", verb, name)
+	}
+}
+
 // clusterShelf is what a mount knows of the clusters in its custody.
 type clusterShelf struct {
 	custodian custodian

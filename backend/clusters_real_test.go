@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -241,6 +242,30 @@ func TestAPersonWhoAsksIsNotToldOfTheLastTry(t *testing.T) {
 		t.Errorf("the watch sent %d shares again", after-before)
 	}
 	m.write("clusters/prod/unseal", nil).want(t, http.StatusOK)
+}
+
+// What people are told to do is something that they can do here, in the words of the mount.
+func TestSentencesAboutClustersAreInTheWordsOfTheMount(t *testing.T) {
+	m, nodes := newPlayed(t, nodetest.Alone, 1)
+	m.write("clusters/prod/unseal", nil).want(t, http.StatusBadRequest).says(t, "run: write clusters/prod/init")
+	said := ""
+	for _, data := range []fields{
+		{"nodes": ""}, {"root_token": "pgp"}, {"root_token": "x"}, {"root_pgp_key": alicePublic(t)}, {"root_token": "keep", "spread": "1 of prod, office"},
+		{"store": ""}, {"shares": 2, "threshold": 3},
+	} {
+		said += m.write("clusters/prod", data).want(t, http.StatusBadRequest).message + "\n"
+	}
+	nodes[0].Break("sys/init", 1, func(w http.ResponseWriter, r *http.Request, serve http.Handler) {
+		serve.ServeHTTP(httptest.NewRecorder(), r)
+		nodetest.Cut(w, r, nil)
+	})
+	said += m.write("clusters/prod/init", nil).message
+	said += m.write("clusters/prod/init", nil).want(t, http.StatusConflict).says(t, "nobody holds its keys").message
+	for _, word := range []string{"_file", " = ", "nitroseal"} {
+		if strings.Contains(said, word) {
+			t.Errorf("it is said %q:\n%s", word, said)
+		}
+	}
 }
 
 // A node with a foreign certificate gets nothing, and 503 says whose certificate it is not.

@@ -175,9 +175,9 @@ func (c *Cluster) check() error {
 	}
 	switch {
 	case c.Store == "":
-		return invalid("name the store that its keys are kept in: store = \"…\"")
+		return invalid("store is missing; name the store that its keys are kept in")
 	case c.Spread == nil && c.Key == "":
-		return invalid("name the wrapping key that seals its keys: key = \"…\", or spread = \"2 of office, bunker, bank\"")
+		return invalid("key is missing; name the wrapping key that seals its keys, or give a spread: \"2 of office, bunker, bank\"")
 	case c.Spread != nil && c.Key != "":
 		return invalid("give key or spread, not both")
 	}
@@ -202,7 +202,7 @@ func (c *Cluster) check() error {
 
 func (c *Cluster) checkNodes() error {
 	if len(c.Nodes) == 0 {
-		return invalid("list the addresses of its nodes: nodes = [\"https://…:8200\"]")
+		return invalid("nodes is missing; list the addresses of its nodes, https://…:8200 each")
 	}
 	for i, address := range c.Nodes {
 		if slices.Contains(c.Nodes[:i], address) {
@@ -288,18 +288,18 @@ func (c *Cluster) checkRoot() error {
 	case RootDiscard:
 	case RootKeep:
 		if c.Spread != nil {
-			return invalid("root_token = \"keep\" with a spread: one HSM would open the root token, which opens everything; take \"discard\" or \"pgp\"")
+			return invalid("root_token is \"keep\" with a spread: one HSM would open the root token, which opens everything; take \"discard\" or \"pgp\"")
 		}
 	case RootPGP:
 		if _, err := ReadPGPKey(c.RootPGPKey); err != nil {
-			return fmt.Errorf("%w: root_pgp_key_file: %w", ErrInvalid, err)
+			return fmt.Errorf("%w: root_token is \"pgp\", and the OpenPGP key for it (root_pgp_key): %w", ErrInvalid, err)
 		}
 		return nil
 	default:
-		return invalid("root_token = %q; it is \"discard\", \"keep\" or \"pgp\"", string(c.RootToken))
+		return invalid("root_token is %q; it is one of \"discard\", \"keep\" and \"pgp\"", string(c.RootToken))
 	}
 	if c.RootPGPKey != nil {
-		return invalid("root_pgp_key_file is for root_token = \"pgp\"")
+		return invalid("the OpenPGP key for the root token (root_pgp_key) is for root_token \"pgp\"")
 	}
 	return nil
 }
@@ -377,6 +377,9 @@ type Config struct {
 	// Host names this host in intents and for the audit log; "" for the host's own name.
 	Host      string
 	UserAgent string
+	// Do says how a person does a verb to a cluster, for sentences that say what to do next: they reach one by Vault's paths,
+	// another by a command; nil for that.
+	Do func(verb, cluster string) string
 	// Transport is set by tests, see [node.Config].
 	Transport func(http.RoundTripper) http.RoundTripper
 	// Critical is called before a window in which the process must not end on request, and leave after it; nil for none.
@@ -396,6 +399,7 @@ type Custodian struct {
 	now       func() time.Time
 	host      string
 	userAgent string
+	do        func(verb, cluster string) string
 	transport func(http.RoundTripper) http.RoundTripper
 	critical  func(what string) (leave func())
 
@@ -418,6 +422,7 @@ func New(config Config) *Custodian {
 		now:       config.Now,
 		host:      config.Host,
 		userAgent: config.UserAgent,
+		do:        config.Do,
 		transport: config.Transport,
 		critical:  config.Critical,
 		pauses:    ordinaryPauses,
@@ -434,6 +439,9 @@ func New(config Config) *Custodian {
 	}
 	if k.host == "" {
 		k.host, _ = os.Hostname() // one without a name is told apart by its random id
+	}
+	if k.do == nil {
+		k.do = func(verb, cluster string) string { return "nitroseal " + verb + " " + cluster }
 	}
 	if k.critical == nil {
 		k.critical = func(string) func() { return func() {} }

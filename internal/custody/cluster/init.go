@@ -283,7 +283,7 @@ func (k *Custodian) initRequest(c *Cluster, kind Kind) (request node.InitRequest
 	}
 	if c.rootToken() == RootPGP {
 		if request.RootPGPKey, err = k.personKey(c.RootPGPKey); err != nil {
-			return request, nil, fmt.Errorf("cluster %q: %w: root_pgp_key_file: %w", c.Name, ErrInvalid, err)
+			return request, nil, fmt.Errorf("cluster %q: %w: the OpenPGP key for the root token: %w", c.Name, ErrInvalid, err)
 		}
 	}
 	return request, own, nil
@@ -407,8 +407,8 @@ func (k *Custodian) take(c *Cluster, st node.Status, origin string, made *creati
 	m.add(set, shares, messages)
 	result.Kind, result.Shares, result.Threshold = made.kind, total, threshold
 	if len(answer.RootToken) == 0 {
-		return join(append(failed, errors.New("the answer was cut off before the root token, which lives and which nobody knows: when the cluster is "+
-			"unsealed, make another one (nitroseal root) and revoke the first by its accessor"))...)
+		return join(append(failed, fmt.Errorf("the answer was cut off before the root token, which lives and which nobody knows: when the cluster is "+
+			"unsealed, make another one (%s) and revoke the first by its accessor", k.do("root", c.Name)))...)
 	}
 	switch purpose := c.rootToken(); purpose {
 	case RootPGP:
@@ -507,7 +507,7 @@ func (k *Custodian) settle(ctx context.Context, c *Cluster, kind Kind, st node.S
 		looked.Outcome.Took += first.Took
 	}
 	if c.rootToken() == RootDiscard && result.Initialized && !result.RootRevoked {
-		result.Warnings = append(result.Warnings, "The root token that initialising made is not revoked yet; nitroseal run or unseal does it when a node is active.")
+		result.Warnings = append(result.Warnings, "The root token that initialising made is not revoked yet; that is done when a node is active and looked at.")
 	}
 	return result.Nodes[0].Err
 }
@@ -533,7 +533,7 @@ func (k *Custodian) diagnose(ctx context.Context, c *Cluster) error {
 	if err != nil {
 		return err
 	}
-	none := fmt.Errorf("cluster %q: %w: it was initialised by somebody else; import its keys: nitroseal import %s", c.Name, ErrNoMaterial, c.Name)
+	none := fmt.Errorf("cluster %q: %w: it was initialised by somebody else; import its keys: %s", c.Name, ErrNoMaterial, k.do("import", c.Name))
 	if found.Intent == nil {
 		return none
 	}
@@ -560,7 +560,7 @@ func (k *Custodian) diagnose(ctx context.Context, c *Cluster) error {
 // empty is the diagnosis of promise 3: nobody holds the keys. Nothing is ever wiped by us.
 func (k *Custodian) empty(c *Cluster, intent *Intent) error {
 	return fmt.Errorf("cluster %q: %w: an initialisation by %s got no further than Vault's own part, so it holds no data yet, and no store and no disk here has "+
-		"its keys. Where one of these hosts is still running it, or holds the keys on its disk (held/%s/ in its custody folder), let nitroseal run there: it "+
-		"stores them. Else wipe the storage of all nodes of the cluster by hand, start them, and run: nitroseal init %s", c.Name, ErrEmpty, intent.hosts(), c.Name,
-		c.Name)
+		"its keys. Where one of these hosts is still running it, or holds the keys on its disk (held/%s/ in its custody folder), let it go on there: it "+
+		"stores them. Else wipe the storage of all nodes of the cluster by hand, start them, and run: %s", c.Name, ErrEmpty, intent.hosts(), c.Name,
+		k.do("init", c.Name))
 }

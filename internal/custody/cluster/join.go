@@ -22,7 +22,7 @@ func (k *Custodian) join(ctx context.Context, c *Cluster, n *node.Node, st node.
 	leader, sealed := k.leader(ctx, c, n.Address())
 	switch {
 	case len(kinds) == 0:
-		return st, false, fmt.Errorf("node %s of cluster %q: %w; run: nitroseal init %s", n.Address(), c.Name, ErrNotInitialized, c.Name)
+		return st, false, fmt.Errorf("node %s of cluster %q: %w; run: %s", n.Address(), c.Name, ErrNotInitialized, k.do("init", c.Name))
 	case st.StorageType != storageRaft:
 		return st, false, fmt.Errorf("node %s of cluster %q: %w here, although its keys are in custody: with storage %q it becomes so by what it shares with "+
 			"the others; look at its storage", n.Address(), c.Name, ErrNotInitialized, st.StorageType)

@@ -108,8 +108,8 @@ func (k *Custodian) Status(ctx context.Context, c *Cluster) (Status, error) {
 		s.Warnings = append(s.Warnings, err.Error())
 	}
 	if len(s.Held) > 0 {
-		s.Warnings = append(s.Warnings, fmt.Sprintf("%s held on the local disk, sealed, because store %q did not take them; nitroseal unseal or run stores them.",
-			strings.Join(s.Held, ", "), c.Store))
+		s.Warnings = append(s.Warnings, fmt.Sprintf("%s held on the local disk, sealed, because store %q did not take them; %s stores them.",
+			strings.Join(s.Held, ", "), c.Store, k.do("unseal", c.Name)))
 	}
 	k.intentStatus(ctx, c, &s)
 	return s, nil
