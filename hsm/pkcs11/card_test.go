@@ -96,6 +96,7 @@ func TestCardKeepsTheContract(t *testing.T) {
 	for name, faults := range map[string][]pkcs11test.Fault{
 		"with OAEP of its own":               nil,
 		"with raw RSA and our own unpadding": {pkcs11test.RawOnly},
+		"with raw RSA that gives numbers":    {pkcs11test.RawOnly, pkcs11test.RawNumbers},
 	} {
 		t.Run(name, func(t *testing.T) {
 			card := pkcs11test.Card(t, faults...)

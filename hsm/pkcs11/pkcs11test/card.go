@@ -39,6 +39,8 @@ var (
 	PlainLabel = Fault{"suffix", "0"}
 	// RawOnly takes OAEP away: RSA is CKM_RSA_X_509 and CKM_RSA_PKCS.
 	RawOnly = Fault{"mechanisms", "raw"}
+	// RawNumbers makes CKM_RSA_X_509 give numbers without leading zeros.
+	RawNumbers = Fault{"raw", "number"}
 	// SHA1Only takes OAEP with SHA-256 away, as SoftHSM does although it announces OAEP.
 	SHA1Only = Fault{"oaep", "sha1"}
 	// LostWrites makes C_CreateObject say OK for objects that no other process will see.

@@ -10,6 +10,7 @@
  *   wedge=0              a failed C_Decrypt leaves its session usable (default 1: CKR_OPERATION_ACTIVE from then on)
  *   suffix=0             the token's label is as given (default 1: " (UserPIN)" is appended)
  *   mechanisms=raw       OAEP is neither announced nor done
+ *   raw=number           CKM_RSA_X_509 gives a number, without leading zeros (default: as long as the modulus)
  *   oaep=sha1            OAEP with SHA-256 is refused, as SoftHSM does (default: done here, as OpenSC does on the host)
  *   tries=N              how many wrong PINs lock the token (default 3)
  *   delay_ms=N           a private-key operation takes that long
@@ -62,6 +63,7 @@ typedef struct {
 } sessions;
 static sessions wedged;                   /* a failed decryption left them unusable */
 static sessions ours;                     /* an OAEP decryption is under way that SoftHSM does not do */
+static sessions bare;                     /* a bare RSA operation is under way whose answer is a number */
 
 /* ---- control and counters ---- */
 
@@ -229,7 +231,7 @@ static void mend(void)
 					hsm->C_CloseAllSessions(slots[i]);
 			seen_epoch = epoch;
 			noticed = 0;
-			wedged.count = ours.count = 0;
+			wedged.count = ours.count = bare.count = 0;
 		}
 	}
 	pthread_mutex_unlock(&mu);
@@ -313,7 +315,7 @@ static CK_RV card_Initialize(CK_VOID_PTR args)
 		pthread_mutex_lock(&mu);
 		seen_epoch = number("epoch", 0);
 		seen_deauth = number("deauth", 0);
-		noticed = wedged.count = ours.count = 0;
+		noticed = wedged.count = ours.count = bare.count = 0;
 		pthread_mutex_unlock(&mu);
 	}
 	return rv;
@@ -423,6 +425,7 @@ static CK_RV card_CloseSession(CK_SESSION_HANDLE s)
 	ENTER(C_CloseSession, 0);
 	drop(&wedged, s);
 	drop(&ours, s);
+	drop(&bare, s);
 	return hsm->C_CloseSession(s);
 }
 
@@ -430,7 +433,7 @@ static CK_RV card_CloseAllSessions(CK_SLOT_ID slot)
 {
 	ENTER(C_CloseAllSessions, 0);
 	pthread_mutex_lock(&mu);
-	wedged.count = ours.count = 0;
+	wedged.count = ours.count = bare.count = 0;
 	pthread_mutex_unlock(&mu);
 	return hsm->C_CloseAllSessions(slot);
 }
@@ -656,6 +659,8 @@ static CK_RV card_DecryptInit(CK_SESSION_HANDLE s, CK_MECHANISM_PTR mechanism, C
 		rv = init_oaep(s, params, key);
 	else if (rv == CKR_OK)
 		rv = hsm->C_DecryptInit(s, mechanism, key);
+	if (rv == CKR_OK && mechanism->mechanism == CKM_RSA_X_509 && is("raw", "number"))
+		add(&bare, s);
 	return rv == CKR_OBJECT_HANDLE_INVALID ? CKR_KEY_HANDLE_INVALID : rv;
 }
 
@@ -670,6 +675,13 @@ static CK_RV card_Decrypt(CK_SESSION_HANDLE s, CK_BYTE_PTR in, CK_ULONG in_lengt
 		rv = decrypt_oaep(s, in, in_length, out, out_length);
 	else if (rv == CKR_OK)
 		rv = hsm->C_Decrypt(s, in, in_length, out, out_length);
+	if (drop(&bare, s) && rv == CKR_OK && out) {
+		CK_ULONG zeros = 0;
+		while (zeros < *out_length && !out[zeros])
+			zeros++;
+		*out_length -= zeros;
+		memmove(out, out + zeros, *out_length);
+	}
 	if (rv == CKR_GENERAL_ERROR && presence() == CKR_OK)
 		rv = CKR_ENCRYPTED_DATA_INVALID; /* SoftHSM's word for a block that does not decrypt */
 	if (rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL && number("wedge", 1))
