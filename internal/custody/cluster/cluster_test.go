@@ -56,7 +56,7 @@ func TestClusterSaysWhatToWrite(t *testing.T) {
 		}, "leave none"},
 		"a root token kept with a spread":   {func(c *Cluster) { c.Key, c.Spread, c.RootToken = "", threeKeys(2), RootKeep }, "opens everything"},
 		"a root token for nobody":           {func(c *Cluster) { c.RootToken = RootPGP }, "root_pgp_key"},
-		"a key for a discarded root token":  {func(c *Cluster) { c.RootPGPKey = alice }, `root_token = "pgp"`},
+		"a key for a discarded root token":  {func(c *Cluster) { c.RootPGPKey = alice }, `for root_token "pgp"`},
 		"a root token that becomes unknown": {func(c *Cluster) { c.RootToken = "print" }, `"discard"`},
 	} {
 		t.Run(name, func(t *testing.T) {
