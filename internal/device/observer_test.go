@@ -15,6 +15,8 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
+	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
 // ear remembers what it is told.
@@ -110,8 +112,8 @@ func TestAnObserverIsToldOfOperationsAndNothingElseChanges(t *testing.T) {
 // The providers' own types must be among those that are observed, with all that they can do.
 func TestTheDevicesThatThereAreCanBeObserved(t *testing.T) {
 	for name, device := range map[string]hsm.Device{
-		"token":  struct{ tokenLike }{},
-		"NetHSM": struct{ netHSMLike }{},
+		"token":  (*pkcs11.Device)(nil),
+		"NetHSM": (*nethsm.Device)(nil),
 	} {
 		observed := observe(name, device, &ear{})
 		if observed == device {
@@ -129,21 +131,6 @@ func TestTheDevicesThatThereAreCanBeObserved(t *testing.T) {
 	if _, proves := observeKey(fakeKey{}, watch{"stick", &ear{}}).(hsm.Prover); !proves {
 		t.Error("a key that proves itself cannot any more")
 	}
-}
-
-type tokenLike struct {
-	hsm.Device
-	hsm.ObjectStore
-	hsm.Randomer
-	hsm.PINChanger
-}
-
-type netHSMLike struct {
-	hsm.Device
-	hsm.ObjectStore
-	hsm.Randomer
-	hsm.Unlocker
-	hsm.Clustered
 }
 
 func abilities(device hsm.Device) []bool {
