@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -82,6 +83,9 @@ type kustomization struct {
 		Name  string   `json:"name"`
 		Files []string `json:"files"`
 	} `json:"configMapGenerator"`
+	GeneratorOptions struct {
+		DisableNameSuffixHash bool `json:"disableNameSuffixHash"`
+	} `json:"generatorOptions"`
 	Images []struct {
 		Name    string `json:"name"`
 		NewName string `json:"newName"`
@@ -108,6 +112,9 @@ func TestEveryKustomizationNamesFilesThatAreThereAndAllOfThem(t *testing.T) {
 		}
 		for _, made := range k.ConfigMapGenerator {
 			named = append(named, made.Files...)
+		}
+		if len(k.ConfigMapGenerator) > 0 && !k.GeneratorOptions.DisableNameSuffixHash {
+			t.Errorf("%s: the ConfigMap's name ends with a hash, and the job beside it does not find it", path)
 		}
 		entries, err := os.ReadDir(filepath.Dir(path))
 		if err != nil {
@@ -180,8 +187,39 @@ func TestEveryPodOfOursIsUnprivileged(t *testing.T) {
 	if len(pods) != 5 {
 		t.Fatalf("%d pods were found", len(pods))
 	}
+	daemons := 0
 	for name, pod := range pods {
 		checkPod(t, name, pod)
+		for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+			if c.Name == "pcscd" {
+				daemons++
+				checkPCSCD(t, name, c)
+			}
+		}
+	}
+	if daemons != 3 {
+		t.Errorf("%d containers run pcscd", daemons)
+	}
+}
+
+// startPCSCD is how pcscd starts in a container, where it is always process 1: what an earlier one left, that was killed, says that
+// process 1 is pcscd already, and it would not start again before the pod is deleted.
+var startPCSCD = []string{"sh", "-c", "rm -f /run/pcscd/pcscd.comm /run/pcscd/pcscd.pid; exec /usr/sbin/pcscd --foreground"}
+
+func checkPCSCD(t *testing.T, name string, c corev1.Container) {
+	t.Helper()
+	if !slices.Equal(c.Command, startPCSCD) || len(c.Args) > 0 {
+		t.Errorf("%s: pcscd is started by %q %q, want %q", name, c.Command, c.Args, startPCSCD)
+	}
+	if _, err := exec.LookPath("/usr/sbin/pcscd"); err != nil {
+		return
+	}
+	// The image has the one of Debian 12, which knows no option about polkit, since it was built without.
+	last := slices.Concat(c.Command, c.Args)
+	options := append(strings.Fields(last[len(last)-1]), "--help")
+	options = options[slices.IndexFunc(options, func(o string) bool { return strings.HasPrefix(o, "--") }):]
+	if out, err := exec.CommandContext(t.Context(), "/usr/sbin/pcscd", options...).CombinedOutput(); err != nil {
+		t.Errorf("%s: pcscd %q: %v\n%s", name, options, err, out)
 	}
 }
 
@@ -241,14 +279,30 @@ func checkPod(t *testing.T, name string, pod corev1.PodSpec) {
 	}
 }
 
-// filesOf is what the volumes of a pod bring, for the configurations that name it.
-var filesOf = map[string]string{
-	"/run/nitroseal/trust":     "trust",
-	"/run/nitroseal/listener":  "listener",
-	"/run/secrets/nitroseal":   "secrets",
-	"/var/lib/nitroseal/state": "state",
-	"/var/lib/nitroseal":       "state",
+// mountsOf are the folders that a variant's container nitroseal gets.
+func mountsOf(t *testing.T, variant string) (folders []string) {
+	t.Helper()
+	var containers []corev1.Container
+	if variant == "helm" {
+		var values helmValues
+		decodeStrictly(t, filepath.Join(manifests, "helm/values-nitrokey.yaml"), &values)
+		containers = values.Server.ExtraContainers
+	} else {
+		var deployment appsv1.Deployment
+		decodeStrictly(t, filepath.Join(manifests, "base/deployment.yaml"), &deployment)
+		containers = deployment.Spec.Template.Spec.Containers
+	}
+	for _, mount := range containers[slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == "nitroseal" })].VolumeMounts {
+		folders = append(folders, mount.MountPath)
+	}
+	return folders
 }
+
+var (
+	// namedFile is a file that a configuration names, secretFile one with a secret.
+	namedFile  = regexp.MustCompile(`_file\s*=\s*"([^"]+)"`)
+	secretFile = regexp.MustCompile(`(?:pin|password|key)_file\s*=\s*"([^"]+)"`)
+)
 
 func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
 	paths, err := filepath.Glob(filepath.Join(manifests, "*/nitroseal.hcl"))
@@ -263,19 +317,16 @@ func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
 			}
 			dir := t.TempDir()
 			certificate := selfSigned(t)
-			text := string(source)
-			for _, mounted := range []string{"/run/nitroseal/trust", "/run/nitroseal/listener", "/run/secrets/nitroseal"} {
-				folder := filepath.Join(dir, filesOf[mounted])
-				if err := os.Mkdir(folder, 0o700); err != nil {
+			for _, named := range namedFile.FindAllStringSubmatch(string(source), -1) {
+				if !slices.Contains(mountsOf(t, filepath.Base(filepath.Dir(path))), filepath.Dir(named[1])) {
+					t.Errorf("%s is in no folder that is mounted", named[1])
+				}
+				file := filepath.Join(dir, named[1])
+				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, certificate, 0o600)); err != nil {
 					t.Fatal(err)
 				}
-				for _, named := range regexp.MustCompile(regexp.QuoteMeta(mounted)+`/([a-z.-]+)`).FindAllStringSubmatch(text, -1) {
-					if err := os.WriteFile(filepath.Join(folder, named[1]), certificate, 0o600); err != nil {
-						t.Fatal(err)
-					}
-				}
-				text = strings.ReplaceAll(text, mounted, folder)
 			}
+			text := strings.ReplaceAll(string(source), `"/run/`, `"`+dir+`/run/`)
 			mounted := filepath.Join(dir, "nitroseal.hcl")
 			if err := os.WriteFile(mounted, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -286,6 +337,15 @@ func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
 			}
 			if len(loaded.Clusters) != 1 || len(loaded.Clusters[0].Nodes) != 3 {
 				t.Errorf("the clusters are %+v", loaded.Clusters)
+			}
+			secrets := secretFile.FindAllStringSubmatch(text, -1)
+			for _, named := range secrets {
+				if _, err := loaded.SecretFiles().ReadPEM(named[1]); err != nil {
+					t.Error(err)
+				}
+			}
+			if len(secrets) < 2 {
+				t.Errorf("it names the secrets %q", secrets)
 			}
 		})
 	}

@@ -1,5 +1,5 @@
 state_dir   = "/var/lib/nitroseal/state"
-secrets_dir = "/run/secrets/nitroseal"
+secrets_dir = "/run/secrets"
 
 pkcs11 {
   modules = ["/usr/lib/opensc-pkcs11.so"]
@@ -33,6 +33,6 @@ cluster "vault" {
 
 run {
   listen        = "0.0.0.0:9108"
-  tls_cert_file = "/run/nitroseal/listener/tls.crt"
-  tls_key_file  = "/run/nitroseal/listener/tls.key"
+  tls_cert_file = "/run/secrets/nitroseal-listener/tls.crt"
+  tls_key_file  = "/run/secrets/nitroseal-listener/tls.key"
 }
