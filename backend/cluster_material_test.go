@@ -13,7 +13,7 @@ func TestMaterialOfClustersIsGuarded(t *testing.T) {
 	m, nodes := newPlayed(t, nodetest.Alone, 1)
 	m.write("clusters/prod/init", nil).ok(t)
 	forged := fields{"fields": fields{"x": "YQ=="}}
-	for _, item := range []string{"unseal", "recovery", "root", "unseal.office"} {
+	for _, item := range []string{"unseal", "recovery", "root", "unseal.office", "held.unseal"} {
 		m.write("material/prod/"+item, forged).want(t, http.StatusBadRequest).says(t, "custody")
 	}
 	m.write("material/prod/unseal/open", nil).want(t, http.StatusBadRequest).says(t, "reveal_keys=true")

@@ -258,10 +258,11 @@ func (b *backend) clusterMaterial(ctx context.Context, name string) ([]string, e
 	return kept, nil
 }
 
-// isCustodyItem tells what custody keeps of a cluster from what people keep beside it.
+// isCustodyItem tells what custody keeps of a cluster from what people keep beside it. What it holds, until the store has it, is
+// sealed for the names held.*, and opens under no other.
 func isCustodyItem(name string) bool {
 	kind, _, _ := strings.Cut(name, ".")
-	return kind == string(cluster.KindUnseal) || kind == string(cluster.KindRecovery) || name == "root"
+	return kind == string(cluster.KindUnseal) || kind == string(cluster.KindRecovery) || name == "root" || kind == "held"
 }
 
 // ofCustody tells whether an item is what a cluster in custody is opened with: the cluster is configured, or was, and the item
