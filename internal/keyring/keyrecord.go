@@ -117,9 +117,10 @@ func (r *record) noteRead(by string, at time.Time) error {
 	return nil
 }
 
-// Restore writes a key back from its key record, if the SHA-256 is the one that the operator confirms and no key of
-// that name exists. Each version's authentication key is opened with one private-key operation; a version none of whose
-// HSMs answers stays locked until its first use, but one version at least has to open. A repeat answers with the key.
+// Restore writes a key back from its key record, if the SHA-256 is the one that the operator confirms. Each version's
+// authentication key is opened with one private-key operation; a version none of whose HSMs answers stays locked until
+// its first use, but one version at least has to open. A key of that name takes on what the record has more, and nothing is
+// taken away from it: [ErrKeyExists] where the record has not all that is here. A repeat answers with the key.
 func (k *Keyring) Restore(ctx context.Context, name string, request RestoreRequest) (*Key, error) {
 	if err := checkName(name); err != nil {
 		return nil, err
@@ -140,7 +141,7 @@ func (k *Keyring) Restore(ctx context.Context, name string, request RestoreReque
 
 	rec, _, err := k.load(ctx, name)
 	if err == nil {
-		return restoredBefore(rec, restored, request)
+		return k.grow(ctx, rec, restored, request)
 	}
 	if !errors.Is(err, ErrKeyNotFound) {
 		return nil, err
@@ -149,11 +150,15 @@ func (k *Keyring) Restore(ctx context.Context, name string, request RestoreReque
 	if err := rec.validate(name); err != nil {
 		return nil, fmt.Errorf("restoring key %q: %w", name, err)
 	}
-	if err := k.openAuthKeys(ctx, rec); err != nil {
+	all := make([]*version, len(rec.Versions))
+	for i := range rec.Versions {
+		all[i] = &rec.Versions[i]
+	}
+	if err := k.openAuthKeys(ctx, name, all); err != nil {
 		return nil, fmt.Errorf("restoring key %q: %w", name, err)
 	}
 	if err := k.write(ctx, rec, store.NoRevision); errors.Is(err, store.ErrConflict) {
-		return nil, fmt.Errorf("key %q: %w: delete it before you restore it", name, ErrKeyExists)
+		return nil, fmt.Errorf("key %q: %w: somebody made it just now; send the request again", name, ErrKeyExists)
 	} else if err != nil {
 		return nil, err
 	}
@@ -232,17 +237,16 @@ func (k *Keyring) fromKeyRecord(restored keyRecord, request RestoreRequest) *rec
 	return rec
 }
 
-// openAuthKeys opens the authentication key of each version. An HSM that is away is tolerated for all versions but one;
+// openAuthKeys opens the authentication keys of some versions. An HSM that is away is tolerated for all of them but one;
 // an envelope that does not open is not.
-func (k *Keyring) openAuthKeys(ctx context.Context, rec *record) error {
+func (k *Keyring) openAuthKeys(ctx context.Context, name string, versions []*version) error {
 	var away failures
-	for i := range rec.Versions {
-		v := &rec.Versions[i]
+	for _, v := range versions {
 		parsed, err := envelope.Parse(v.AuthEnvelope)
 		if err != nil {
 			return fmt.Errorf("the authentication envelope of version %d: %w", v.Number, err)
 		}
-		opened, _, err := k.openAnywhere(ctx, parsed, authContext(rec.Name, v.Number), v, nil)
+		opened, _, err := k.openAnywhere(ctx, parsed, authContext(name, v.Number), v, nil)
 		if err != nil {
 			err = fmt.Errorf("opening the authentication key of version %d: %w", v.Number, err)
 			if !elsewhere(err) || ctx.Err() != nil {
@@ -254,24 +258,9 @@ func (k *Keyring) openAuthKeys(ctx context.Context, rec *record) error {
 		v.AuthKey = slices.Clone(opened)
 		clear(opened)
 	}
-	if len(away) == len(rec.Versions) {
+	if len(away) == len(versions) {
 		return fmt.Errorf("no HSM opened a version of it: configure and attach one of its devices, then try again: %w",
 			away)
 	}
 	return nil
-}
-
-// restoredBefore answers a restore for a name that is taken: with the key where it is just that one.
-func restoredBefore(rec *record, restored keyRecord, request RestoreRequest) (*Key, error) {
-	for i := range restored.Versions {
-		for j := range restored.Versions[i].Recipients {
-			if today, renamed := request.Devices[restored.Versions[i].Recipients[j].Device]; renamed {
-				restored.Versions[i].Recipients[j].Device = today
-			}
-		}
-	}
-	if len(rec.Versions) > 0 && newKeyRecord(rec).SHA256 == restored.canonical().SHA256 {
-		return describe(rec), nil
-	}
-	return nil, fmt.Errorf("key %q: %w: a restore never replaces one; delete it first", rec.Name, ErrKeyExists)
 }

@@ -246,7 +246,7 @@ func TestAKeyRecordThatIsNotTheConfirmedOneIsRefused(t *testing.T) {
 	}
 }
 
-func TestARestoreNeverReplacesAKey(t *testing.T) {
+func TestARestoreOfAnOlderRecordIsRefused(t *testing.T) {
 	f := newFixture(t)
 	f.adopt()
 	backup := f.backup()

@@ -1,0 +1,157 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"crypto/subtle"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/store"
+)
+
+// grow takes a key record over the key that is here, because another machine rotated it or added a recipient: the record must
+// be of the same key and have all that is here, or [ErrKeyExists] says what it lacks. What is called or was confirmed otherwise
+// here stays. Whether a version is the same is told by its authentication key, which costs one private-key operation
+// for each version that is new or changed, and by one compare-and-swap all of them are taken or none.
+func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, request RestoreRequest) (*Key, error) {
+	incoming := k.fromKeyRecord(restored, request)
+	defer incoming.wipe()
+	if err := incoming.validate(rec.Name); err != nil {
+		return nil, fmt.Errorf("restoring key %q: %w", rec.Name, err)
+	}
+	if len(rec.Versions) == 0 || rec.Deleting != nil {
+		return nil, rec.settled()
+	}
+	if lacks := incoming.lacksOf(rec); lacks != "" {
+		return nil, notGrown(rec, lacks)
+	}
+	changed, added := rec.news(incoming)
+	if len(changed)+len(added) == 0 {
+		return describe(rec), nil
+	}
+	if err := rec.settled(); err != nil {
+		return nil, err
+	}
+	for _, v := range changed { // each of them: nobody can tell otherwise whether it is the same
+		if err := k.openAuthKeys(ctx, rec.Name, []*version{v}); err != nil {
+			return nil, fmt.Errorf("restoring key %q: %w", rec.Name, err)
+		}
+		auth, err := k.authKey(ctx, rec, v.Number)
+		if err != nil {
+			return nil, fmt.Errorf("restoring key %q: comparing with what is here: %w", rec.Name, err)
+		}
+		same := subtle.ConstantTimeCompare(v.AuthKey, auth[:]) == 1
+		clear(auth[:])
+		if !same {
+			return nil, notGrown(rec, fmt.Sprintf("version %d has another authentication key", v.Number))
+		}
+	}
+	if len(added) > 0 {
+		if err := k.openAuthKeys(ctx, rec.Name, added); err != nil {
+			return nil, fmt.Errorf("restoring key %q: %w", rec.Name, err)
+		}
+	}
+	seen := newKeyRecord(rec).SHA256
+	read := &Acknowledgement{By: request.By, At: k.today()}
+	next, err := k.update(ctx, rec.Name, func(now *record) error {
+		if err := now.settled(); err != nil {
+			return err
+		}
+		if newKeyRecord(now).SHA256 != seen {
+			return fmt.Errorf("key %q changed meanwhile: %w: send the request again", now.Name, store.ErrConflict)
+		}
+		now.take(changed, added, read)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	k.logger.Info("wrapping key restored over the one that was here", "key", next.Name, "versions", len(next.Versions), "new_versions",
+		len(added), "changed_versions", len(changed), "record_sha256", strings.ToLower(request.SHA256), "by", request.By)
+	return describe(next), nil
+}
+
+func notGrown(rec *record, lacks string) error {
+	return fmt.Errorf("key %q: %w, and the record has not all that is here: %s; nothing was changed. Take the record that was read "+
+		"last; only where this key is the wrong one, delete it before you restore", rec.Name, ErrKeyExists, lacks)
+}
+
+// lacksOf says what of another record of the key this one lacks, "" for nothing. Authentication keys are not compared.
+func (r *record) lacksOf(here *record) string {
+	if !r.Created.Equal(here.Created) {
+		return fmt.Sprintf("it is of a key that was made at %s, and the one here was at %s", r.Created.Format(time.RFC3339),
+			here.Created.Format(time.RFC3339))
+	}
+	for i := range here.Versions {
+		known := &here.Versions[i]
+		v := r.version(known.Number)
+		if v == nil {
+			return fmt.Sprintf("it lacks version %d", known.Number)
+		}
+		for j := range known.Recipients {
+			rcpt := &known.Recipients[j]
+			there := v.recipient(rcpt.KID)
+			switch {
+			case there == nil:
+				return fmt.Sprintf("it lacks the recipient of version %d on device %q, %s", v.Number, rcpt.Device, rcpt.KID)
+			case there.Algorithm != rcpt.Algorithm:
+				return fmt.Sprintf("the recipient of version %d on device %q opens with %s there and with %s here", v.Number, rcpt.Device,
+					there.Algorithm, rcpt.Algorithm)
+			}
+		}
+		if !v.Created.Equal(known.Created) {
+			return fmt.Sprintf("its version %d was made at %s, and the one here at %s", v.Number, v.Created.Format(time.RFC3339),
+				known.Created.Format(time.RFC3339))
+		}
+	}
+	return ""
+}
+
+// news returns the versions of another record of the key that are not here as they are there, and those that are not here at all.
+func (r *record) news(incoming *record) (changed, added []*version) {
+	for i := range incoming.Versions {
+		v := &incoming.Versions[i]
+		switch known := r.version(v.Number); {
+		case known == nil:
+			added = append(added, v)
+		case !bytes.Equal(known.AuthEnvelope, v.AuthEnvelope): // which names the recipients, too
+			changed = append(changed, v)
+		}
+	}
+	return changed, added
+}
+
+// take makes the record have some versions of another one. Recipients that are known stay as they are known here. The HSM keys
+// are used elsewhere as well, nobody knows what for: encrypt/ is assumed.
+func (r *record) take(changed, added []*version, read *Acknowledgement) {
+	r.keepRecordRead()
+	for _, v := range changed {
+		known := r.version(v.Number)
+		recipients := slices.Clone(v.Recipients)
+		for i := range recipients {
+			if here := known.recipient(recipients[i].KID); here != nil {
+				recipients[i] = *here
+			}
+		}
+		known.Recipients, known.AuthEnvelope, known.AuthKey = recipients, v.AuthEnvelope, slices.Clone(v.AuthKey)
+	}
+	for _, v := range added {
+		own := *v
+		own.AuthKey = slices.Clone(v.AuthKey)
+		r.addVersion(own)
+	}
+	for i := range r.Versions {
+		r.Versions[i].ServedEncrypt = true
+	}
+	r.Acknowledgements.RecordRead = read
+}
+
+// wipe overwrites the authentication keys of a record that goes nowhere.
+func (r *record) wipe() {
+	for i := range r.Versions {
+		clear(r.Versions[i].AuthKey)
+	}
+}
