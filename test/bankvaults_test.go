@@ -145,7 +145,7 @@ func TestNothingIsDeletedThatTheVaultDidNotTake(t *testing.T) {
 	if left := w.token.Tool(t, "--list-objects", "--type", "data"); strings.Count(left, "vault-unseal-") < 5 {
 		t.Errorf("left on the token:\n%s", left)
 	}
-	w.page["sh without"] = strings.TrimSuffix(w.page["sh delete"], "\n") + " --without vault-unseal-4 --replace\n"
+	w.page["sh without"] = strings.TrimSuffix(w.page["sh delete"], "\n") + " --without vault-unseal-4\n"
 	if said := w.must(t, "without"); strings.Count(said, "deleted") != 6 || !strings.Contains(said, "the running Vault takes them") {
 		t.Errorf("without it it says\n%s", said)
 	}

@@ -22,7 +22,7 @@ func (m *bankVaultsMove) takeOver(ctx context.Context, a *app, c *cluster.Cluste
 	if err != nil {
 		return err
 	}
-	kept, err := a.keeps(ctx, c, material, m.replace)
+	kept, err := a.keeps(ctx, c, material)
 	if err != nil && (!m.replace || ctx.Err() != nil) { // what is replaced need not open any more
 		return err
 	}
@@ -58,7 +58,8 @@ func (m *bankVaultsMove) importProved(ctx context.Context, a *app, custodian *cl
 	}
 	if view.Proved && !others { // by unsealing a node, which can be asked about the others now
 		if others, err = proveOthers(ctx, custodian, c, material); err != nil {
-			return false, fmt.Errorf("the keys are in custody, but import them again with --replace: %w", err)
+			return false, fmt.Errorf("the keys are in custody, enough of them to unseal cluster %q, and \"nitroseal rekey %s\" makes all of them anew; this "+
+				"is wrong with them: %w", c.Name, c.Name, err)
 		}
 	}
 	return view.Proved && others, nil
@@ -153,7 +154,7 @@ func (m *bankVaultsMove) importInto(ctx context.Context, a *app, custodian *clus
 			return err
 		}
 		view.Proved, view.Warnings = result.Proved, append(view.Warnings, result.Warnings...)
-		kept, err := a.keeps(ctx, c, material, m.replace)
+		kept, err := a.keeps(ctx, c, material)
 		switch {
 		case err != nil:
 			return fmt.Errorf("reading back what was stored: %w", err)
@@ -165,9 +166,9 @@ func (m *bankVaultsMove) importInto(ctx context.Context, a *app, custodian *clus
 	}
 }
 
-// keeps opens what is in custody of a cluster and tells whether all of the material is among it, and where alone is set,
-// whether no other keys are.
-func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvaults.Material, alone bool) (bool, error) {
+// keeps opens what is in custody of a cluster and tells whether all of the material is among it. More may be: a deletion that
+// was cut off has left a part of what was imported.
+func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvaults.Material) (bool, error) {
 	keeper, err := a.keeper()
 	if err != nil {
 		return false, err
@@ -188,7 +189,7 @@ func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvault
 		}
 		all := !slices.ContainsFunc(values, func(value []byte) bool {
 			return !slices.ContainsFunc(kept, func(k []byte) bool { return bytes.Equal(k, value) })
-		}) && (!alone || kind == "root" || len(kept) == len(values))
+		})
 		for _, value := range kept {
 			clear(value)
 		}
@@ -199,7 +200,7 @@ func (a *app) keeps(ctx context.Context, c *cluster.Cluster, material *bankvault
 	return true, nil
 }
 
-// openKept returns the keys of all items of a kind, of each of a spread. The caller wipes them.
+// openKept returns the values of all items of a kind, of each of a spread. The caller wipes them.
 func openKept(ctx context.Context, keeper *custody.Keeper, c *cluster.Cluster, kind string) (values [][]byte, err error) {
 	names := []string{kind}
 	if c.Spread != nil && kind != "root" {
@@ -219,10 +220,8 @@ func openKept(ctx context.Context, keeper *custody.Keeper, c *cluster.Cluster, k
 			}
 			return nil, err
 		}
-		for field, value := range fields {
-			if field != "facts" { // what they are for
-				values = append(values, value)
-			}
+		for _, value := range fields {
+			values = append(values, value)
 		}
 	}
 	return values, nil
