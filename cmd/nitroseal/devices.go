@@ -154,6 +154,8 @@ func (a *app) checkSecrets(c *config.Config) error {
 		_, err := newCluster(c.Clusters[i])
 		complain(err)
 	}
+	_, err = runCertificate(c)
+	complain(err)
 	token, err := vaultToken(c)
 	clear(token)
 	complain(err)
