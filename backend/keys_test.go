@@ -405,6 +405,37 @@ func TestKeyRecordBringsAKeyBackInAnotherMount(t *testing.T) {
 	}
 }
 
+func TestAChangedKeyRecordIsTakenOverTheKeyOfAnotherMount(t *testing.T) {
+	m := newMount(t)
+	m.addKey("prod")
+	other := mountOn(t, &faultyStorage{Storage: new(logical.InmemStorage)}, m.rack, m.secrets, m.state)
+	other.write("devices/prod-hsm", fields{"module": testModule, "serial": "SN-prod-hsm", "pin": rightPIN}).ok(t)
+	restore := func() reply {
+		backup := m.read("keys/prod/backup").ok(t)
+		return other.write("keys/prod/restore", fields{"key_record": backup.text("key_record"), "sha256": backup.text("sha256")})
+	}
+	old := m.read("keys/prod/backup").ok(t)
+	restore().ok(t)
+	other.write("stores/files", fields{"type": "file", "dir": "other"}).ok(t)
+	other.write("keys/prod", fields{"accept_single_hsm": true}).ok(t)
+	other.write("material/site/code", fields{"fields": fields{"code": "YQ=="}, "key": "prod", "store": "files"}).ok(t)
+
+	m.addDevice("second").AddRSA(t, "spare", "99", 2048)
+	other.write("devices/second", fields{"module": testModule, "serial": "SN-second", "pin": rightPIN}).ok(t)
+	m.write("keys/prod/rotate", fields{"device": "second", "key_label": "spare"}).ok(t)
+	wrapped := m.write("wrap/prod", fields{"plaintext": "c2VjcmV0"}).ok(t).text("ciphertext")
+	if got := restore().ok(t); got.text("latest_version") != "2" || got.data["accept_single_hsm"] == nil {
+		t.Errorf("restored: %v", got.data)
+	}
+	other.write("unwrap/prod", fields{"ciphertext": wrapped}).ok(t)
+	other.awaitRewrap("prod", "done")
+	if got := other.read("material/site/code").ok(t); got.text("key_version") != "2" {
+		t.Errorf("the material is sealed with version %s", got.text("key_version"))
+	}
+	other.write("keys/prod/restore", fields{"key_record": old.text("key_record"), "sha256": old.text("sha256")}).
+		want(t, http.StatusBadRequest).says(t, "it lacks version 2")
+}
+
 func TestPublicKeysAreReadAsPEM(t *testing.T) {
 	m := newMount(t)
 	m.addKey("prod")

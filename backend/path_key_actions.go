@@ -69,7 +69,10 @@ func (b *backend) keyActionPaths() []*framework.Path {
 			},
 			HelpSynopsis: "Bring a wrapping key back from its key record.",
 			HelpDescription: "Configure a device with one of the key's HSMs first. The record is taken only where its SHA-256 is the " +
-				"one that you give, and where the HSM opens the authentication key in it.",
+				"one that you give, and where the HSM opens the authentication key in it. Where the key is here already, because it was " +
+				"rotated or given a recipient elsewhere, it takes on what is new, and nothing is taken away from it: a record that has not all " +
+				"that is here is refused. Stored material is sealed anew afterwards. Whoever may write this path says what the key seals to from " +
+				"then on.",
 		},
 		{
 			Pattern: key + "/public\\.pem",
@@ -156,6 +159,10 @@ func (b *backend) keyRestore(ctx context.Context, req *logical.Request, data *fr
 	case sum == "":
 		return nil, mistake("sha256 is missing; give the SHA-256 of the record that you noted when the key was made, not one that you computed just now")
 	}
+	before, err := b.keys.Get(ctx, name)
+	if err != nil && !errors.Is(err, keyring.ErrKeyNotFound) {
+		return nil, err
+	}
 	key, err := b.keys.Restore(ctx, name, keyring.RestoreRequest{
 		Record: []byte(record), SHA256: sum, Devices: data.Get("devices").(map[string]string), By: by(req),
 	})
@@ -164,6 +171,9 @@ func (b *backend) keyRestore(ctx context.Context, req *logical.Request, data *fr
 	}
 	if err != nil {
 		return nil, adoptionError(err)
+	}
+	if before != nil && before.RecordSHA256 != key.RecordSHA256 {
+		b.startRewrap(ctx, name, by(req))
 	}
 	return b.keyResponse(ctx, key)
 }

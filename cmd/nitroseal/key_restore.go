@@ -14,7 +14,10 @@ func newKeyRestoreCommand(a *app) *cobra.Command {
 		Use:   "restore KEY --in FILE --sha256 HEX",
 		Short: "Bring a wrapping key back from its key record",
 		Long: `Bring a wrapping key back from its key record, with one of its HSMs attached. Its SHA-256 must be the one that was noted down when
-the record was made. No wrapping key is ever replaced.`,
+the record was made.
+
+Where the key is here already, because another machine rotated it or added a recipient, it takes on what is new. Nothing is taken away from it: a
+record that has not all that is here is refused. What was set and confirmed here stays.`,
 		Example: `  nitroseal key restore prod --in prod.key-record.json --sha256 51f9…
   nitroseal key restore prod --in prod.key-record.json --sha256 51f9… --rename old-stick=stick`,
 		ValidArgsFunction: cobra.NoFileCompletions,

@@ -130,12 +130,8 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 			add("material %q is %s; nitroseal material show %s %s", m.Item, m.State, c.Name, m.Item)
 		}
 		if m.Err == nil && m.Version > m.LatestVersion {
-			mend := "nitroseal key restore " + m.Key
-			if m.LatestVersion > 0 { // a key is never replaced
-				mend = fmt.Sprintf("nitroseal key delete %s, then %s", m.Key, mend)
-			}
-			add("%q is sealed with version %d of wrapping key %q, which this machine does not have, so it opens nothing; bring the key's newest record here: %s",
-				m.Item, m.Version, m.Key, mend)
+			add("%q is sealed with version %d of wrapping key %q, which this machine does not have, so it opens nothing; bring the key's newest record here: "+
+				"nitroseal key restore %s", m.Item, m.Version, m.Key, m.Key)
 		}
 	}
 	if s.Held != nil {

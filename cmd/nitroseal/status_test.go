@@ -33,7 +33,7 @@ func TestTheVerdictOfAStatus(t *testing.T) {
 		"all nodes are unsealed and none is active":  {open(node.RoleNone, node.RoleNone, ""), kept(1, 1), []string{"no node is active"}},
 		"an older version of the wrapping key":       {open(node.RoleActive), kept(1, 2), nil},
 		"this machine does not have the key":         {open(node.RoleActive), kept(1, 0), []string{`"office"`, "nitroseal key restore office"}},
-		"this machine has an older state of the key": {open(node.RoleActive), kept(3, 2), []string{`"office"`, "version 3", "nitroseal key delete office, then nitroseal key restore office"}},
+		"this machine has an older state of the key": {open(node.RoleActive), kept(3, 2), []string{`"office"`, "version 3", "here: nitroseal key restore office"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := judge(&cluster.Cluster{Name: "prod", Key: "office"}, &cluster.Status{Nodes: test.nodes, Material: test.material}, nil)
