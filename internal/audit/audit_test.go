@@ -477,3 +477,35 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// elsewhere is a sink of which nobody can say whether it took a line.
+type elsewhere struct{ *fakeSink }
+
+func (elsewhere) Uncertain() bool { return true }
+
+func TestACheckIsNotPleasedByACopy(t *testing.T) {
+	gone, far := &fakeSink{name: "gone", reopen: syscall.ENOENT}, elsewhere{&fakeSink{name: "far"}}
+	l := open(t, Options{}, gone, far)
+	if err := l.Check(t.Context()); !errors.Is(err, ErrNoSink) {
+		t.Errorf("only a copy would be taken: %v", err)
+	}
+	must(t, l.Close())
+}
+
+func TestACheckForgetsNotWhatWasMissed(t *testing.T) {
+	full, other := &fakeSink{name: "full"}, &fakeSink{name: "other"}
+	full.fails(syscall.ENOSPC)
+	l := open(t, Options{}, full, other)
+	end, err := l.Begin(t.Context(), unseal)
+	must(t, err)
+	end(nil)
+	full.fails(nil)
+	must(t, l.Check(t.Context()))
+	end, err = l.Begin(t.Context(), unseal)
+	must(t, err)
+	end(nil)
+	must(t, l.Close())
+	if told, ok := full.lines[0]["missed"].(map[string]any); !ok || told["lines"] != 2.0 {
+		t.Errorf("the next line tells %v", full.lines[0]["missed"])
+	}
+}
