@@ -92,7 +92,11 @@ func (a *app) givenShares(ctx context.Context, from *shareSource) (given *cluste
 		}
 		defer clear(raw)
 		if given, err = cluster.ParseShares(raw); err != nil {
-			err = usage("%s: %w", from.file, err)
+			name := from.file
+			if name == "-" {
+				name = "standard input"
+			}
+			err = usage("%s: %w", name, err)
 		}
 	}
 	if err != nil {

@@ -110,14 +110,17 @@ func (m *messageFolder) check(c *cluster.Cluster) error {
 // rootMessage names the file with the root token.
 const rootMessage = "root-token"
 
-// put writes a message where it belongs, and returns the file; "" where it is to be printed.
+// put writes a message where it belongs, over nothing, and returns the file; "" where it is to be printed.
 func (m *messageFolder) put(c *cluster.Cluster, whom string, message []byte) (path string, err error) {
 	if m.dir == "" {
 		return "", nil
 	}
 	path = m.path(c, whom)
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("writing the message to %s: %s is there already; the message is printed in place of that", whom, path)
+	}
 	if err := writeFile(path, message); err != nil {
-		return "", fmt.Errorf("writing the message to %s into %s: %w; it is kept in custody as well, and \"nitroseal export\" gives it out", whom, path, pathless(err))
+		return "", fmt.Errorf("writing the message to %s into %s: %w; it is printed in place of that", whom, path, pathless(err))
 	}
 	return path, nil
 }
