@@ -2,6 +2,8 @@ package pkcs11
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"errors"
 	"strings"
 	"testing"
@@ -38,6 +40,45 @@ func TestPKCS1v15PaddingIsTakenOff(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPKCS1v15AgreesWithCryptoRSA for moduli of whole and of broken bytes.
+func TestPKCS1v15AgreesWithCryptoRSA(t *testing.T) {
+	odd, err := rsa.GenerateKey(rand.Reader, 2041)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []*rsa.PrivateKey{sharedKey(), odd} {
+		for _, size := range []int{0, 1, 66, key.Size() - 12, key.Size() - 11} {
+			message := make([]byte, size)
+			ciphertext, err := rsa.EncryptPKCS1v15(rand.Reader, &key.PublicKey, message) //nolint:staticcheck // what old values are encrypted with
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := unpadPKCS1v15(raw(key, ciphertext))
+			if err != nil || !bytes.Equal(got, message) {
+				t.Errorf("%d bits, %d bytes: got %d bytes, %v", key.N.BitLen(), size, len(got), err)
+			}
+		}
+	}
+}
+
+func FuzzUnpadPKCS1v15(f *testing.F) {
+	f.Add([]byte("\x00\x02\xaa\xaa\xaa\xaa\xaa\xaa\xaa\xaa\x00share"))
+	f.Add([]byte("\x00\x02\xaa\xaa\xaa\xaa\xaa\xaa\xaa\x00\x00share"))
+	f.Fuzz(func(t *testing.T, block []byte) {
+		// The same as RFC 8017 puts it, without hiding anything.
+		var want []byte
+		if rest, padded := bytes.CutPrefix(block, []byte{0, 2}); padded {
+			if filling, message, ended := bytes.Cut(rest, []byte{0}); ended && len(filling) >= 8 {
+				want = append([]byte{}, message...)
+			}
+		}
+		got, err := unpadPKCS1v15(block)
+		if (err == nil) != (want != nil) || !bytes.Equal(got, want) {
+			t.Errorf("%x gives %x, %v; want %x", block, got, err, want)
+		}
+	})
 }
 
 func TestPKCS1v15NeedsTheBareOperation(t *testing.T) {
