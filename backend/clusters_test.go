@@ -367,7 +367,7 @@ func TestHealthTellsWhatTheWatchFound(t *testing.T) {
 // not lose what the new version sealed.
 func TestTheKeysOfAClusterFollowARotationWhenItIsReady(t *testing.T) {
 	m, _ := newCustody(t)
-	m.write("clusters/prod", clusterOf(t, nil)).ok(t)
+	m.write("clusters/prod", clusterOf(t, fields{"watch": false})).ok(t)
 	m.keep("prod")
 	m.write("keys/prod/rotate", fields{"generate": true}).ok(t)
 	m.awaitState("prod", "ready")
@@ -381,7 +381,6 @@ func TestTheKeysOfAClusterFollowARotationWhenItIsReady(t *testing.T) {
 		t.Fatal("the keys of the cluster are sealed to a version that nobody has the key record of")
 	}
 	m = m.remount()
-	m.clusters.custodian = &fakeCustodian{tends: map[string]int{}, nodes: map[string][]string{}}
 	m.read("keys/prod/backup").ok(t) // a single HSM was accepted for the key before
 	m.tickOnce(t)
 	m.awaitRewrap("prod", "done")
