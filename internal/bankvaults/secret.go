@@ -10,16 +10,6 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// secretDocument is the part of a Kubernetes object that matters here.
-type secretDocument struct {
-	Metadata struct {
-		Name      string `yaml:"name"`
-		Namespace string `yaml:"namespace"`
-	} `yaml:"metadata"`
-	Data       map[string]string `yaml:"data"` // base64
-	StringData map[string]string `yaml:"stringData"`
-}
-
 // Secret reads what "kubectl get secret -o yaml" (or json) prints: a Secret, a List of them, or several documents. Only
 // values under Bank-Vaults' names are kept. Errors: [ErrInvalid], [ErrNothing].
 func Secret(text []byte) ([]Copy, error) {
@@ -36,13 +26,14 @@ func Secret(text []byte) ([]Copy, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: it is neither YAML nor JSON", ErrInvalid) // the parser's own text quotes
 		}
-		if object := document.Content[0]; object.Kind == yaml.ScalarNode && object.Value == "" {
+		object := document.Content[0]
+		if object.Kind == yaml.ScalarNode && object.Value == "" {
 			continue // between two lines of dashes
 		}
-		if !plain(&document) {
+		if !plain(object) {
 			return nil, fmt.Errorf("%w: it has aliases or tags, which kubectl does not print", ErrInvalid)
 		}
-		found, err := readDocument(&document, true)
+		found, err := readDocument(object, true)
 		if err != nil {
 			return nil, err
 		}
@@ -72,26 +63,22 @@ func plain(node *yaml.Node) bool {
 }
 
 // readDocument reads one object. A List holds no Lists.
-func readDocument(object *yaml.Node, outermost bool) ([]Copy, error) {
-	var d struct {
-		Kind  string      `yaml:"kind"`
-		Items []yaml.Node `yaml:"items"`
-	}
-	// The decoder's own text quotes, here and below.
-	if err := object.Decode(&d); err != nil {
+func readDocument(node *yaml.Node, outermost bool) ([]Copy, error) {
+	object, ok := members(node)
+	if !ok {
 		return nil, fmt.Errorf("%w: it is no Secret, and no List of Secrets, or has a key twice", ErrInvalid)
 	}
-	switch {
-	case d.Kind == "Secret":
-		var secret secretDocument
-		if err := object.Decode(&secret); err != nil {
-			return nil, fmt.Errorf("%w: a Secret with something else than texts, or with a key twice", ErrInvalid)
+	switch kind := object.text("kind"); {
+	case kind == "Secret":
+		return readSecret(object)
+	case outermost && (kind == "List" || kind == "SecretList"):
+		items := object["items"]
+		if items == nil {
+			return nil, nil
 		}
-		return secret.copies()
-	case outermost && (d.Kind == "List" || d.Kind == "SecretList"):
 		var copies []Copy
-		for i := range d.Items {
-			found, err := readDocument(&d.Items[i], false)
+		for _, item := range items.Content {
+			found, err := readDocument(item, false)
 			if err != nil {
 				return nil, err
 			}
@@ -100,23 +87,66 @@ func readDocument(object *yaml.Node, outermost bool) ([]Copy, error) {
 		return copies, nil
 	case !outermost:
 		return nil, nil // of another kind, which "kubectl get all" lists as well
+	default:
+		return nil, fmt.Errorf("%w: an object of kind %.40q; a Secret or a List of Secrets is wanted", ErrInvalid, kind)
 	}
-	return nil, fmt.Errorf("%w: an object of kind %.40q; a Secret or a List of Secrets is wanted", ErrInvalid, d.Kind)
 }
 
-func (d *secretDocument) copies() ([]Copy, error) {
-	from := fmt.Sprintf("the Secret %.253s", d.Metadata.Name) // no name of Kubernetes is longer
-	if d.Metadata.Namespace != "" {
-		from = fmt.Sprintf("the Secret %.253s/%.253s", d.Metadata.Namespace, d.Metadata.Name)
+// mapping is one of YAML, by its keys.
+type mapping map[string]*yaml.Node
+
+// members reads a mapping; ok is false for what is none, or has a key twice. The parser's own decoder would take hours for a key
+// that comes very often.
+func members(node *yaml.Node) (m mapping, ok bool) {
+	if node.Kind != yaml.MappingNode {
+		return nil, false
+	}
+	m = make(mapping, len(node.Content)/2)
+	for i := 0; i+1 < len(node.Content); i += 2 {
+		key := node.Content[i].Value // empty for what is no text
+		if m[key] != nil {
+			return nil, false
+		}
+		m[key] = node.Content[i+1]
+	}
+	return m, true
+}
+
+// text is a value, empty for what is no text.
+func (m mapping) text(key string) string {
+	if m[key] == nil {
+		return ""
+	}
+	return m[key].Value
+}
+
+// part is a mapping in it, empty where there is none.
+func (m mapping) part(key string) (_ mapping, ok bool) {
+	if m[key] == nil || m[key].Kind == yaml.ScalarNode && m[key].Value == "" {
+		return nil, true
+	}
+	return members(m[key])
+}
+
+func readSecret(secret mapping) ([]Copy, error) {
+	metadata, ok := secret.part("metadata")
+	data, okData := secret.part("data") // base64
+	stringData, okStrings := secret.part("stringData")
+	if !ok || !okData || !okStrings {
+		return nil, fmt.Errorf("%w: a Secret with something else than names and values, or with a key twice", ErrInvalid)
+	}
+	from := fmt.Sprintf("the Secret %.253s", metadata.text("name")) // no name of Kubernetes is longer
+	if namespace := metadata.text("namespace"); namespace != "" {
+		from = fmt.Sprintf("the Secret %.253s/%.253s", namespace, metadata.text("name"))
 	}
 	var copies []Copy
-	keep := func(texts map[string]string, decode func(string) ([]byte, error)) error {
-		for key, text := range texts {
+	keep := func(values mapping, decode func(string) ([]byte, error)) error {
+		for key := range values {
 			name, known := ParseName(key)
 			if !known {
 				continue
 			}
-			block, err := decode(text)
+			block, err := decode(values.text(key))
 			if err != nil {
 				return fmt.Errorf("%w: %s in %s is no base64", ErrInvalid, name, from) // the decoder's own text quotes
 			}
@@ -127,10 +157,10 @@ func (d *secretDocument) copies() ([]Copy, error) {
 		}
 		return nil
 	}
-	if err := keep(d.Data, base64.StdEncoding.DecodeString); err != nil {
+	if err := keep(data, base64.StdEncoding.DecodeString); err != nil {
 		return nil, err
 	}
-	if err := keep(d.StringData, unwrapText); err != nil {
+	if err := keep(stringData, unwrapText); err != nil {
 		return nil, err
 	}
 	return copies, nil

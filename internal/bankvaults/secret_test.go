@@ -82,6 +82,8 @@ func TestSecretsThatAreNone(t *testing.T) {
 		"a merge of itself":         {"kind: Secret\ndata: &a\n  <<: *a\n", bankvaults.ErrInvalid},
 		"a binary name":             {"kind: Secret\ndata:\n  !!binary dmF1bHQtcm9vdA==: AAAA\n", bankvaults.ErrInvalid},
 		"a list of lists of lists":  {strings.Repeat("[", 1<<20), bankvaults.ErrInvalid},
+		"one key very often":        {"kind: Secret\ndata:\n" + strings.Repeat("  a: b\n", 1<<15), bankvaults.ErrInvalid},
+		"very many keys":            {"kind: Secret\nmetadata: {name: a, name: b}\ndata:\n" + numbered(1<<16), bankvaults.ErrInvalid},
 		"a value that is a list":    {"kind: Secret\ndata:\n  vault-root: [AAAA]\n", bankvaults.ErrInvalid},
 		"more than is read":         {strings.Repeat("#", bankvaults.MaxSecret+1), bankvaults.ErrInvalid},
 	} {
@@ -93,6 +95,15 @@ func TestSecretsThatAreNone(t *testing.T) {
 	if _, err := bankvaults.Secret([]byte("kind: Secret\ndata:\n  vault-root: s3cr3t!\n")); err == nil || strings.Contains(err.Error(), "s3cr3t") {
 		t.Errorf("it says %v", err)
 	}
+}
+
+// numbered are n different keys of a mapping.
+func numbered(n int) string {
+	var text strings.Builder
+	for i := range n {
+		fmt.Fprintf(&text, "  a%d: b\n", i)
+	}
+	return text.String()
 }
 
 func FuzzSecret(f *testing.F) {
