@@ -10,7 +10,7 @@ import (
 )
 
 // personLog is a log for people: "nitroseal: warning: the message (device one, …)" on stderr. What the rooms below log at
-// other levels is for servers, but for the steps of a long verb ([app.steps]). Warnings wait a moment for the end of the command: where it fails, those that its error
+// other levels is for servers, but for the steps of a long verb ([app.steps]). What was told of one cause is not told again. Warnings wait a moment for the end of the command: where it fails, those that its error
 // repeats would only be in the way of it, and where it goes on a person wants to know what is waited for.
 type personLog struct {
 	app   *app
@@ -23,6 +23,23 @@ type waitingWarnings struct {
 	mu   sync.Mutex
 	all  []warning
 	late *time.Timer // nil where nothing waits
+	told map[warning]bool
+}
+
+// again tells whether a message was told before in this run: of the same cause, or in the same words where it names none.
+func (w *waitingWarnings) again(message, line, cause string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	told := warning{line, ""}
+	if cause != "" {
+		told = warning{message, cause}
+	}
+	if w.told == nil {
+		w.told = map[warning]bool{}
+	}
+	before := w.told[told]
+	w.told[told] = true
+	return before
 }
 
 const warningWait = 3 * time.Second
@@ -71,11 +88,13 @@ func (l personLog) Handle(_ context.Context, record slog.Record) error {
 		line += " (" + strings.Join(details, ", ") + ")"
 	}
 	switch {
-	case record.Level >= slog.LevelError:
-		l.app.say("nitroseal: error: %s", line)
-		return nil
 	case record.Level < slog.LevelWarn:
 		l.app.say("%s", line)
+		return nil
+	case l.waits.again(record.Message, line, cause):
+		return nil
+	case record.Level >= slog.LevelError:
+		l.app.say("nitroseal: error: %s", line)
 		return nil
 	}
 	l.waits.mu.Lock()

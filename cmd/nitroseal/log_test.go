@@ -51,3 +51,36 @@ func TestAWarningDoesNotWaitForACommandThatGoesOn(t *testing.T) {
 		})
 	}
 }
+
+// The same trouble comes up at each try, for each node and for each item: a person needs to be told of it once.
+func TestTheSameCauseIsToldOnceInARun(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "stderr")
+	stderr, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stderr.Close()
+	a := newApp(os.Stdin, os.Stdout, stderr)
+	for range 2 {
+		for _, node := range []string{"one", "two"} {
+			logger := a.logger().With("node", node)
+			logger.Warn("it does not open", "cause", "no token")
+			logger.Warn("it does not open", "cause", "wrong PIN")
+			logger.Warn("it rests")
+			logger.Error("it is lost", "cause", "no token")
+		}
+		a.warnings.flush(a, nil)
+	}
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "nitroseal: error: it is lost (node one, cause no token)\n" +
+		"nitroseal: warning: it does not open (node one, cause no token)\n" +
+		"nitroseal: warning: it does not open (node one, cause wrong PIN)\n" +
+		"nitroseal: warning: it rests (node one)\n" +
+		"nitroseal: warning: it rests (node two)\n"
+	if string(content) != want {
+		t.Errorf("it says:\n%s\nwant:\n%s", content, want)
+	}
+}

@@ -39,6 +39,10 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 	if interval == 0 {
 		interval = defaultInterval
 	}
+	var once *sync.Map
+	if done != nil {
+		once = &sync.Map{}
+	}
 	for _, configured := range site.Clusters {
 		t := &tender{
 			cluster: configured.Name, custodian: site.Custodian, lanes: shared, stop: stop, acts: acts, running: &c.running,
@@ -48,7 +52,7 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 			w := &watch{
 				cluster: configured.Name, address: address, custodian: site.Custodian, tender: t, interval: interval,
 				logger: logger.With("cluster", configured.Name, "node", address), kicks: make(chan func(), 1),
-				notes: notes{condition: old.told},
+				notes: notes{condition: old.told, once: once},
 				view: view{
 					cluster: configured.Name, address: address, state: old.state, seen: old.seen, unsealed: old.unsealed, attempts: old.attempts,
 				},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
@@ -17,6 +18,7 @@ type notes struct {
 	note      string // what it waits for
 	alarm     Alarm
 	told      time.Time
+	once      *sync.Map // of a run that ends: the alarms of clusters that it has told of; nil for the daemon
 }
 
 // looked tells of a look.
@@ -54,6 +56,12 @@ func (n *notes) tended(logger *slog.Logger, v view, r Result) {
 			return
 		}
 		n.alarm, n.complaint, n.told = v.alarm, r.Err.Error(), time.Now()
+		if n.once != nil {
+			if _, before := n.once.LoadOrStore([2]string{v.cluster, string(v.alarm)}, true); !before {
+				logger.Warn("only a person can mend this", "alarm", string(v.alarm), "cause", r.Err)
+			}
+			break
+		}
 		logger.Error("a person is needed: the node is not touched again before the configuration is read anew (SIGHUP), "+
 			"the material changes, or a while has passed", "alarm", string(v.alarm), "wait", barTime, "cause", r.Err)
 	case r.Err == nil && r.Note != "" && r.Note != n.note:

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -67,7 +66,7 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 	}
 	c.end()
 	report := Report{}
-	errs := []error{ErrSealed}
+	var failed []failedNodes
 	for _, v := range c.views() {
 		n := NodeReport{Cluster: v.cluster, Address: v.address, Reachable: v.up, State: v.state, Unsealed: !v.unsealed.IsZero(), Err: v.err}
 		if n.Err == nil && !v.well() {
@@ -77,13 +76,13 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 			}
 		}
 		if n.Err != nil {
-			err := n.Err
-			if !strings.Contains(err.Error(), n.Address) { // it may say so itself
-				err = fmt.Errorf("node %s of cluster %q: %w", n.Address, n.Cluster, err)
-			}
-			errs = append(errs, err)
+			failed = gather(failed, n)
 		}
 		report.Nodes = append(report.Nodes, n)
+	}
+	errs := []error{ErrSealed}
+	for _, f := range failed {
+		errs = append(errs, f)
 	}
 	switch {
 	case len(errs) == 1:

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 )
 
@@ -103,6 +105,79 @@ func TestOnceReportsAnActThatOutlivedTheDeadline(t *testing.T) {
 		report, err := Once(t.Context(), &Site{Custodian: y, Clusters: []Cluster{a}}, OnceOptions{Wait: time.Second})
 		if err != nil || !report.Nodes[0].Unsealed {
 			t.Errorf("got %v, %+v", err, report)
+		}
+	})
+}
+
+func TestOnceSaysTheSameCauseOnce(t *testing.T) {
+	away := errors.New("the token labelled two is not there")
+	for name, test := range map[string]struct {
+		refused func(i int, address string) error
+		said    []string // each once; %1 to %3 are the nodes of cluster a
+	}{
+		"nodes of a cluster with one cause": {func(int, string) error { return fmt.Errorf("opening the unseal keys: %w", away) }, []string{
+			`nodes %1, %2 and %3 of cluster "a": opening the unseal keys: the token labelled two is not there`,
+		}},
+		"each names itself": {func(_ int, address string) error { return fmt.Errorf("node %s: refused: %w", address, away) }, []string{
+			`nodes %1, %2 and %3 of cluster "a": refused: the token labelled two is not there`,
+		}},
+		"the first had its PIN refused, the others were not let try": {func(i int, _ string) error {
+			return fmt.Errorf("device two: %w", &hsm.PINError{TriesLeft: 2, Barred: i != 1, Detail: fmt.Sprintf("refused at %d", i)})
+		}, []string{`nodes %1, %2 and %3 of cluster "a": device two: refused at 1`}},
+		"two causes": {func(i int, _ string) error {
+			if i == 1 {
+				return cluster.ErrWrongShares
+			}
+			return away
+		}, []string{`nodes %1 and %3 of cluster "a": the token labelled two is not there`, `node %2 of cluster "a": ` + cluster.ErrWrongShares.Error()}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				y := newYard()
+				a, b := y.cluster("a", 3), y.cluster("b", 1)
+				y.seal(a.Nodes...)
+				for i, address := range a.Nodes {
+					y.refused[address] = test.refused(i, address)
+				}
+				report, err := Once(t.Context(), &Site{Custodian: y, Clusters: []Cluster{a, b}}, OnceOptions{})
+				if err == nil || len(report.Nodes) != 4 {
+					t.Fatalf("got %v, %+v", err, report)
+				}
+				for i, address := range a.Nodes {
+					if report.Nodes[i].Err == nil || !errors.Is(err, report.Nodes[i].Err) {
+						t.Errorf("node %s: %v", address, report.Nodes[i].Err)
+					}
+				}
+				for _, said := range test.said {
+					sentence := strings.NewReplacer("%1", a.Nodes[0], "%2", a.Nodes[1], "%3", a.Nodes[2]).Replace(said)
+					if strings.Count(err.Error(), sentence) != 1 {
+						t.Errorf("it does not say %q once: %v", sentence, err)
+					}
+				}
+				if n := strings.Count(err.Error(), "\n"); n != len(test.said) {
+					t.Errorf("%d lines after the first: %v", n, err)
+				}
+			})
+		})
+	}
+}
+
+// What a daemon does when it is told to is nothing that a run of its own can be told.
+func TestOnceSpeaksOfNoDaemon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		y := newYard()
+		a := y.cluster("a", 3)
+		y.seal(a.Nodes...)
+		for i, address := range a.Nodes {
+			y.refused[address] = fmt.Errorf("device two: %w", &hsm.PINError{TriesLeft: 2, Detail: fmt.Sprintf("refused at %d", i)})
+		}
+		var log strings.Builder
+		logger := slog.New(slog.NewTextHandler(&log, nil))
+		if _, err := Once(t.Context(), &Site{Custodian: y, Clusters: []Cluster{a}}, OnceOptions{Logger: logger}); err == nil {
+			t.Error("it is unsealed")
+		}
+		if strings.Contains(log.String(), "SIGHUP") || strings.Count(log.String(), "only a person can mend") != 1 {
+			t.Errorf("the log says:\n%s", log.String())
 		}
 	})
 }
