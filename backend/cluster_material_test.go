@@ -2,6 +2,7 @@ package backend
 
 import (
 	"net/http"
+	"strings"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
@@ -41,4 +42,22 @@ func TestMaterialOfClustersIsGuarded(t *testing.T) {
 	}
 	m.delete("material/prod/unseal", fields{"discard_keys": true}).ok(t)
 	m.read("material/prod/unseal").want(t, http.StatusNotFound)
+}
+
+// A mount that lost its records, or is a new one, finds in the store what it has no record of.
+func TestKeysThatAMountHasNoRecordOfAreGuarded(t *testing.T) {
+	m, _ := newCustody(t)
+	m.write("clusters/prod", clusterOf(t, nil)).ok(t)
+	m.keep("prod")
+	for key := range m.stored() {
+		if strings.HasPrefix(key, materialPrefix) {
+			if err := m.storage.Delete(t.Context(), key); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	m.write("clusters/prod", fields{"nodes": "https://evil.example:8200"}).want(t, http.StatusBadRequest).says(t, "accept_destination=true")
+	m.delete("clusters/prod", nil).want(t, http.StatusBadRequest).says(t, "force=true")
+	m.delete("clusters/prod", fields{"force": true}).ok(t)
+	m.write("clusters/prod", clusterOf(t, nil)).want(t, http.StatusBadRequest).says(t, "accept_destination=true")
 }

@@ -236,8 +236,9 @@ func (b *backend) knownCluster(ctx context.Context, name string) (*cluster.Clust
 	return record.cluster(name)
 }
 
-// clusterMaterial names what is kept of a cluster's keys. What cannot be looked at may be there.
-func (b *backend) clusterMaterial(ctx context.Context, name string) ([]string, error) {
+// clusterMaterial names what is kept of a cluster's keys: what this mount has records of, and what lies without any in the stores
+// of the cluster, as it does after the mount was lost. A store that cannot be looked into is an error then.
+func (b *backend) clusterMaterial(ctx context.Context, name string, stores ...string) ([]string, error) {
 	items, _, err := b.keeper.List(ctx, name)
 	if err != nil {
 		return nil, err
@@ -254,6 +255,30 @@ func (b *backend) clusterMaterial(ctx context.Context, name string) ([]string, e
 	}
 	if len(held) > 0 { // by the initialisation that made it
 		kept = append(kept, "what the store has not taken yet")
+	}
+	for _, from := range stores {
+		if len(kept) > 0 {
+			break
+		}
+		if from == "" {
+			continue
+		}
+		opened, err := b.Store(ctx, from)
+		if errors.Is(err, errNoStore) {
+			continue
+		}
+		var paths []string
+		if err == nil {
+			paths, err = opened.List(ctx, materialPrefix+name+"/") // as the keeper names its envelopes
+		}
+		if err != nil {
+			return nil, fmt.Errorf("looking in store %q for keys of cluster %q: %w", from, name, err)
+		}
+		for _, path := range paths {
+			if item := strings.TrimPrefix(path, materialPrefix+name+"/"); isCustodyItem(item) {
+				kept = append(kept, item)
+			}
+		}
 	}
 	return kept, nil
 }

@@ -250,8 +250,13 @@ func TestSentencesAboutClustersAreInTheWordsOfTheMount(t *testing.T) {
 	m.write("clusters/prod/unseal", nil).want(t, http.StatusBadRequest).says(t, "run: write clusters/prod/init")
 	said := ""
 	for _, data := range []fields{
-		{"nodes": ""}, {"root_token": "pgp"}, {"root_token": "x"}, {"root_pgp_key": alicePublic(t)}, {"root_token": "keep", "spread": "1 of prod, office"},
-		{"store": ""}, {"shares": 2, "threshold": 3},
+		{"nodes": ""},
+		{"root_token": "pgp"},
+		{"root_token": "x"},
+		{"root_pgp_key": alicePublic(t)},
+		{"root_token": "keep", "spread": "1 of prod, office"},
+		{"store": ""},
+		{"shares": 2, "threshold": 3},
 	} {
 		said += m.write("clusters/prod", data).want(t, http.StatusBadRequest).message + "\n"
 	}

@@ -300,7 +300,7 @@ func (b *backend) checkMove(ctx context.Context, name string, old, changed *clus
 	if moved = changed.moved(from); len(moved) == 0 {
 		return nil, nil
 	}
-	kept, err := b.clusterMaterial(ctx, name)
+	kept, err := b.clusterMaterial(ctx, name, changed.Store, from.Store)
 	if err != nil || len(kept) == 0 {
 		return nil, err
 	}
@@ -331,7 +331,11 @@ func (b *backend) clusterDelete(ctx context.Context, req *logical.Request, data 
 	}
 	defer done()
 	if !data.Get("force").(bool) {
-		kept, err := b.clusterMaterial(ctx, name)
+		var stores []string
+		if record, err := b.readCluster(ctx, name); err == nil && record != nil { // a damaged record can be deleted
+			stores = []string{record.Store}
+		}
+		kept, err := b.clusterMaterial(ctx, name, stores...)
 		switch {
 		case errors.Is(err, custody.ErrInvalid): // no name of a cluster, so nothing is kept
 		case err != nil:
