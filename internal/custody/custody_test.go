@@ -588,7 +588,7 @@ func TestTwoNamesOfOneHSMAreOneHSM(t *testing.T) {
 	}
 }
 
-func TestWhatOpensOnOneHSMOnlyIsWarnedAboutUntilABackupOfItsKeyIsConfirmed(t *testing.T) {
+func TestWhatOpensOnOneHSMOnlyIsWarnedAboutUntilSomebodyTakesItOnThemselves(t *testing.T) {
 	h := newHouse(t)
 	yes := true
 	warned := func(generation uint64) bool {
@@ -605,9 +605,17 @@ func TestWhatOpensOnOneHSMOnlyIsWarnedAboutUntilABackupOfItsKeyIsConfirmed(t *te
 		}
 	}
 	h.put("prod", "unseal", "value")
-	configure(keyring.Settings{AcceptSingleHSM: &yes})
 	if !warned(1) {
 		t.Error("no warning, although losing the HSM loses it")
+	}
+	configure(keyring.Settings{AcceptSingleHSM: &yes})
+	if warned(1) {
+		t.Error("a warning, although somebody accepted that")
+	}
+	no := false
+	configure(keyring.Settings{AcceptSingleHSM: &no})
+	if !warned(1) {
+		t.Error("no warning, although nobody accepts that any more")
 	}
 	configure(keyring.Settings{BackupConfirmed: &yes})
 	if warned(1) {

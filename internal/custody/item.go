@@ -228,9 +228,9 @@ func (k *Keeper) metadata(ctx context.Context, i *item) Metadata {
 	}
 	if i.exists() {
 		m.Key, m.Version, m.Generation = i.claimed.Key, i.claimed.Version, i.claimed.Generation
-		var backedUp bool
-		m.KIDs, m.HSMs, m.LatestVersion, backedUp = k.recipients(ctx, i)
-		if m.HSMs == 1 && !backedUp {
+		var accepted bool
+		m.KIDs, m.HSMs, m.LatestVersion, accepted = k.recipients(ctx, i)
+		if m.HSMs == 1 && !accepted {
 			m.Warnings = append(m.Warnings, "It opens on one HSM only; add a recipient to its wrapping key and rewrap, or confirm that the key in that HSM is backed up.")
 		}
 	}
@@ -241,14 +241,15 @@ const notRecorded = "There is no record of it here, so nobody can say whether it
 	"compare with what you know, then opening it begins a record."
 
 // recipients tells which HSM keys open an envelope and on how many HSMs they lie, as [keyring.CountHSMs] counts; keys that
-// the keyring does not know count as one each. backedUp: somebody confirmed a backup of the HSM keys of that version.
-func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int, backedUp bool) {
+// the keyring does not know count as one each. accepted: somebody confirmed a backup of the HSM keys of that version, or accepted that
+// there is one HSM.
+func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, latest int, accepted bool) {
 	known := map[string]keyring.Recipient{}
 	key, err := k.keys.Get(ctx, i.claimed.Key)
 	if err == nil {
-		latest = key.LatestVersion
+		latest, accepted = key.LatestVersion, key.AcceptSingleHSM != nil
 		for _, version := range key.Versions {
-			backedUp = backedUp || version.Number == i.claimed.Version && version.BackupConfirmed != nil
+			accepted = accepted || version.Number == i.claimed.Version && version.BackupConfirmed != nil
 			for _, recipient := range version.Recipients {
 				known[recipient.KID] = recipient
 			}
@@ -264,5 +265,5 @@ func (k *Keeper) recipients(ctx context.Context, i *item) (kids []string, hsms, 
 		}
 		places = append(places, on)
 	}
-	return kids, hsms + keyring.CountHSMs(places), latest, backedUp
+	return kids, hsms + keyring.CountHSMs(places), latest, accepted
 }

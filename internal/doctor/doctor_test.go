@@ -337,16 +337,18 @@ func TestKeyThatSurvivesTheLossOfAnHSMIsSaidToDoSo(t *testing.T) {
 	two := []keyring.Recipient{{Device: "a", Serial: "1"}, {Device: "b", Serial: "2"}}
 	confirmed := &keyring.Acknowledgement{By: "alice"}
 	for name, c := range map[string]struct {
-		version keyring.Version
-		safe    bool
+		version  keyring.Version
+		accepted *keyring.Acknowledgement
+		safe     bool
 	}{
-		"two HSMs":                        {keyring.Version{Recipients: two}, true},
-		"one HSM":                         {keyring.Version{Recipients: two[:1]}, false},
-		"one HSM with a confirmed backup": {keyring.Version{Recipients: two[:1], BackupConfirmed: confirmed}, true},
+		"two HSMs":                        {keyring.Version{Recipients: two}, nil, true},
+		"one HSM":                         {keyring.Version{Recipients: two[:1]}, nil, false},
+		"one HSM with a confirmed backup": {keyring.Version{Recipients: two[:1], BackupConfirmed: confirmed}, nil, true},
+		"one HSM, which was accepted":     {keyring.Version{Recipients: two[:1]}, confirmed, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			all, f := collect()
-			redundancy(f, &keyring.Key{Versions: []keyring.Version{c.version}})
+			redundancy(f, &keyring.Key{Versions: []keyring.Version{c.version}, AcceptSingleHSM: c.accepted})
 			if safe := len(*all) == 1 && (*all)[0].Verdict == OK; safe != c.safe {
 				t.Errorf("%+v", *all)
 			}

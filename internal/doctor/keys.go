@@ -76,5 +76,7 @@ func redundancy(f chart, key *keyring.Key) {
 		f.ok(check, "%d HSMs open what is sealed now", hsms)
 	} else if newest.BackupConfirmed != nil {
 		f.ok(check, "one HSM opens what is sealed now; %s confirmed a backup of its key", newest.BackupConfirmed.By)
+	} else if key.AcceptSingleHSM != nil {
+		f.ok(check, "one HSM opens what is sealed now; %s accepted that", key.AcceptSingleHSM.By)
 	}
 }

@@ -149,7 +149,7 @@ func (r *record) warnings() []string {
 	if serves := r.encryptVersion(); serves > 0 && serves < v.Number {
 		warn("version %d is not used by encrypt/ yet, which goes on with version %d: %s", v.Number, serves, r.lacks(v))
 	}
-	if countHSMs(v.Recipients) < 2 && r.Acknowledgements.BackupConfirmed == nil {
+	if countHSMs(v.Recipients) < 2 && r.Acknowledgements.BackupConfirmed == nil && r.Acknowledgements.AcceptSingleHSM == nil {
 		warn("version %d opens on one HSM only: add a recipient on another one, or back the HSM key up and %s",
 			v.Number, r.say().Set(r.Name, "backup_confirmed"))
 	}

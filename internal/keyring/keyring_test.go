@@ -813,3 +813,15 @@ func TestTheRecordInTheStoreIsTheOnlyPlaceOfTheAuthenticationKey(t *testing.T) {
 		t.Errorf("the key record's SHA-256 is %s, at creation %s was shown", backup.SHA256, key.RecordSHA256)
 	}
 }
+
+func TestNobodyIsWarnedOfWhatTheyAccepted(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	f.backup()
+	for _, accepted := range []bool{false, true, false} {
+		key := f.configure(Settings{AcceptSingleHSM: &accepted})
+		if warned := strings.Contains(strings.Join(key.Warnings, " "), "one HSM only"); warned == accepted {
+			t.Errorf("accepted: %v, the warnings are %q", accepted, key.Warnings)
+		}
+	}
+}
