@@ -61,6 +61,10 @@ func TestTheWatchIsNoBusinessOfANodeThatMayNotWrite(t *testing.T) {
 		if fake.tended("prod") != 0 {
 			t.Error("a standby tended the cluster")
 		}
+		request := &logical.Request{Operation: logical.ReadOperation, Path: "clusters/prod/status", Storage: m.storage}
+		if _, err := m.HandleRequest(context.Background(), request); !errors.Is(err, logical.ErrReadOnly) {
+			t.Errorf("status is answered by a node that knows of no act, instead of forwarded: %v", err)
+		}
 	})
 }
 
