@@ -106,7 +106,7 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 		case n.Err != nil:
 			blame(n.Err)
 		case !n.Seal.Initialized:
-			add("node %s is not initialised", n.Address)
+			add("node %s is not initialised%s", n.Address, newbornAdvice(c, s))
 		case n.Seal.Sealed:
 			add("node %s is sealed", n.Address)
 		}
@@ -118,15 +118,20 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 	if leaderless(s) {
 		add("its nodes are unsealed and no node is active, so it serves nobody: it is choosing one just now, or too many nodes are away")
 	}
+	away := false // the store, which is told of once
 	for i := range s.Material {
 		m := &s.Material[i]
 		switch {
+		case storeAway(m) && away:
+		case storeAway(m):
+			away = true
+			v.silent = append(v.silent, fmt.Sprintf("cluster %q: store %q does not answer: %v", c.Name, c.Store, m.Err))
 		case missing(m) && !initialized(s): // which is told of the nodes
 		case missing(m):
 			add("it is initialised and %q is not in custody; nitroseal import takes its keys over", m.Item)
 		case m.Err != nil:
 			blame(m.Err)
-		case m.State == custody.StateStale, m.State == custody.StateAhead, m.State == custody.StateVanished:
+		case m.State == custody.StateStale, m.State == custody.StateVanished: // ahead: another machine wrote it, as it may
 			add("material %q is %s; nitroseal material show %s %s", m.Item, m.State, c.Name, m.Item)
 		}
 		if m.Err == nil && m.Version > m.LatestVersion {
@@ -142,6 +147,24 @@ func judge(c *cluster.Cluster, s *cluster.Status, err error) verdict {
 
 // missing tells whether an item that should be there is not.
 func missing(m *cluster.MaterialStatus) bool { return errors.Is(m.Err, custody.ErrNotFound) }
+
+// storeAway tells whether an item is not known because its store does not answer.
+func storeAway(m *cluster.MaterialStatus) bool {
+	return errors.Is(m.Err, store.ErrUnavailable) && !errors.Is(m.Err, store.ErrDenied)
+}
+
+// newbornAdvice says what to do about a node that is not initialised.
+func newbornAdvice(c *cluster.Cluster, s *cluster.Status) string {
+	switch {
+	case initialized(s):
+		return "; nitroseal unseal " + c.Name + " joins it"
+	case slices.ContainsFunc(s.Material, func(m cluster.MaterialStatus) bool { return m.Err == nil }):
+		return fmt.Sprintf(", and its keys are in custody: was it wiped? nitroseal init %s says what there is to do", c.Name)
+	case slices.ContainsFunc(s.Material, func(m cluster.MaterialStatus) bool { return !missing(&m) }):
+		return "" // nobody knows whether there are keys
+	}
+	return "; nitroseal init " + c.Name
+}
 
 // initialized tells whether a node says that the cluster is.
 func initialized(s *cluster.Status) bool {
@@ -237,6 +260,8 @@ type materialOfView struct {
 	Warnings      []string `json:"warnings"`
 	Missing       bool     `json:"missing"` // it should be there and is not
 	Error         string   `json:"error"`
+
+	away bool // the store does not answer
 }
 
 func materialOf(s *cluster.Status) []materialOfView {
@@ -246,6 +271,7 @@ func materialOf(s *cluster.Status) []materialOfView {
 		shown = append(shown, materialOfView{
 			Item: m.Item, State: string(m.State), Store: m.Store, Key: m.Key, KeyVersion: m.Version, LatestVersion: m.LatestVersion,
 			Generation: m.Generation, Expected: m.Expected, HSMs: m.HSMs, Updated: stamp(m.Updated), Warnings: list(m.Warnings), Missing: missing(m), Error: text(m.Err),
+			away: storeAway(m),
 		})
 	}
 	return shown
@@ -323,8 +349,16 @@ func yes(is bool) string {
 // rows tells what a cluster's keys are like.
 func (v *clusterView) rows(t *table) {
 	t.row("cluster " + v.Cluster)
+	away := false
 	for i := range v.Material {
-		t.row("  "+v.Material[i].Item, v.Material[i].sentence())
+		sentence := v.Material[i].sentence()
+		if v.Material[i].away {
+			if away {
+				sentence = "NOT KNOWN either"
+			}
+			away = true
+		}
+		t.row("  "+v.Material[i].Item, sentence)
 	}
 	if v.Spread != "" {
 		t.row("  opens with", v.Spread)

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // A health check that says that all is well, and is not believed at 3 a.m., is worse than none.
@@ -22,6 +24,12 @@ func TestTheVerdictOfAStatus(t *testing.T) {
 			State: custody.StateCurrent, Key: "office", Version: version, LatestVersion: latest, Generation: 1, HSMs: 1,
 		}}}
 	}
+	of := func(state custody.State) []cluster.MaterialStatus {
+		items := kept(1, 1)
+		items[0].State = state
+		return items
+	}
+	none := []cluster.MaterialStatus{{Item: "unseal", Err: custody.ErrNotFound}}
 	for name, test := range map[string]struct {
 		nodes    []cluster.NodeStatus
 		material []cluster.MaterialStatus
@@ -32,6 +40,12 @@ func TestTheVerdictOfAStatus(t *testing.T) {
 		"no node told its role":                      {open("", ""), kept(1, 1), nil},
 		"all nodes are unsealed and none is active":  {open(node.RoleNone, node.RoleNone, ""), kept(1, 1), []string{"no node is active"}},
 		"an older version of the wrapping key":       {open(node.RoleActive), kept(1, 2), nil},
+		"another machine has written the keys since": {open(node.RoleActive), of(custody.StateAhead), nil},
+		"an older state of the keys lies there":      {open(node.RoleActive), of(custody.StateStale), []string{"stale"}},
+		"a new cluster":                              {[]cluster.NodeStatus{{Address: "https://vault"}}, none, []string{"is not initialised; nitroseal init prod"}},
+		"a node of a cluster that is there": {append(open(node.RoleActive), cluster.NodeStatus{Address: "https://new"}), kept(1, 1),
+			[]string{"https://new is not initialised; nitroseal unseal prod"}},
+		"all nodes were wiped":                       {[]cluster.NodeStatus{{Address: "https://vault"}}, kept(1, 1), []string{"is not initialised, and its keys are in custody"}},
 		"this machine does not have the key":         {open(node.RoleActive), kept(1, 0), []string{`"office"`, "nitroseal key restore office"}},
 		"this machine has an older state of the key": {open(node.RoleActive), kept(3, 2), []string{`"office"`, "version 3", "here: nitroseal key restore office"}},
 	} {
@@ -46,5 +60,25 @@ func TestTheVerdictOfAStatus(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestAStoreThatIsAwayIsToldOfOnce(t *testing.T) {
+	away := fmt.Errorf("reading material: store \"etcd\": %w: no connection", store.ErrUnavailable)
+	s := &cluster.Status{
+		Nodes: []cluster.NodeStatus{{Address: "https://vault", Role: node.RoleActive, Seal: node.Status{Initialized: true}}},
+		Material: []cluster.MaterialStatus{
+			{Item: "unseal.a", Err: fmt.Errorf("item unseal.a: %w", away)}, {Item: "unseal.b", Err: fmt.Errorf("item unseal.b: %w", away)},
+		},
+	}
+	c := &cluster.Cluster{Name: "prod", Key: "office", Store: "etcd"}
+	if v := judge(c, s, nil); len(v.wrong) > 0 || len(v.silent) != 1 || !strings.Contains(v.silent[0], `cluster "prod": store "etcd" does not answer`) {
+		t.Errorf("wrong: %q, silent: %q", v.wrong, v.silent)
+	}
+	view := newClusterView(c, s, nil)
+	var told strings.Builder
+	view.rows(&table{w: &told})
+	if n := strings.Count(told.String(), "no connection"); n != 1 {
+		t.Errorf("it is told %d times:\n%s", n, told.String())
 	}
 }
