@@ -97,12 +97,15 @@ func TestTwoCriticalWindowsAreLoggedOnce(t *testing.T) {
 		y := newYard()
 		a, b := y.cluster("a", 1), y.cluster("b", 1)
 		y.seal(a.Nodes[0], b.Nodes[0])
-		var r *running
+		var hooks *Hooks
 		y.during = func(_ context.Context, cluster string) {
-			defer r.hooks.Critical("the keys of " + cluster)()
-			<-time.After(10 * time.Minute)
+			defer hooks.Critical("the keys of " + cluster)()
+			<-time.After(10*time.Minute + 500*time.Millisecond) // between two looks of the daemon that waits for it
 		}
-		r = start(t, y, nil, a, b)
+		r := start(t, y, func(_ context.Context, h *Hooks) (*Site, error) {
+			hooks = h
+			return &Site{Custodian: y, Clusters: []Cluster{a, b}}, nil
+		})
 		pass(time.Second)
 		r.end(t)
 		if n := r.logged.count("do not kill this process"); n != 1 {
