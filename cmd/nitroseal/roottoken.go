@@ -223,15 +223,16 @@ type rootView struct {
 
 func (a *app) showRoot(c *cluster.Cluster, result *cluster.RootResult) error {
 	view := rootView{Cluster: c.Name, Node: result.Node, Recipient: result.Recipient, Message: string(result.Message), LeftRevoked: result.LeftRevoked}
+	if result.Message != nil && a.format == formatTable { // the message alone is fit for a redirection
+		a.say("cluster %s has a new root token, for %s", c.Name, result.Recipient)
+		return a.output("", result.Message)
+	}
 	return a.print(view, func(t *table) {
 		switch {
-		case result.Message != nil:
-			t.row("cluster "+c.Name, "has a new root token, for "+result.Recipient)
 		case result.LeftRevoked:
 			t.row("cluster "+c.Name, "the root token that was left is revoked")
 		default:
 			t.row("cluster "+c.Name, "no root token was left")
 		}
-		showMessage(t, "The root token", view.Message)
 	})
 }

@@ -825,3 +825,15 @@ func TestNobodyIsWarnedOfWhatTheyAccepted(t *testing.T) {
 		}
 	}
 }
+
+func TestAnErrorNamesADeviceOnce(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	raw := f.wrap("secret")
+	f.devices.set("one", nil)
+	f.restart()
+	_, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, raw, []byte("ctx"))
+	if err == nil || strings.Count(err.Error(), `device "one"`) != 1 {
+		t.Errorf("got %v", err)
+	}
+}

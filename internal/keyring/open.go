@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -162,7 +163,7 @@ func (k *Keyring) openAnywhere(
 		}
 		// That it does not decrypt may be this HSM's fault: another one may open it. Where none does, the first said why.
 		if !undecryptable(err) || !undecryptable(tried) {
-			tried = append(tried, fmt.Errorf("recipient on device %q: %w", rcpt.Device, err))
+			tried = append(tried, atRecipient(rcpt, err))
 		}
 		if ctx.Err() != nil || !elsewhere(err) && !undecryptable(err) {
 			break
@@ -171,6 +172,14 @@ func (k *Keyring) openAnywhere(
 			"left", len(candidates)-i-1, "error", err)
 	}
 	return nil, nil, tried
+}
+
+// atRecipient names the device of a recipient that failed, unless the error begins with it.
+func atRecipient(rcpt *recipient, err error) error {
+	if strings.HasPrefix(err.Error(), fmt.Sprintf("device %q: ", rcpt.Device)) {
+		return err
+	}
+	return fmt.Errorf("recipient on device %q: %w", rcpt.Device, err)
 }
 
 // openAt opens an envelope at one recipient's HSM. Of the caller's time it takes the share of one among so many
