@@ -53,7 +53,7 @@ test: ## test everything with the race detector: unit, SoftHSM, etcd, Vault, sho
 	@scripts/setup test
 	$(GO) vet ./...
 	CGO_ENABLED=0 $(GO) build ./...
-	$(GO) test -race -timeout 25m $(TESTFLAGS) $(PACKAGES)
+	$(GO) test -race -timeout 40m $(TESTFLAGS) $(PACKAGES)
 	@scripts/fuzz $(FUZZ_SECONDS)
 
 .PHONY: unit

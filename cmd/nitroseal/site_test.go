@@ -12,7 +12,8 @@ import (
 func TestTheDaemonKnowsEveryStoreOfItsClustersAndAsksNoHSM(t *testing.T) {
 	a := newApp(nil, nil, nil)
 	a.configuration = &config.Config{Stores: []config.Store{
-		{Name: "stick", Type: config.StoreObject, Device: "one"}, {Name: "files", Type: config.StoreFile, Dir: t.TempDir()},
+		{Name: "stick", Type: config.StoreObject, Device: "one"},
+		{Name: "files", Type: config.StoreFile, Dir: t.TempDir()},
 		{Name: "unused", Type: config.StoreFile, Dir: t.TempDir()},
 	}}
 	stores, err := a.watchedStores(t.Context(), a.configuration, []*cluster.Cluster{{Name: "a", Store: "stick"}, {Name: "b", Store: "files"}})
