@@ -105,7 +105,7 @@ func (d *drill) node(ctx context.Context, st NodeStatus) {
 	}
 	if n.Problem != "" {
 		d.problem("Node %s would not be unsealed: %s.", st.Address, n.Problem)
-	} else if d.m != nil && d.result.Kind == KindUnseal {
+	} else if d.m != nil && d.result.Kind == KindUnseal && len(d.m.take(d.m.active(), d.m.active().Threshold)) == d.m.active().Threshold {
 		n.Unsealed = d.result.Opened + time.Duration(d.m.active().Threshold)*n.RoundTrip
 	}
 	d.result.Nodes = append(d.result.Nodes, n)

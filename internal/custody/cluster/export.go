@@ -20,6 +20,8 @@ type ExportRequest struct {
 	// Each gives a message for each share, in hexadecimal, as Vault does. Else one message holds all of them, as
 	// `vault operator init -format=json` writes them, which an import reads.
 	Each bool
+	// Former gives the keys from before the last rekey in their place: an old snapshot of the cluster may want them.
+	Former bool
 	// RootToken gives the root token as well, where it is kept.
 	RootToken bool
 }
@@ -34,7 +36,8 @@ type Exported struct {
 	Message    []byte // armored OpenPGP
 }
 
-// Export gives out the keys in custody, encrypted to people. Where they are spread, all HSMs have to take part. Shares that
+// Export gives out the keys in custody, encrypted to people. Where they are spread, as many HSMs have to take part as are needed, and the
+// shares of those that are away are not among them. Shares that
 // Vault encrypted to people come as they are.
 func (k *Custodian) Export(ctx context.Context, c *Cluster, request ExportRequest) (exported []Exported, err error) {
 	if err := c.Check(); err != nil {
@@ -42,6 +45,9 @@ func (k *Custodian) Export(ctx context.Context, c *Cluster, request ExportReques
 	}
 	e := &export{k: k, c: c, request: request}
 	detail := map[string]string{}
+	if request.Former {
+		detail["former"] = "true"
+	}
 	if len(request.Recipients) == 0 {
 		return nil, fmt.Errorf("exporting cluster %q: %w: nobody is named; keys leave encrypted to an OpenPGP key or not at all", c.Name, ErrInvalid)
 	}
@@ -68,7 +74,7 @@ func (k *Custodian) Export(ctx context.Context, c *Cluster, request ExportReques
 		return nil, err
 	}
 	defer func() { end(err) }()
-	if e.m, err = k.loadAll(ctx, c, kind); err != nil {
+	if err := e.open(ctx, kind); err != nil {
 		return nil, err
 	}
 	defer e.m.wipe()
@@ -102,8 +108,28 @@ type export struct {
 	request  ExportRequest
 	keys     []*PGPKey
 	m        *material
+	set      *Set      // of it, that is given
 	root     *rootItem // nil where it is not asked for
 	messages []Exported
+}
+
+// open opens as many items as open, or the former ones.
+func (e *export) open(ctx context.Context, kind Kind) (err error) {
+	if !e.request.Former {
+		if e.m, err = e.k.loadMost(ctx, e.c, kind); err == nil {
+			e.set = e.m.active()
+		}
+		return err
+	}
+	e.m, err = e.k.loadFormer(ctx, e.c, kind)
+	switch {
+	case err != nil:
+		return err
+	case e.m == nil:
+		return fmt.Errorf("exporting cluster %q: %w from before the last rekey: it was not rekeyed since its keys came here", e.c.Name, ErrNoMaterial)
+	}
+	e.set = e.m.formerSet()
+	return nil
 }
 
 func (e *export) add(name string, plaintext []byte) error {
@@ -126,7 +152,7 @@ func (e *export) shareName(index int) string {
 
 // each makes a message for each share.
 func (e *export) each() error {
-	active := e.m.active()
+	active := e.set
 	for _, index := range active.Indices {
 		text := hex.AppendEncode(nil, e.m.shares[shareName{active.ID, index}])
 		err := e.add(e.shareName(index), text)
@@ -146,7 +172,7 @@ func (e *export) each() error {
 
 // whole makes one message of all shares.
 func (e *export) whole() error {
-	active := e.m.active()
+	active := e.set
 	numbers, list := [2]string{"unseal_shares", "unseal_threshold"}, "unseal_keys_b64"
 	if e.m.Kind == KindRecovery {
 		numbers, list = [2]string{"recovery_keys_shares", "recovery_keys_threshold"}, "recovery_keys_b64"
@@ -178,7 +204,7 @@ func (e *export) whole() error {
 
 // ofPeople adds the messages that Vault encrypted to people.
 func (e *export) ofPeople() error {
-	active := e.m.active()
+	active := e.set
 	for _, person := range active.People {
 		message := e.m.messages[shareName{active.ID, person.Index}]
 		if message == nil {

@@ -55,6 +55,7 @@ type SetState string
 const (
 	SetActive  SetState = "active"
 	SetPending SetState = "pending" // a rekey made it, and Vault has not been told yet that it was kept
+	SetFormer  SetState = "former"  // the active one before the last rekey, in items of its own
 )
 
 // Set is one generation of a cluster's keys: shares that belong together. An item holds one, or during a rekey two.
@@ -148,7 +149,7 @@ func (s *Set) check() error {
 	switch {
 	case s.Shares < 1 || s.Shares > 255 || s.Threshold < 1 || s.Threshold > s.Shares:
 		return fmt.Errorf("%w: a set of %d shares with a threshold of %d", ErrFacts, s.Shares, s.Threshold)
-	case s.State != SetActive && s.State != SetPending:
+	case s.State != SetActive && s.State != SetPending && s.State != SetFormer:
 		return fmt.Errorf("%w: the state %q of a set", ErrFacts, s.State)
 	}
 	last := -1
@@ -181,7 +182,7 @@ func (f *Facts) differs(st node.Status) (fitting []Set, sentence string) {
 	case f.ClusterID != "" && st.ClusterID != "" && st.ClusterID != f.ClusterID:
 		return nil, fmt.Sprintf("its cluster id is %s, recorded is %s", st.ClusterID, f.ClusterID)
 	}
-	for _, state := range []SetState{SetActive, SetPending} {
+	for _, state := range []SetState{SetActive, SetPending, SetFormer} {
 		for _, set := range f.Sets {
 			if set.State == state && set.Shares == st.N && set.Threshold == st.T {
 				fitting = append(fitting, set)
@@ -194,13 +195,16 @@ func (f *Facts) differs(st node.Status) (fitting []Set, sentence string) {
 	return fitting, ""
 }
 
-// fits returns the sets that a node may take, the active one first, or says in a sentence why it takes none. Of a spread, a set
-// that not all opened items hold is none of them.
+// fits returns the sets that a node may take, the likeliest first, or says in a sentence why it takes none. A set of which
+// neither enough is in hand nor each opened item has a part is none of them.
 func (m *material) fits(st node.Status) (sets []*Set, difference string) {
 	fitting, difference := m.differs(st)
-	for _, set := range fitting {
-		if m.everywhere(set.ID) {
-			sets = append(sets, m.set(set.ID))
+	for _, state := range []SetState{SetActive, SetPending, SetFormer} {
+		for _, set := range m.inState(state) {
+			fits := slices.ContainsFunc(fitting, func(other Set) bool { return other.ID == set.ID })
+			if fits && (m.held(set.ID) || m.inHand(set)) {
+				sets = append(sets, set)
+			}
 		}
 	}
 	if difference == "" && len(sets) == 0 {

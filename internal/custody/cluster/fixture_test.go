@@ -23,12 +23,13 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
-// site is a cluster with what its hosts share: the store "main", HSMs, the wrapping keys "office", "bunker" and "bank", each on
+// site is a cluster with what its hosts share: the store "main", HSMs, the wrapping keys "office", "bunker", "bank" and "van", each on
 // an HSM of its own, and "twin", which is on office's HSM as well.
 type site struct {
 	t     *testing.T
 	hsms  map[string]*hsmtest.Memory
 	keys  *keyring.Keyring
+	known *volatile // records of the wrapping keys
 	main  *volatile
 	nodes []*nodetest.Node
 	clock *clock
@@ -61,9 +62,9 @@ func newSite(t *testing.T, kind nodetest.Kind, count int) *site {
 // newSiteOf is newSite with any options for the nodes.
 func newSiteOf(t *testing.T, options nodetest.Options, count int) *site {
 	t.Helper()
-	s := &site{t: t, hsms: map[string]*hsmtest.Memory{}}
-	s.keys = keyring.New(keyring.Config{Records: newStore(), Devices: s})
-	for i, name := range []string{"office", "bunker", "bank"} {
+	s := &site{t: t, hsms: map[string]*hsmtest.Memory{}, known: newStore()}
+	s.keys = keyring.New(keyring.Config{Records: s.known, Devices: s})
+	for i, name := range []string{"office", "bunker", "bank", "van"} {
 		s.hsms[name] = hsmtest.NewMemory()
 		s.hsms[name].AddEC(t, name, fmt.Sprintf("0%d", i+1), ecdh.P256())
 		s.addKey(name, name, name)
@@ -77,7 +78,7 @@ func newSiteOf(t *testing.T, options nodetest.Options, count int) *site {
 // again is a new cluster with the same HSMs and wrapping keys, for tests that need very many: its node speaks plain http.
 func (s *site) again(t *testing.T) *site {
 	t.Helper()
-	other := &site{t: t, hsms: s.hsms, keys: s.keys}
+	other := &site{t: t, hsms: s.hsms, keys: s.keys, known: s.known}
 	other.begin(nodetest.Options{Kind: nodetest.Alone, Plain: true}, 1)
 	return other
 }

@@ -411,7 +411,7 @@ func (i *importing) note(ctx context.Context) (*importNote, error) {
 		Given: i.result.Given, Shares: i.result.Shares, Threshold: i.result.Threshold,
 	}
 	for _, item := range i.m.items {
-		fields, err := i.m.fields(i.c, item)
+		fields, err := i.m.fields(item)
 		if err != nil {
 			return nil, err
 		}

@@ -440,7 +440,7 @@ func personShare(person Person, index int) (PersonShare, error) {
 func (made *creation) newborns(c *Cluster) ([]*newborn, error) {
 	var items []*newborn
 	for _, item := range made.material.items {
-		fields, err := made.material.fields(c, item)
+		fields, err := made.material.fields(item)
 		if err != nil {
 			return nil, err
 		}

@@ -52,7 +52,7 @@ const intentLife = node.DefaultInitTimeout + time.Minute
 func intentName(cluster string) string { return "clusters/" + cluster + "/intent" }
 
 // errIntent: what lies there is no intent.
-var errIntent = errors.New("it is no intent of an initialisation")
+var errIntent = fmt.Errorf("it is no intent of an initialisation: %w", store.ErrCorrupt)
 
 // parseIntent reads an intent, strictly.
 func parseIntent(raw []byte) (*Intent, error) {

@@ -8,183 +8,136 @@ import (
 	"strings"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // kindItems names the items of a kind that the store has or should have, in order.
 func (k *Custodian) kindItems(ctx context.Context, c *Cluster, kind Kind) ([]string, error) {
-	refs, _, err := k.keeper.List(ctx, c.Name)
+	names, err := k.itemNames(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	var names []string
-	for _, ref := range refs {
-		if ref.Name == string(kind) || strings.HasPrefix(ref.Name, string(kind)+".") {
-			names = append(names, ref.Name)
-		}
-	}
-	return names, nil
+	return slices.DeleteFunc(names, func(name string) bool {
+		head, _, _ := strings.Cut(name, ".")
+		return head != string(kind)
+	}), nil
 }
 
-// asDealt is the cluster with the wrapping key or spread that its shares were dealt to, where the configuration has been
-// changed since; else it is the cluster itself.
-func (k *Custodian) asDealt(ctx context.Context, c *Cluster, kind Kind) (*Cluster, error) {
-	names, err := k.kindItems(ctx, c, kind)
-	if err != nil {
-		return nil, err
-	}
-	ours := map[string]bool{}
-	for _, key := range c.keys() {
-		ours[c.item(kind, key)] = true
-	}
-	foreign := slices.IndexFunc(names, func(name string) bool { return !ours[name] })
-	if foreign < 0 {
-		return c, nil
-	}
-	name := names[foreign]
-	metadata, err := k.keeper.Get(ctx, c.Name, name, custody.ReadOptions{Store: c.Store, By: k.host})
-	if err != nil {
-		return nil, err
-	}
-	if metadata.State == custody.StateVanished { // the end of an earlier redeal: the record is all that is left
-		if err := k.dropItem(ctx, c, name); err != nil {
-			return nil, err
-		}
-		return k.asDealt(ctx, c, kind)
-	}
-	dealt := *c
-	if name == string(kind) {
-		dealt.Key, dealt.Spread = metadata.Key, nil
-		return &dealt, nil
-	}
-	// The name of an item of a spread ends with its wrapping key; the facts in it tell the spread.
-	fields, _, err := k.keeper.Open(ctx, c.Name, name, custody.ReadOptions{Store: c.Store, By: k.host})
-	if err != nil {
-		return nil, err
-	}
-	defer fields.Wipe()
-	facts, err := parseFacts(fields[fieldFacts])
-	if err != nil {
-		return nil, fmt.Errorf("opening material %q of cluster %q: %w", name, c.Name, err)
-	}
-	spread, err := ParseSpread(facts.Spread)
-	if err != nil {
-		return nil, fmt.Errorf("opening material %q of cluster %q: %w: %w", name, c.Name, ErrFacts, err)
-	}
-	dealt.Key, dealt.Spread = "", &spread
-	for _, key := range spread.Keys {
-		if ours[dealt.item(kind, key)] {
-			return nil, fmt.Errorf("cluster %q: %w: its shares are dealt as %q, and the configuration says %q: both have an item of key %q, which cannot hold "+
-				"the shares of both; rekey to one key first (key = %q in place of the spread), then to the new spread", c.Name, ErrInvalid, spread, c.Spread,
-				key, key)
-		}
-	}
-	return &dealt, nil
-}
-
+// dropItem deletes an item, whatever state it is in. One that is not there is fine.
 func (k *Custodian) dropItem(ctx context.Context, c *Cluster, name string) error {
-	err := k.keeper.Delete(ctx, c.Name, name, custody.DeleteOptions{Store: c.Store, By: k.host})
+	generation, err := k.generation(ctx, c, name)
+	if err != nil {
+		return err
+	}
+	options := custody.DeleteOptions{Store: c.Store, By: k.host}
+	if generation > 0 {
+		options.CAS = &generation
+	}
+	err = k.keeper.Delete(ctx, c.Name, name, options)
 	if errors.Is(err, custody.ErrNotFound) {
 		return nil
 	}
 	return err
 }
 
-// redeal deals the shares of a cluster anew, from the wrapping keys that they were dealt to before to those of the
-// configuration, and returns the material as it lies there. Vault is not asked, its keys stay. First all new items are
-// written, then the old ones are deleted: a crash in between leaves one of the two whole, and the next rekey goes on.
-func (k *Custodian) redeal(ctx context.Context, dealt, c *Cluster, m *material, by string) (*material, error) {
-	if err := k.ready(ctx, c); err != nil {
-		return nil, err
+// generation is what an item is at that is to be written or deleted without having been opened; 0 where there is none.
+func (k *Custodian) generation(ctx context.Context, c *Cluster, name string) (uint64, error) {
+	metadata, err := k.keeper.Get(ctx, c.Name, name, custody.ReadOptions{Store: c.Store, By: k.host})
+	switch {
+	case errors.Is(err, custody.ErrNotFound):
+		return 0, nil
+	case err != nil:
+		return 0, err
+	case metadata.State == custody.StateVanished:
+		return metadata.Expected, nil
 	}
-	active := m.active()
-	if c.Spread != nil {
-		if err := c.checkDeal("the shares as they are", len(active.Indices), active.Threshold); err != nil {
-			return nil, fmt.Errorf("cluster %q: %w", c.Name, err)
-		}
-	}
-	next := &material{Facts: m.Facts, whole: true, shares: map[shareName][]byte{}, messages: map[shareName][]byte{}}
-	next.Spread = ""
-	if c.Spread != nil {
-		next.Spread = c.Spread.String()
-	}
-	next.Sets = nil
-	for _, key := range c.keys() {
-		item := materialItem{name: c.item(m.Kind, key), key: key, sets: map[string]SetState{}}
-		there, err := k.openItem(ctx, c, m.Kind, key)
-		switch {
-		case errors.Is(err, custody.ErrNotFound):
-		case err != nil:
-			return nil, err
-		default: // an earlier redeal was cut off
-			item.generation = there.items[0].generation
-			same := there.Origin == m.Origin && there.set(active.ID) != nil
-			there.wipe()
-			if !same {
-				return nil, fmt.Errorf("cluster %q: %w: the item %q holds other keys; find out which ones Vault takes, with `nitroseal verify`, and delete the "+
-					"others", c.Name, ErrExists, item.name)
-			}
-		}
-		next.items = append(next.items, item)
-	}
-	shares, messages := map[int][]byte{}, map[int][]byte{}
-	for _, index := range active.Indices {
-		shares[index] = slices.Clone(m.shares[shareName{active.ID, index}])
-	}
-	for _, person := range active.People {
-		if message := m.messages[shareName{active.ID, person.Index}]; message != nil {
-			messages[person.Index] = message
-		}
-	}
-	next.add(*active, shares, messages)
-	if err := k.save(ctx, c, next, by, newID()); err != nil {
-		next.wipe()
-		return nil, fmt.Errorf("cluster %q: dealing its shares anew, to %s; the old items are still there: %w", c.Name, strings.Join(c.keys(), ", "), err)
-	}
-	if err := k.dropDealt(ctx, dealt, m.Kind); err != nil {
-		next.wipe()
-		return nil, err
-	}
-	k.logger.Info("the shares of a cluster were dealt anew", "cluster", c.Name, "to", strings.Join(c.keys(), ", "))
-	return next, nil
+	return metadata.Generation, nil
 }
 
-// redealt finishes a redeal that was cut off when all new items were written and the old ones were being deleted, and returns
-// the material; nil where it had not come so far.
-func (k *Custodian) redealt(ctx context.Context, dealt, c *Cluster, kind Kind) (*material, error) {
-	m, err := k.loadAll(ctx, c, kind)
-	if err != nil {
-		return nil, nil //nolint:nilerr,nilnil // not all is there: the old items count
+// putOver is put for an item that was not opened. Where it is out of order, as one that another host has written, it is deleted
+// first: nobody needs what it holds.
+func (k *Custodian) putOver(ctx context.Context, c *Cluster, item *materialItem, fields custody.Fields, by, request string) error {
+	err := k.put(ctx, c, item, fields, by, request)
+	if !errors.Is(err, custody.ErrAhead) && !errors.Is(err, custody.ErrStale) {
+		return err
 	}
-	for _, key := range dealt.keys() {
-		old, err := k.openItem(ctx, dealt, kind, key)
-		if errors.Is(err, custody.ErrNotFound) {
+	if err := k.dropItem(ctx, c, item.name); err != nil {
+		return err
+	}
+	item.generation = 0
+	return k.put(ctx, c, item, fields, by, request)
+}
+
+// heal prepares the items of the configuration that did not open, to be made anew with the new shares alone. The keys from
+// before stay in the items that opened, which hold the threshold, until Vault has verified the new ones. One whose HSM is away
+// so that nothing can be sealed for it is left out.
+func (r *rekey) heal(ctx context.Context) error {
+	var kept []materialItem
+	for _, item := range r.m.items {
+		if len(item.sets) > 0 || item.foreign {
+			kept = append(kept, item)
 			continue
 		}
-		same := err == nil && old.Origin == m.Origin && old.set(m.active().ID) != nil
-		old.wipe()
-		if err == nil && !same {
-			err = fmt.Errorf("cluster %q: %w: the items %q and %q hold other keys each; find out which ones Vault takes, with `nitroseal verify --prove`, and "+
-				"delete the others", c.Name, ErrExists, m.items[0].name, dealt.item(kind, key))
+		if item.lost != nil && errors.Is(item.lost, store.ErrUnavailable) {
+			return item.lost // it is the store that is away
 		}
-		if err != nil {
-			m.wipe()
-			return nil, err
+		probe := envelope.Context{Use: envelope.UseMaterial, Cluster: r.c.Name, Name: "probe." + item.name, Generation: 1}
+		switch _, err := r.k.keyring.Seal(ctx, item.key, probe, []byte("probe")); {
+		case err == nil:
+		case item.lost == nil: // it never was there: the configuration was changed to a key that does not work
+			return fmt.Errorf("cluster %q: the key %q, which its shares are to be dealt to: %w", r.c.Name, item.key, err)
+		default:
+			r.warn("The item %q could not be opened, and no new shares can be sealed for it: %v. It was left as it is, and is of no use any more: give the "+
+				"key %q a new version on another HSM, or take another key in its place, and rekey again.", item.name, err, item.key)
+			continue
+		}
+		var err error
+		if item.generation, err = r.k.generation(ctx, r.c, item.name); err != nil {
+			return err
+		}
+		if item.lost != nil {
+			r.warn("The item %q could not be opened, and is made anew with the new shares: %v.", item.name, item.lost)
+		}
+		kept = append(kept, item)
+	}
+	own := 0
+	for _, item := range kept {
+		if !item.foreign {
+			own++
 		}
 	}
-	if err := k.dropDealt(ctx, dealt, kind); err != nil {
-		m.wipe()
-		return nil, err
+	if own < r.c.needed() {
+		return fmt.Errorf("cluster %q: %w: new shares could be sealed to %d of its wrapping keys, and %d are needed", r.c.Name, ErrInvalid, own, r.c.needed())
 	}
-	return m, nil
+	r.m.items = kept
+	return nil
 }
 
-// dropDealt deletes the items of an earlier deal.
-func (k *Custodian) dropDealt(ctx context.Context, dealt *Cluster, kind Kind) error {
-	for _, key := range dealt.keys() {
-		if err := k.dropItem(ctx, dealt, dealt.item(kind, key)); err != nil {
-			return fmt.Errorf("cluster %q: its shares were dealt anew, and deleting the old item %q failed; run it again: %w", dealt.Name,
-				dealt.item(kind, key), err)
+func (r *rekey) warn(format string, arguments ...any) {
+	warning := fmt.Sprintf(format, arguments...)
+	r.k.logger.Warn(warning, "cluster", r.c.Name)
+	r.result.Warnings = append(r.result.Warnings, warning)
+}
+
+// dropForeign deletes the items that another configuration dealt shares to, when those of this one hold the active set.
+func (r *rekey) dropForeign(ctx context.Context) error {
+	active := r.m.active()
+	if active == nil || slices.ContainsFunc(r.m.items, func(item materialItem) bool {
+		_, held := item.sets[active.ID]
+		return held == item.foreign // a foreign one has it, or one of ours has not
+	}) {
+		return nil
+	}
+	foreign, err := r.k.foreignItems(ctx, r.c, r.kind)
+	if err != nil {
+		return err
+	}
+	for _, item := range foreign {
+		if err := r.k.dropItem(ctx, r.c, item.name); err != nil {
+			return fmt.Errorf("cluster %q: its shares are dealt anew, and deleting the old item %q failed; run it again: %w", r.c.Name, item.name, err)
 		}
 	}
+	r.m.items = slices.DeleteFunc(r.m.items, func(item materialItem) bool { return item.foreign })
 	return nil
 }

@@ -69,7 +69,7 @@ func (k *Custodian) rehearse(ctx context.Context, c *Cluster, kind Kind) error {
 }
 
 // errReadBack: what was read back is not what was written.
-var errReadBack = errors.New("something else was read back than was written")
+var errReadBack = fmt.Errorf("something else was read back than was written: %w", store.ErrCorrupt)
 
 // rehearsalName is where a rehearsal writes on the local disk.
 func rehearsalName(c *Cluster) string { return "rehearsal/" + c.Name }

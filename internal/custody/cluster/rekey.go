@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
@@ -16,7 +17,7 @@ import (
 
 // A rekey gives a cluster new keys, and goes through these steps. Vault keeps the old keys until it has seen that the new
 // ones were kept, so at no point are they the only ones or in one place only. A stands for the old set of shares, B for the
-// new one; the store holds "A", "A, B pending" or "B", each one write of one item.
+// new one; the store holds "A", "A, B pending" or "B", each one write of one item; see former.go for what becomes of A.
 //
 //	step                                           a crash after it leaves                    which the next run
 //	1 the attempt is noted on the local disk       a note, A                                  forgets
@@ -26,13 +27,20 @@ import (
 //	5 store: A, B pending                          B waits for its verification               verifies, step 6
 //	6 Vault: shares of B given, all but the last   the same, some were given                  restarts the verification, step 6
 //	7 Vault: the last share of B given             Vault takes B; the store has A, B pending  proves that B opens it, step 8
-//	8 store: B                                     B                                          has nothing to do
-//	9 the note is removed                          B                                          has nothing to do
+//	8 store: A as the former set                   the same, and A in items of its own        proves that B opens it, step 8
+//	9 store: B                                     B, and A as the former set                 has nothing to do
+//	10 the note is removed                         the same                                   has nothing to do
 //
-// The items of a spread are written one after the other in steps 5 and 8. B counts in step 5 once all have it, and in step 8 as
+// The items of a spread are written one after the other in steps 5, 8 and 9. B counts in step 5 once all have it, and in step 9 as
 // soon as one has it alone. Where Vault has lost the rekey of step 5 or 6, because it was restarted, sealed or changed its
 // leader, B is proved not to open it and dropped. A rekey that is neither noted here nor in the store is somebody else's:
 // [ErrBusy], and nothing is touched.
+//
+// An item of the configuration that did not open, as its HSM is lost, or that is not there, as the configuration was changed, gets
+// B alone in step 5, after the others. Those have enough of A for the threshold: whoever unseals opens items until one set is in
+// hand, those of the configuration first, then what another one dealt. So B waits beside A in items that are both's, A alone in
+// items that the configuration does not name any more, and these are deleted after step 9. Until then the table holds for each
+// of them; where B is dropped, an item that had B alone is left as it is, and made anew by the next rekey.
 //
 // Between 4 and 5 the answer is in memory only. That is enough, since A stays valid until 7, so losing it costs a new attempt.
 
@@ -100,16 +108,8 @@ func (k *Custodian) Rekey(ctx context.Context, c *Cluster, options RekeyOptions)
 	if err := r.settle(ctx); err != nil {
 		return RekeyResult{}, err
 	}
-	if r.c == c && r.result.Finished && r.asWanted() {
+	if r.result.Finished && r.asWanted() {
 		return r.done()
-	}
-	if r.c != c { // dealt first, so that the new keys are never under HSMs that shall not have them
-		m, err := k.redeal(ctx, r.c, c, r.m, options.By)
-		if err != nil {
-			return RekeyResult{}, err
-		}
-		r.m.wipe()
-		r.m, r.c, r.result.Redealt = m, c, true
 	}
 	if err := r.renew(ctx); err != nil {
 		return RekeyResult{}, err
@@ -148,21 +148,8 @@ func (r *rekey) open(ctx context.Context) (err error) {
 	if r.kind, err = r.k.kindOf(ctx, r.c, r.options.Kind); err != nil {
 		return err
 	}
-	dealt, err := r.k.asDealt(ctx, r.c, r.kind)
-	if err != nil {
+	if r.m, err = r.k.loadMost(ctx, r.c, r.kind); err != nil {
 		return err
-	}
-	if dealt != r.c {
-		if r.m, err = r.k.redealt(ctx, dealt, r.c, r.kind); err != nil {
-			return err
-		}
-		r.result.Redealt = r.m != nil
-	}
-	if r.m == nil {
-		r.c = dealt
-		if r.m, err = r.k.loadAll(ctx, r.c, r.kind); err != nil {
-			return err
-		}
 	}
 	r.n, _, err = r.k.activeNode(ctx, r.c, r.m)
 	return err
@@ -221,38 +208,51 @@ func (r *rekey) settle(ctx context.Context) error {
 // endLeft ends a rekey of ours that is under way: one that is noted here, or that the pending set was made by.
 func (r *rekey) endLeft(ctx context.Context) error {
 	nonce := ""
-	if pending := r.m.pending(); pending != nil {
-		nonce = pending.VerificationNonce
+	for _, set := range r.m.inState(SetPending) {
+		nonce = set.VerificationNonce
 	}
 	return r.k.endLeftRekey(ctx, r.c, r.n, r.kind, nonce)
 }
 
-// decide drops all sets but one, where a rekey left more and is not under way any more. Vault is asked which one it takes.
+// decide drops all sets but one, where a rekey left more and is not under way any more. Vault is asked which one it takes,
+// unless only one of them can be it.
 func (r *rekey) decide(ctx context.Context) error {
-	active, pending := r.m.active(), r.m.pending()
-	if len(r.m.Sets) == 1 {
-		return nil
+	if only := r.m.Sets[0]; len(r.m.Sets) == 1 && only.State == SetActive {
+		if !slices.ContainsFunc(r.m.items, func(item materialItem) bool { return item.sets[only.ID].state == SetPending }) {
+			return r.dropForeign(ctx)
+		}
+		r.result.Finished = true // all but the last items say it, of which none has what was there before
+		return r.promote(ctx, only.ID)
 	}
-	if pending == nil { // the items of a spread were being written
-		old := slices.ContainsFunc(r.m.Sets, func(set Set) bool { return set.ID != active.ID && set.State == SetActive })
-		r.result.Finished, r.result.Dropped = old, !old
-		return r.promote(ctx, active.ID)
+	var likely []*Set // the newest first
+	for _, set := range append(r.m.inState(SetPending), r.m.inState(SetActive)...) {
+		if r.m.inHand(set) && !r.m.superseded(set.ID) {
+			likely = append(likely, set)
+		}
 	}
-	err := r.prove(ctx, *pending)
-	if err == nil {
-		r.result.Finished = true
-		return r.promote(ctx, pending.ID)
+	if len(likely) == 1 { // items of a spread were being written
+		id := likely[0].ID
+		r.result.Finished = slices.ContainsFunc(r.m.Sets, func(set Set) bool { return set.ID != id && set.State == SetActive })
+		r.result.Dropped = !r.result.Finished
+		return r.promote(ctx, id)
 	}
-	if !errors.Is(err, ErrWrongShares) {
-		return err
+	var refusal error
+	for _, set := range likely {
+		err := r.prove(ctx, *set)
+		if err == nil {
+			newest := set == likely[0]
+			if r.result.Finished, r.result.Dropped = newest, !newest; !newest {
+				r.k.logger.Info("dropping the new shares of a rekey that was cut off: Vault does not take them", "cluster", r.c.Name, "set", likely[0].ID)
+			}
+			return r.promote(ctx, set.ID)
+		}
+		if !errors.Is(err, ErrWrongShares) {
+			return err
+		}
+		refusal = err
 	}
-	if err := r.prove(ctx, *active); err != nil {
-		return fmt.Errorf("cluster %q: a rekey was cut off, and node %s takes neither the shares from before it nor the new ones; both are kept: "+
-			"restore a snapshot of the cluster that fits one of them, or import its shares: %w", r.c.Name, r.n.Address(), err)
-	}
-	r.k.logger.Info("dropping the new shares of a rekey that was cut off: Vault does not take them", "cluster", r.c.Name, "set", pending.ID)
-	r.result.Dropped = true
-	return r.promote(ctx, active.ID)
+	return fmt.Errorf("cluster %q: a rekey was cut off, and node %s takes neither the shares from before it nor the new ones; both are kept: "+
+		"restore a snapshot of the cluster that fits one of them, or import its shares: %w", r.c.Name, r.n.Address(), refusal)
 }
 
 // prove asks Vault whether it takes a set.
@@ -274,12 +274,23 @@ func (r *rekey) enough(set Set) ([][]byte, error) {
 	return shares, nil
 }
 
-// promote makes a set the only one. No HSM is touched.
+// promote makes a set the only one, after the one that it takes the place of was kept as the former one. No HSM is touched.
 func (r *rekey) promote(ctx context.Context, id string) error {
-	r.m.promote(id)
-	if err := r.k.save(ctx, r.c, r.m, r.options.By, newID()); err != nil {
+	failed := func(err error) error {
 		return fmt.Errorf("cluster %q: the keys that Vault takes are kept, and store %q did not take that they are the only ones; run it again: %w",
 			r.c.Name, r.c.Store, err)
+	}
+	if active := r.m.active(); active != nil && active.ID != id {
+		if err := r.k.keepFormer(ctx, r.c, r.m, r.options.By); err != nil {
+			return failed(err)
+		}
+	}
+	r.m.promote(id)
+	if err := r.k.save(ctx, r.c, r.m, r.options.By, newID()); err != nil {
+		return failed(err)
+	}
+	if err := r.dropForeign(ctx); err != nil {
+		return err
 	}
 	r.k.forgetAttempt(ctx, r.c, string(r.kind))
 	return nil
@@ -346,6 +357,13 @@ func (r *rekey) renew(ctx context.Context) error {
 	if err := r.k.ready(ctx, r.c); err != nil {
 		return err
 	}
+	r.result.Redealt = r.m.dealtOtherwise()
+	if err := r.heal(ctx); err != nil {
+		return err
+	}
+	if err := r.present(ctx); err != nil {
+		return err
+	}
 	under, err := r.k.beginRekey(ctx, r.c, r.n, r.kind, whatRekey, r.options.By, shares, threshold, people.keys)
 	if err != nil {
 		return err
@@ -409,10 +427,41 @@ func (r *rekey) newHolders(shares, threshold int) (holders, error) {
 	return h, nil
 }
 
+// present looks for nodes that would miss the rekey. A node of raft storage that does wants the keys from before it, which are
+// kept until the next one: so it is warned of them now, and refused where others may still want those that this one would drop.
+func (r *rekey) present(ctx context.Context) error {
+	var absent []string
+	raft := false
+	for _, n := range r.k.lookAll(ctx, r.c) {
+		raft = raft || n.Err == nil && n.Seal.StorageType == storageRaft
+		if n.Err != nil || n.Seal.Sealed || !n.Seal.Initialized {
+			absent = append(absent, n.Address)
+		}
+	}
+	if !raft || len(absent) == 0 || r.kind != KindUnseal {
+		return nil
+	}
+	former, err := r.k.formerItems(ctx, r.c, r.kind)
+	if err != nil {
+		return err
+	}
+	if len(former) > 0 {
+		return fmt.Errorf("cluster %q: %w: sealed or away: %s; a raft node that missed the last rekey wants the keys from before that, and another rekey drops them; "+
+			"unseal it first, or take it off the cluster and off nodes; nothing was changed", r.c.Name, ErrBusy, strings.Join(absent, ", "))
+	}
+	r.warn("Sealed or away: %s. A raft node that misses a rekey wants the keys from before it, which are kept until the next one: unseal it before that.",
+		strings.Join(absent, ", "))
+	return nil
+}
+
 // take has Vault make new keys, and stores them as the pending set beside the active one.
 func (r *rekey) take(ctx context.Context, under *rekeying, old [][]byte, set Set) (Set, error) {
 	answer, err := under.give(ctx, old)
 	if err != nil {
+		if errors.Is(err, node.ErrWrongShares) {
+			return Set{}, fmt.Errorf("cluster %q: %w: Vault does not take them, and nothing was changed: rekeyed elsewhere, or was a store or a snapshot "+
+				"restored? then import the keys that it takes, with --replace: %w", r.c.Name, ErrWrongShares, err)
+		}
 		return Set{}, fmt.Errorf("cluster %q: making new keys: %w", r.c.Name, err)
 	}
 	defer answer.Wipe()
@@ -430,6 +479,10 @@ func (r *rekey) take(ctx context.Context, under *rekeying, old [][]byte, set Set
 			wipeAll(slices.Collect(maps.Values(shares)))
 			return Set{}, fmt.Errorf("cluster %q: new share %d: %w", r.c.Name, i+1, err)
 		}
+	}
+	r.m.Spread = ""
+	if r.c.Spread != nil {
+		r.m.Spread = r.c.Spread.String()
 	}
 	r.m.add(set, shares, messages)
 	if err := r.k.save(ctx, r.c, r.m, r.options.By, newID()); err != nil {
@@ -472,6 +525,9 @@ func (r *rekey) cancel(ctx context.Context) (RekeyResult, error) {
 // asWanted tells whether the active set, which an earlier rekey made, is what this one is to make.
 func (r *rekey) asWanted() bool {
 	active := r.m.active()
+	if r.m.dealtOtherwise() || !r.m.everywhere(active.ID) {
+		return false // dealt to other wrapping keys, or there is an item to be made anew
+	}
 	if cmp.Or(r.options.Shares, active.Shares) != active.Shares || cmp.Or(r.options.Threshold, active.Threshold) != active.Threshold {
 		return false
 	}
@@ -486,6 +542,9 @@ func (r *rekey) done() (RekeyResult, error) {
 	active := r.m.active()
 	r.result.Shares, r.result.Threshold = active.Shares, active.Threshold
 	for _, item := range r.m.items {
+		if len(item.sets) == 0 {
+			continue
+		}
 		r.result.Items = append(r.result.Items, item.name)
 	}
 	var err error

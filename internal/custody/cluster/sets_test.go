@@ -35,7 +35,7 @@ func dealtShares(count int, mark byte) map[int][]byte {
 func (m *material) allFields(t interface{ Fatal(arguments ...any) }) []custody.Fields {
 	var all []custody.Fields
 	for _, item := range m.items {
-		fields, err := m.fields(threeKeys, item)
+		fields, err := m.fields(item)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +148,6 @@ func TestItemsThatDoNotBelongTogetherAreRefused(t *testing.T) {
 		"another seal":         func(m *material) { m.SealType = "transit" },
 		"another storage":      func(m *material) { m.StorageType = "file" },
 		"another cluster id":   func(m *material) { m.ClusterID = "two" },
-		"another spread":       func(m *material) { m.Spread = "3 of office, bunker, bank" },
 		"a set of other sizes": func(m *material) { m.Sets[0].Threshold = 2 },
 		"an active set of its own": func(m *material) {
 			m.promote(anotherID)

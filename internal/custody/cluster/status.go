@@ -131,6 +131,7 @@ func (k *Custodian) materialStatus(ctx context.Context, c *Cluster, s *Status) {
 	if !absent(root) {
 		s.Material = append(s.Material, root)
 	}
+	k.formerStatus(ctx, c, s)
 	for _, item := range s.Material {
 		for _, warning := range item.Warnings {
 			s.Warnings = append(s.Warnings, item.Item+": "+warning)

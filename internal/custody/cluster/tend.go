@@ -235,13 +235,27 @@ func (k *Custodian) kinds(ctx context.Context, c *Cluster) ([]Kind, error) {
 	return kinds, nil
 }
 
-// items are the items of a kind as the store has them, in the order of the wrapping keys. No HSM is touched.
+// items are the items of a kind as the store has them, in the order of the wrapping keys. Where the configuration names one that
+// is not there, those that another configuration dealt shares to follow. No HSM is touched.
 func (k *Custodian) items(ctx context.Context, c *Cluster, kind Kind) []MaterialStatus {
 	var all []MaterialStatus
 	for _, key := range c.keys() {
 		item := MaterialStatus{Item: c.item(kind, key), Kind: kind}
 		item.Metadata, item.Err = k.keeper.Get(ctx, c.Name, item.Item, custody.ReadOptions{Store: c.Store})
 		all = append(all, item)
+	}
+	if !slices.ContainsFunc(all, func(item MaterialStatus) bool { return errors.Is(item.Err, custody.ErrNotFound) }) {
+		return all
+	}
+	foreign, err := k.foreignItems(ctx, c, kind)
+	if err != nil {
+		return append(all, MaterialStatus{Item: string(kind), Kind: kind, Err: err})
+	}
+	for _, named := range foreign {
+		item := MaterialStatus{Item: named.name, Kind: kind}
+		if item.Metadata, item.Err = k.keeper.Get(ctx, c.Name, item.Item, custody.ReadOptions{Store: c.Store}); item.Err == nil {
+			all = append(all, item)
+		}
 	}
 	return all
 }

@@ -220,7 +220,7 @@ func TestWrongSharesAreNotSentAgainUntilSomethingChanges(t *testing.T) {
 		t.Errorf("after an hour: %v, %d shares", err, sharesSent(n))
 	}
 	// The keys of that node come into custody.
-	m, err := k.loadAll(t.Context(), s.Cluster, KindUnseal)
+	m, err := k.loadMost(t.Context(), s.Cluster, KindUnseal)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,7 +243,7 @@ func TestWrongSharesAreNotSentAgainUntilSomethingChanges(t *testing.T) {
 func TestPendingSetIsTriedOnce(t *testing.T) {
 	s, h := inCustody(t, nodetest.Alone, 1)
 	k := h.process()
-	m, err := k.loadAll(t.Context(), s.Cluster, KindUnseal)
+	m, err := k.loadMost(t.Context(), s.Cluster, KindUnseal)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -527,7 +527,7 @@ func TestSpreadWantsAsManyHSMsAsItSays(t *testing.T) {
 	}
 	m := h.wantMaterial()
 	for _, item := range m.items {
-		fields, err := m.fields(s.Cluster, item)
+		fields, err := m.fields(item)
 		if err != nil || len(fields)-1 >= 3 {
 			t.Errorf("item %q alone holds %d shares, the threshold is 3 (%v)", item.name, len(fields)-1, err)
 		}
@@ -749,7 +749,7 @@ func TestStatusTouchesNoHSM(t *testing.T) {
 	if len(status.Material) != 1 || status.Material[0].Item != "unseal" || status.Material[0].HSMs != 1 || status.Material[0].State != custody.StateCurrent {
 		t.Errorf("the material is %+v", status.Material)
 	}
-	if !strings.Contains(strings.Join(status.Warnings, " "), "one HSM only") {
+	if len(status.Warnings) > 0 { // of the one HSM, whose backup is confirmed, somebody knows
 		t.Errorf("the warnings are %q", status.Warnings)
 	}
 }

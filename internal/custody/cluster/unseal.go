@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,17 +18,30 @@ const sealShamir = "shamir"
 // wipes it.
 type opening struct {
 	load func(ctx context.Context) (*material, error)
+	// loadFormer opens the keys from before the last rekey; nil where there can be none.
+	loadFormer func(ctx context.Context) (*material, error)
 
 	mu       sync.Mutex
 	done     bool
 	material *material
 	err      error
+	former   formerKeys
 	id, name string // of the cluster, as its nodes have shown them
 }
 
 // opening returns one that opens nothing yet.
 func (k *Custodian) opening(c *Cluster) *opening {
-	return &opening{load: func(ctx context.Context) (*material, error) { return k.load(ctx, c, KindUnseal) }}
+	return &opening{
+		load: func(ctx context.Context) (*material, error) {
+			m, err := k.gather(ctx, c, KindUnseal, false)
+			if err == nil && m.dealtOtherwise() {
+				k.logger.Warn("the shares of a cluster are dealt to other wrapping keys than the configuration names; rekey to deal them as the configuration says",
+					"cluster", c.Name, "dealt_to", m.where())
+			}
+			return m, err
+		},
+		loadFormer: func(ctx context.Context) (*material, error) { return k.loadFormer(ctx, c, KindUnseal) },
+	}
 }
 
 // opened is an opening of what is open already.
@@ -48,6 +62,24 @@ func (o *opening) get(ctx context.Context) (*material, error) {
 	return o.material, o.err
 }
 
+// formerKeys are the keys from before the last rekey.
+type formerKeys struct {
+	done     bool
+	material *material
+	err      error
+}
+
+// getFormer opens the keys from before the last rekey at the first call; nil for none.
+func (o *opening) getFormer(ctx context.Context) (*material, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.former.done && o.loadFormer != nil {
+		o.former.done = true
+		o.former.material, o.former.err = o.loadFormer(ctx)
+	}
+	return o.former.material, o.former.err
+}
+
 // saw compares the cluster id of a node that was unsealed with the recorded one, or learns it where none is recorded.
 func (o *opening) saw(id, name string) (recorded string, same bool) {
 	o.mu.Lock()
@@ -66,6 +98,8 @@ func (o *opening) wipe() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.material.wipe()
+	o.former.material.wipe()
+	o.former = formerKeys{done: true, err: errWiped}
 	o.material, o.done, o.err = nil, true, errWiped
 }
 
@@ -139,8 +173,12 @@ func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, s
 	}
 	sets, difference := m.fits(st)
 	if difference != "" {
-		err := fmt.Errorf("%s: %w: %s; it got no share; correct its address, or where that is right and its keys were changed elsewhere, import them", where,
-			ErrMismatch, difference)
+		tried, err := k.giveFormer(ctx, c, n, m, st, difference, o, out)
+		if tried && !errors.Is(err, node.ErrWrongShares) {
+			return err
+		}
+		err = join(fmt.Errorf("%s: %w: %s; it got no share; correct its address, or where that is right and its keys were changed elsewhere, import them", where,
+			ErrMismatch, difference), err)
 		k.refuse(ctx, c, address, st, err)
 		return err
 	}
@@ -161,9 +199,47 @@ func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, s
 		k.logger.Error("a node does not take the shares in custody", "cluster", c.Name, "node", address, "set", set.ID, "state", set.State,
 			"others_left", len(sets)-i-1)
 	}
+	tried, formerErr := k.giveFormer(ctx, c, n, m, st, "it does not take the active ones", o, out)
+	if tried && !errors.Is(formerErr, node.ErrWrongShares) {
+		return formerErr
+	}
+	if formerErr != nil {
+		err = join(err, formerErr)
+	}
 	err = fmt.Errorf("%s: %w: %w; rekeyed elsewhere? then import its keys; it is not tried again before something changes", where, ErrWrongShares, err)
 	k.refuse(ctx, c, address, st, err)
 	return err
+}
+
+// giveFormer gives a node of raft storage the shares from before the last rekey, where there are such that it may take.
+func (k *Custodian) giveFormer(
+	ctx context.Context, c *Cluster, n *node.Node, m *material, st node.Status, why string, o *opening, out *Outcome,
+) (tried bool, err error) {
+	if st.StorageType != storageRaft {
+		return false, nil
+	}
+	former, err := o.getFormer(ctx)
+	if err != nil || former == nil || former.Origin != m.Origin {
+		return false, err
+	}
+	sets, difference := former.fits(st)
+	if difference != "" {
+		return false, nil
+	}
+	k.logger.Warn("a node is given the shares from before the last rekey: it missed that while it was sealed or away, or was restored from an older snapshot",
+		"cluster", c.Name, "node", n.Address(), "because", why)
+	return true, k.give(ctx, c, n, former, sets[0], o, out)
+}
+
+// where names the items that hold the active set.
+func (m *material) where() string {
+	var names []string
+	for _, item := range m.items {
+		if _, held := item.sets[m.active().ID]; held {
+			names = append(names, item.name)
+		}
+	}
+	return strings.Join(names, ", ")
 }
 
 // waiting tells whether a node has our shares already and goes on without us, for a while.
@@ -201,7 +277,13 @@ func (k *Custodian) alone(ctx context.Context, c *Cluster, n *node.Node, st node
 		return now, fmt.Errorf("node %s of cluster %q: %w: others are unsealing it; look again", n.Address(), c.Name, ErrBusy)
 	}
 	k.logger.Warn("an unsealing that stalled is reset", "cluster", c.Name, "node", n.Address(), "progress", now.Progress)
-	return n.ResetUnseal(ctx)
+	st, err = n.ResetUnseal(ctx)
+	if err != nil { // refused where others have just unsealed it
+		if now, lookErr := n.Status(ctx); lookErr == nil && !now.Sealed {
+			return now, nil
+		}
+	}
+	return st, err
 }
 
 // give sends the shares of a set, as many as the threshold asks for.

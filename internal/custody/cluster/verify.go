@@ -77,6 +77,7 @@ type verification struct {
 	c       *Cluster
 	options VerifyOptions
 	m       *material // nil where it could not be opened
+	whole   bool      // all items were opened
 	result  VerifyResult
 }
 
@@ -125,7 +126,7 @@ func (v *verification) items(ctx context.Context) error {
 		v.result.Kind = kind
 		v.assemble(ctx, kind, parts[kind])
 	}
-	if v.result.Kind == "" {
+	if len(v.result.Items) == 0 {
 		v.problem("No keys of the cluster are in custody: initialise or import it.")
 	}
 	return nil
@@ -158,13 +159,20 @@ func (v *verification) item(ctx context.Context, name string, expected map[Kind]
 	switch {
 	case name == itemRoot:
 		v.root(fields)
+	case strings.HasPrefix(name, itemFormer) && IsItem(name):
+		v.former(name, fields)
 	case !isKeys: // somebody else's secret, kept beside
-	case !slices.Contains(expected[kind], name):
-		v.problem("%q belongs to another key or spread than the configuration names: `nitroseal rekey %s` deals the shares anew, to %s.", name, v.c.Name,
-			strings.Join(v.c.keys(), ", "))
 	default:
-		key := v.c.keys()[slices.Index(expected[kind], name)]
-		part, err := readItem(v.c.Name, kind, materialItem{name: name, key: key, generation: metadata.Generation}, fields)
+		item := materialItem{name: name, key: metadata.Key, generation: metadata.Generation, foreign: !slices.Contains(expected[kind], name)}
+		key := metadata.Key
+		if item.foreign {
+			v.problem("%q belongs to another key or spread than the configuration names: %s deals the shares anew, to %s.", name, v.k.do("rekey", v.c.Name),
+				strings.Join(v.c.keys(), ", "))
+		} else {
+			key = v.c.keys()[slices.Index(expected[kind], name)]
+			item.key = key
+		}
+		part, err := readItem(v.c.Name, kind, item, fields)
 		if err != nil {
 			opened.Err = err
 			v.problem("%q opens and cannot be used: %v.", name, err)
@@ -184,6 +192,20 @@ func (v *verification) item(ctx context.Context, name string, expected map[Kind]
 func kindOfItem(name string) (Kind, bool) {
 	head, _, _ := strings.Cut(name, ".")
 	return Kind(head), head == string(KindUnseal) || head == string(KindRecovery)
+}
+
+// former looks at an item with keys from before the last rekey.
+func (v *verification) former(name string, fields custody.Fields) {
+	kind := KindUnseal
+	if strings.HasPrefix(name, itemFormerRecovery) {
+		kind = KindRecovery
+	}
+	part, err := readItem(v.c.Name, kind, materialItem{name: name, foreign: true}, fields)
+	if err != nil {
+		v.problem("%q opens and cannot be used: %v.", name, err)
+		return
+	}
+	part.wipe()
 }
 
 func (v *verification) root(fields custody.Fields) {
@@ -208,19 +230,22 @@ func (v *verification) assemble(ctx context.Context, kind Kind, parts []*materia
 			missing = append(missing, name)
 		}
 	}
-	if len(missing) > 0 {
+	m, err := assemble(v.c, kind, parts, nil)
+	if err == nil {
+		m, err = v.k.withActive(m, nil)
+	}
+	if len(missing) > 0 && (err != nil || !m.dealtOtherwise()) { // else it was told of each
 		v.problem("Of %d items %d could be opened; missing: %s. Any %d unseal the cluster; put a backup of the store back, or bring the HSM back.",
 			len(v.c.keys()), len(parts), strings.Join(missing, ", "), v.c.needed())
 	}
-	m, err := assemble(v.c, kind, parts, min(len(parts), v.c.needed()), nil)
 	if err != nil {
 		v.problem("%v.", err)
 		wipeMaterial(parts)
 		return
 	}
-	m.whole = len(missing) == 0
+	v.whole = len(missing) == 0
 	v.m, v.result.Sets = m, slices.Clone(m.Sets)
-	if len(parts) < v.c.needed() {
+	if !m.inHand(m.active()) {
 		v.problem("The cluster would not be unsealed: %d items open and %d are needed.", len(parts), v.c.needed())
 	}
 	if err := v.k.ready(ctx, v.c); err != nil {
@@ -279,7 +304,7 @@ func (v *verification) numbers() {
 	if pending := v.m.pending(); pending != nil || len(v.m.Sets) > 1 {
 		v.problem("A rekey was cut off and two sets of shares are kept: `nitroseal rekey %s` finishes or undoes it.", v.c.Name)
 	}
-	if held := len(v.m.take(active, active.Shares)); held < active.Threshold && v.m.whole {
+	if held := len(v.m.take(active, active.Shares)); held < active.Threshold && v.whole {
 		v.problem("The HSM holds %d of the %d shares that unseal; %d people have to give theirs after every restart.", held, active.Threshold,
 			active.Threshold-held)
 	}

@@ -71,7 +71,7 @@ func (y *yard) restart() {
 // material opens what is in custody.
 func (y *yard) material(kind Kind) *material {
 	y.t.Helper()
-	m, err := y.process().loadAll(y.t.Context(), y.Cluster, kind)
+	m, err := y.process().loadMost(y.t.Context(), y.Cluster, kind)
 	y.must(err)
 	y.t.Cleanup(m.wipe)
 	return m
@@ -125,6 +125,17 @@ func (y *yard) restartable() {
 		}
 	}
 	y.t.Fatal("no set in custody opens the cluster")
+}
+
+// dropFormer deletes the keys from before the last rekey.
+func (y *yard) dropFormer() {
+	y.t.Helper()
+	k := y.process()
+	names, err := k.formerItems(y.t.Context(), y.Cluster, KindUnseal)
+	y.must(err)
+	for _, name := range names {
+		y.must(k.dropItem(y.t.Context(), y.Cluster, name))
+	}
 }
 
 // person adds somebody who takes a share.

@@ -221,6 +221,11 @@ func (c *cluster) replace(recovery bool, made *keys) {
 	if recovery {
 		c.recovery = made
 	} else {
+		for _, member := range c.members {
+			if member.options.Kind == Raft && member.sealed && !member.joined && member.stale == nil {
+				member.stale = c.unseal
+			}
+		}
 		c.unseal = made
 	}
 	c.rekey = nil

@@ -24,6 +24,9 @@ func (n *Node) sealStatus() object {
 		return status
 	}
 	asked := c.asked()
+	if n.sealed && n.stale != nil {
+		asked = n.stale
+	}
 	status["t"], status["n"] = asked.threshold, len(asked.shares)
 	if !n.sealed {
 		status["cluster_name"], status["cluster_id"] = c.name, c.id
@@ -126,7 +129,7 @@ func (n *Node) putUnseal(w http.ResponseWriter, r *http.Request) {
 func (n *Node) collect(share []byte) (status int, problem string) {
 	n.nonce = cmp.Or(n.nonce, uuid())
 	n.given = append(n.given, share)
-	if len(n.given) < n.cluster.unseal.threshold {
+	if len(n.given) < n.unsealing().threshold {
 		return 0, ""
 	}
 	given := n.given
@@ -134,10 +137,10 @@ func (n *Node) collect(share []byte) (status int, problem string) {
 	switch why := apart(given); {
 	case why != "":
 		return http.StatusBadRequest, "invalid key: failed to compute combined key: " + why
-	case n.cluster.unseal.opens(given) && n.joined:
+	case n.unsealing().opens(given) && n.joined:
 		n.joined, n.opening, n.looks = false, true, max(n.options.JoinLooks, 1)
 		return 0, ""
-	case n.cluster.unseal.opens(given):
+	case n.unsealing().opens(given):
 		n.open()
 		return 0, ""
 	case !n.joined:

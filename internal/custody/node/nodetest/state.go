@@ -21,6 +21,7 @@ type state struct {
 	cluster *cluster // nil: not initialised
 	sealed  bool     // where cluster is not nil
 	joined  bool     // it has joined its cluster and was never unsealed there
+	stale   *keys    // that unseal it, where it missed a rekey: a sealed node of a raft cluster knows what its own disk says
 	opening bool     // its first shares were right: it will be unsealed after some looks
 	looks   int      // at its seal status, that are left
 	given   [][]byte // shares since the last reset
@@ -126,7 +127,7 @@ func (n *Node) seal() {
 
 // open makes the node serve. The caller holds mu.
 func (n *Node) open() {
-	n.sealed, n.joined, n.opening = false, false, false
+	n.sealed, n.joined, n.opening, n.stale = false, false, false, nil
 	if n.cluster.active == nil {
 		n.cluster.active = n
 	}
@@ -144,6 +145,14 @@ func (n *Node) Wipe() {
 		}
 	}
 	*n.state = state{}
+}
+
+// unsealing is the set that unseals the node. The caller holds mu.
+func (n *Node) unsealing() *keys {
+	if n.stale != nil {
+		return n.stale
+	}
+	return n.cluster.unseal
 }
 
 // DuringInit runs something in the middle of the next initialisation, when the node says that it is initialised and knows no
