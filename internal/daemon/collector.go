@@ -30,6 +30,9 @@ var (
 		"cluster", "node")
 	nodeUnsealed = describe("node_last_unseal_timestamp_seconds", "When this process last unsealed the node; missing where it has not.",
 		"cluster", "node")
+	nodeCertificate = describe("node_certificate_expiry_timestamp_seconds",
+		"When the node's certificate ends; as it was last known, and missing where nobody looks at that: with pins alone, and plain http.",
+		"cluster", "node")
 	nodeAttempts = describe("node_unseal_attempts_total",
 		"Acts on the node: unsealed, failed, or none where nothing failed and it stays sealed (it joins, or waits for people).",
 		"cluster", "node", "result")
@@ -50,7 +53,7 @@ var (
 // Describe implements [prometheus.Collector].
 func (c *collector) Describe(to chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{
-		buildInfo, critical, nodeUp, nodeSealed, nodeInitialized, nodeLooked, nodeUnsealed, nodeAttempts, clusterAlarm,
+		buildInfo, critical, nodeUp, nodeSealed, nodeInitialized, nodeLooked, nodeUnsealed, nodeCertificate, nodeAttempts, clusterAlarm,
 		deviceUp, devicePIN, storeUp, sinkUp, sinkLost,
 	} {
 		to <- desc
@@ -125,6 +128,9 @@ func collectNode(to chan<- prometheus.Metric, v view) {
 	if v.seen { // also before the first look after a reload
 		gauge(nodeSealed, flag(v.state.Sealed))
 		gauge(nodeInitialized, flag(v.state.Initialized))
+		if ends := v.state.CertificateEnds; !ends.IsZero() {
+			gauge(nodeCertificate, seconds(ends))
+		}
 	}
 }
 

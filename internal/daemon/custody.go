@@ -170,7 +170,9 @@ func (c *keeping) Generation(ctx context.Context, name string) (string, error) {
 }
 
 func stateOf(s cluster.NodeStatus) State {
-	state := State{Initialized: s.Seal.Initialized, Sealed: s.Seal.Sealed, Version: s.Seal.Version}
+	state := State{
+		Initialized: s.Seal.Initialized, Sealed: s.Seal.Sealed, Version: s.Seal.Version, CertificateEnds: s.Seal.CertificateEnds,
+	}
 	if s.Alarm != nil {
 		state.Alarm = AlarmForeignCluster
 	}

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
+
+var someday = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // fakeVerbs note what is asked of them.
 type fakeVerbs struct {
@@ -21,7 +24,7 @@ type fakeVerbs struct {
 
 func (v *fakeVerbs) Look(_ context.Context, c *cluster.Cluster, address string) (cluster.NodeStatus, error) {
 	v.asked = append(v.asked, "look "+c.Name+" "+address)
-	return cluster.NodeStatus{Address: address, Alarm: v.alarm, Seal: node.Status{Initialized: true, Sealed: true, Version: "1.21.0"}}, v.fail[address]
+	return cluster.NodeStatus{Address: address, Alarm: v.alarm, Seal: node.Status{Initialized: true, Sealed: true, Version: "1.21.0", CertificateEnds: someday}}, v.fail[address]
 }
 
 func (v *fakeVerbs) Tend(_ context.Context, c *cluster.Cluster, address string) (cluster.Outcome, error) {
@@ -85,7 +88,7 @@ func TestWhatTheVerbsSayIsWhatTheDaemonKnows(t *testing.T) {
 	v := &fakeVerbs{fail: map[string]error{}}
 	c := Custody(v, []*cluster.Cluster{{Name: "prod", Nodes: []string{"a"}}})
 	state, err := c.Look(t.Context(), "prod", "a")
-	if err != nil || state != (State{Initialized: true, Sealed: true, Version: "1.21.0"}) {
+	if err != nil || state != (State{Initialized: true, Sealed: true, Version: "1.21.0", CertificateEnds: someday}) {
 		t.Errorf("got %+v, %v", state, err)
 	}
 	v.alarm = &cluster.Alarm{}

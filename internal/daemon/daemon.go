@@ -52,6 +52,8 @@ type State struct {
 	Version string
 	// Alarm is one that was raised before and still stands.
 	Alarm Alarm
+	// CertificateEnds is when the node's certificate ends, zero where nobody looks at that.
+	CertificateEnds time.Time
 }
 
 // Result is what came of tending one node.

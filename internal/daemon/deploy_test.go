@@ -27,6 +27,7 @@ func families(t *testing.T) map[string][]string {
 	y := newYard()
 	a := y.cluster("a", 1)
 	y.seal(a.Nodes...)
+	y.set(func() { y.nodes[a.Nodes[0]].CertificateEnds = time.Now().Add(time.Hour) })
 	m := newMetrics()
 	hooks := newHooks(m)
 	site := full(t, y, hooks, a)

@@ -34,6 +34,7 @@ type call struct {
 	field func(name string, s *scanner) error
 	// check looks at what was read; an error is ErrMalformed.
 	check func() error
+	ends  *time.Time // takes when the node's certificate ends, nil for no interest
 }
 
 // do sends the call once. Every error is an *Error.
@@ -70,6 +71,9 @@ func (n *Node) do(ctx context.Context, c *call) error {
 		return c.lost(ctx, n, err, &so, timeout)
 	}
 	defer response.Body.Close()
+	if c.ends != nil && n.dated && response.TLS != nil {
+		*c.ends = response.TLS.PeerCertificates[0].NotAfter
+	}
 	answer, err := readAnswer(response.Body, response.ContentLength)
 	defer func() { clear(answer) }()
 	if response.StatusCode < 200 || response.StatusCode > 299 {

@@ -59,6 +59,7 @@ type Node struct {
 	userAgent   []string
 	lines       *lines
 	transport   http.RoundTripper // lines, perhaps wrapped
+	dated       bool              // the time of its certificate is looked at
 	closed      atomic.Bool
 }
 
@@ -83,6 +84,7 @@ func New(config Config) (*Node, error) {
 		initTimeout: config.InitTimeout,
 		userAgent:   []string{config.UserAgent},
 		lines:       newLines(identity),
+		dated:       identity != nil && identity.roots != nil,
 	}
 	if n.timeout == 0 {
 		n.timeout = DefaultTimeout

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"time"
 )
 
 // Status is what a node tells anybody about its seal.
@@ -20,6 +21,10 @@ type Status struct {
 	ClusterName         string // of an unsealed node only
 	ClusterID           string // of an unsealed node only
 	Removed             bool   // removed from its raft cluster; it serves no more
+
+	// CertificateEnds is when the certificate ends by which the node proved itself, and with it the trust in it. Zero where
+	// nobody looks at that: with plain http, and where pins replace the chain.
+	CertificateEnds time.Time
 }
 
 // Status reads sys/seal-status. It is answered in every state.
@@ -31,6 +36,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 func (n *Node) sealStatus(ctx context.Context, c *call) (Status, error) {
 	var status Status
 	c.field, c.check = status.read()
+	c.ends = &status.CertificateEnds
 	if err := n.do(ctx, c); err != nil {
 		return Status{}, err
 	}

@@ -96,6 +96,34 @@ func TestAPinOutlivesTheCertificateItIsOf(t *testing.T) {
 	}
 }
 
+func TestAStatusTellsWhenTheCertificateEnds(t *testing.T) {
+	authority := nodetest.NewAuthority(t)
+	played := nodetest.Start(t, nodetest.Options{Authority: authority})
+	certificate := authority.Issue(t)
+	played.SetCertificate(certificate)
+	for name, test := range map[string]struct {
+		tls  node.TLS
+		want time.Time
+	}{
+		"by a CA":           {node.TLS{CA: authority.PEM}, certificate.Leaf.NotAfter},
+		"by a CA and a pin": {node.TLS{CA: authority.PEM, Pins: []string{node.Pin(certificate.Leaf)}}, certificate.Leaf.NotAfter},
+		"a pin alone":       {node.TLS{Pins: []string{node.Pin(certificate.Leaf)}}, time.Time{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, err := node.New(node.Config{Address: played.Address(), TLS: test.tls})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer n.Close()
+			for range 2 { // over a new connection, and over the kept one
+				if status, err := n.Status(t.Context()); err != nil || !status.CertificateEnds.Equal(test.want) {
+					t.Errorf("it ends at %v, want %v: %v", status.CertificateEnds, test.want, err)
+				}
+			}
+		})
+	}
+}
+
 // TestEachShareGoesToWhoShowsItsCertificateNow: a watcher's connection is old, and a share does not travel over it.
 func TestEachShareGoesToWhoShowsItsCertificateNow(t *testing.T) {
 	played := nodetest.Start(t, nodetest.Options{})
