@@ -4,7 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"sync/atomic"
@@ -27,7 +27,7 @@ func TestNothingIsSentByATLSThatIsTooOld(t *testing.T) {
 				requests.Add(1)
 				_, _ = io.WriteString(w, `{"type":"shamir","initialized":true,"sealed":true,"t":3,"n":5,"progress":0}`)
 			}))
-			server.Config.ErrorLog = log.New(io.Discard, "", 0)
+			server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 			server.TLS = &tls.Config{
 				Certificates: []tls.Certificate{*authority.Issue(t)}, MinVersion: tls.VersionTLS10, MaxVersion: test.version,
 				CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA},
