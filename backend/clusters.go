@@ -287,7 +287,7 @@ func (b *backend) clusterMaterial(ctx context.Context, name string, stores ...st
 // sealed for the names held.*, and opens under no other.
 func isCustodyItem(name string) bool {
 	kind, _, _ := strings.Cut(name, ".")
-	return kind == string(cluster.KindUnseal) || kind == string(cluster.KindRecovery) || name == "root" || kind == "held"
+	return cluster.IsItem(name) || kind == "held"
 }
 
 // ofCustody tells whether an item is what a cluster in custody is opened with: the cluster is configured, or was, and the item

@@ -63,6 +63,7 @@ come as the messages that Vault made for them. The keys stay in custody; "nitros
 	cmd.Flags().StringArrayVar(&pgpKeys, "pgp-key", nil, `file with the public OpenPGP key of a person ("-": standard input); may be given several times`)
 	cmd.Flags().BoolVar(&request.Each, "each", false, "a message for each share, in place of one with all of them")
 	cmd.Flags().BoolVar(&request.RootToken, "root-token", false, "the root token as well, where it is kept")
+	cmd.Flags().BoolVar(&request.Former, "former", false, "the keys from before the last rekey in their place, which an old snapshot may want")
 	cmd.Flags().StringVar(&dir, "out", "", "folder for the messages, a file for each (default: they are printed)")
 	_ = cmd.MarkFlagDirname("out")
 	_ = cmd.MarkFlagFilename("pgp-key", "asc", "gpg", "pgp")

@@ -12,6 +12,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 )
 
 func newMaterialCommand(a *app) *cobra.Command {
@@ -21,8 +22,8 @@ An item has a name and one or more fields, is sealed as one envelope, and lies i
 makes a new generation; the one that is expected is remembered in state_dir, so that an older envelope, which somebody put back,
 does not open.
 
-The items unseal, recovery and root, and with a spread unseal.KEY and recovery.KEY, belong to custody: "nitroseal init",
-"rekey" and "import" write them. Opening, writing and deleting are noted in the audit log.`,
+The items unseal, recovery, root, former and former-recovery, and with a spread unseal.KEY and so on, belong to custody:
+"nitroseal init", "rekey" and "import" write them. Opening, writing and deleting are noted in the audit log.`,
 		newMaterialListCommand(a), newMaterialShowCommand(a), newMaterialOpenCommand(a), newMaterialPutCommand(a),
 		newMaterialDeleteCommand(a), newMaterialAcceptCommand(a))
 }
@@ -53,8 +54,7 @@ func (s *storeFlag) of(a *app, cluster, item string) (string, error) {
 
 // custodyItem tells whether the name of an item is one that custody of clusters uses.
 func custodyItem(name string) bool {
-	kind, _, _ := strings.Cut(name, ".")
-	return slices.Contains([]string{"unseal", "recovery", "root"}, kind)
+	return cluster.IsItem(name)
 }
 
 // ofCustody tells whether an item is what a cluster of the configuration is opened with.

@@ -54,8 +54,10 @@ func TestASpreadIsHealedAfterOneOfItsHSMsIsLost(t *testing.T) {
 			"office", func(y *yard) { y.toVan("office") }, []string{"unseal.office", "unseal.bunker", "unseal.bank"}, true,
 		},
 		"another key is taken in its place": {
-			"bank", func(y *yard) { y.Spread = &Spread{Needed: 2, Keys: []string{"office", "bunker", "van"}} },
-			[]string{"unseal.office", "unseal.bunker", "unseal.van"}, true,
+			"bank",
+			func(y *yard) { y.Spread = &Spread{Needed: 2, Keys: []string{"office", "bunker", "van"}} },
+			[]string{"unseal.office", "unseal.bunker", "unseal.van"},
+			true,
 		},
 		"nothing is in its place yet": {"bank", func(*yard) {}, []string{"unseal.office", "unseal.bunker", "unseal.bank"}, false},
 	} {
