@@ -33,7 +33,8 @@ import (
 var (
 	// ErrNoSink: no sink took the intent. The act must not happen.
 	ErrNoSink = errors.New("no audit sink took the intent")
-	// ErrUnsafe: a file cannot be the audit log because somebody else could change it, or have it say something else.
+	// ErrUnsafe: a file cannot be the audit log because somebody else could change it, or have it say something else. Such a
+	// file is a sink that fails until it is mended.
 	ErrUnsafe = errors.New("not safe as an audit log")
 	// ErrClosed: the log was closed.
 	ErrClosed = errors.New("the audit log was closed")

@@ -21,17 +21,14 @@ type file struct {
 
 // File is a sink that appends to a file of mode 0600 and syncs it. The file is made where it is missing, and opened anew
 // where it was renamed or removed, so logrotate needs no signal, and copytruncate works as well. A symlink, a file of another
-// user and one that others may write are [ErrUnsafe]: then it is not the log that it seems. A disk that is full or away is
-// no error here but one of the lines that it does not take.
+// user and one that others may write take no lines, with [ErrUnsafe]: then it is not the log that it seems. That is no error
+// here, no more than a disk that is full or away: a mode that somebody changed must not keep a Vault sealed where another sink
+// takes the lines, and it can be mended while we run.
 func File(path string) (Sink, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("audit file %q: %w: its path does not begin with \"/\"", path, ErrUnsafe)
 	}
-	f := &file{path: filepath.Clean(path)}
-	if err := f.Reopen(); errors.Is(err, ErrUnsafe) {
-		return nil, err
-	}
-	return f, nil
+	return &file{path: filepath.Clean(path)}, nil
 }
 
 // Name implements [Sink].
@@ -54,7 +51,7 @@ func (f *file) Reopen() error {
 		created = true
 	}
 	if errors.Is(err, unix.ELOOP) {
-		return fmt.Errorf("audit file %s: %w: it is a symbolic link; name the file itself", f.path, ErrUnsafe)
+		return fmt.Errorf("%w: it is a symbolic link; name the file itself", ErrUnsafe)
 	}
 	if err != nil {
 		return fmt.Errorf("opening it: %w", pathless(err))
@@ -155,7 +152,7 @@ func checkFile(opened *os.File) error {
 	if err := unix.Fstat(int(opened.Fd()), &info); err != nil {
 		return fmt.Errorf("looking at it: %w", err)
 	}
-	refuse := func(why string) error { return fmt.Errorf("audit file %s: %w: %s", opened.Name(), ErrUnsafe, why) }
+	refuse := func(why string) error { return fmt.Errorf("%w: %s", ErrUnsafe, why) }
 	switch {
 	case info.Mode&unix.S_IFMT != unix.S_IFREG:
 		return refuse("it is not a regular file")
@@ -176,7 +173,7 @@ func checkFolder(dir string) error {
 		return fmt.Errorf("looking at its folder: %w", pathless(err))
 	}
 	if info.Mode().Perm()&0o002 != 0 && info.Mode()&os.ModeSticky == 0 {
-		return fmt.Errorf("audit file in %s: %w: everybody may write in that folder; run: chmod o-w %s", dir, ErrUnsafe, dir)
+		return fmt.Errorf("%w: everybody may write in its folder; run: chmod o-w %s", ErrUnsafe, dir)
 	}
 	return nil
 }

@@ -44,17 +44,19 @@ func TestAFileThatOthersDecideIsRefused(t *testing.T) {
 		path string
 		want string // part of the complaint, "" where the file is taken
 	}{
-		"a file of ours is taken":                        {write("ours", 0o600), ""},
-		"a file that a group may read is taken":          {write("read", 0o640), ""},
-		"a file that is not there is made":               {path("new"), ""},
-		"a symlink is refused":                           {path("link"), "symbolic link"},
-		"a symlink to nowhere is refused":                {path("dangling"), "symbolic link"},
-		"a FIFO is refused":                              {path("fifo"), "not a regular file"},
-		"a file that the group may write is refused":     {write("group", 0o660), "chmod go-w"},
-		"a file with a second name is refused":           {path("one"), "hard link"},
-		"a folder that everybody may write is refused":   {path("open/audit.log"), "chmod o-w"},
-		"a relative path is refused":                     {"audit.log", "does not begin"},
-		"a folder that is missing may be there tomorrow": {path("missing/audit.log"), ""},
+		"a file of ours is taken":                      {write("ours", 0o600), ""},
+		"a file that a group may read is taken":        {write("read", 0o640), ""},
+		"a file that is not there is made":             {path("new"), ""},
+		"a symlink is refused":                         {path("link"), "symbolic link"},
+		"a symlink to nowhere is refused":              {path("dangling"), "symbolic link"},
+		"a FIFO is refused":                            {path("fifo"), "not a regular file"},
+		"a file that the group may write is refused":   {write("group", 0o660), "chmod go-w"},
+		"a file with a second name is refused":         {path("one"), "hard link"},
+		"a folder that everybody may write is refused": {path("open/audit.log"), "chmod o-w"},
+		"a relative path is refused":                   {"audit.log", "does not begin"},
+	}
+	if _, err := File(path("missing/audit.log")); err != nil {
+		t.Errorf("a folder that is missing may be there tomorrow: %v", err)
 	}
 	if os.Geteuid() == 0 {
 		must(t, os.Chown(write("foreign", 0o600), 65534, -1))
@@ -63,9 +65,11 @@ func TestAFileThatOthersDecideIsRefused(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			sink, err := File(test.path)
+			if err == nil {
+				err = errors.Join(sink.Reopen(), sink.Close())
+			}
 			if test.want == "" {
 				must(t, err)
-				must(t, sink.Close())
 				return
 			}
 			if !errors.Is(err, ErrUnsafe) || !strings.Contains(err.Error(), test.want) {
@@ -246,6 +250,7 @@ func TestWhoMayReadAFileCannotStopTheLog(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
 	sink, err := File(path)
 	must(t, err)
+	must(t, sink.Reopen())
 	reader, err := os.Open(path)
 	must(t, err)
 	defer reader.Close()
@@ -263,5 +268,63 @@ func TestWhoMayReadAFileCannotStopTheLog(t *testing.T) {
 	must(t, sink.Close())
 	if got := content(t, path); got != "1\n" {
 		t.Errorf("%q", got)
+	}
+}
+
+// TestAFileThatIsNotSafeIsASinkThatFails: a mode that somebody changed keeps no Vault sealed after the next start where another
+// sink takes lines, and none for longer than it takes to mend it.
+func TestAFileThatIsNotSafeIsASinkThatFails(t *testing.T) {
+	dir := t.TempDir()
+	path, good := filepath.Join(dir, "audit.log"), filepath.Join(dir, "good.log")
+	must(t, os.WriteFile(path, nil, 0o600))
+	must(t, os.Chmod(path, 0o622))
+	file := func(path string) Sink {
+		sink, err := File(path)
+		must(t, err)
+		return sink
+	}
+	act := func(l *Log) error {
+		end, err := l.Begin(t.Context(), unseal)
+		if err == nil {
+			end(nil)
+		}
+		return err
+	}
+
+	l := open(t, Options{}, file(path), file(good))
+	must(t, l.Check(t.Context()))
+	if status := l.Sinks()[0]; !errors.Is(status.Err, ErrUnsafe) {
+		t.Errorf("beside a sink that works, at the start: %+v", status)
+	}
+	must(t, act(l))
+	if status := l.Sinks()[0]; !errors.Is(status.Err, ErrUnsafe) || status.Missed != 2 {
+		t.Errorf("after an act: %+v", status)
+	}
+	must(t, os.Chmod(path, 0o600))
+	must(t, act(l))
+	if status := l.Sinks()[0]; status.Err != nil {
+		t.Errorf("once it is mended: %+v", status)
+	}
+	must(t, os.Chmod(path, 0o622))
+	l.Reopen()
+	must(t, act(l))
+	if status := l.Sinks()[0]; !errors.Is(status.Err, ErrUnsafe) {
+		t.Errorf("opened anew: %+v", status)
+	}
+	must(t, l.Close())
+
+	alone := open(t, Options{}, file(path))
+	if err := alone.Check(t.Context()); !errors.Is(err, ErrNoSink) || !errors.Is(err, ErrUnsafe) {
+		t.Errorf("a check of the only one: %v", err)
+	}
+	if err := act(alone); !errors.Is(err, ErrNoSink) || !errors.Is(err, ErrUnsafe) || !strings.Contains(err.Error(), "chmod go-w "+path) {
+		t.Errorf("with the only one: %v", err)
+	}
+	must(t, os.Chmod(path, 0o600))
+	must(t, alone.Check(t.Context()))
+	must(t, act(alone))
+	must(t, alone.Close())
+	if lines := strings.Count(content(t, path), "\n"); lines != 4 {
+		t.Errorf("the file has %d lines", lines)
 	}
 }
