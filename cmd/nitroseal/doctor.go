@@ -9,7 +9,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/doctor"
 )
@@ -22,11 +24,11 @@ func newDoctorCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look for what is wrong, and say how to mend it",
-		Long: `Look at the machine, each device, each wrapping key, each store and the Vault of the configuration, and say what is wrong and
-how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
+		Long: `Look at the machine, each device, each wrapping key, each store, each cluster and the Vault of the configuration, and say what is wrong
+and how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
 value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again. A
 Nitrokey HSM 2 is asked about its backup by sc-hsm-tool, where that is installed; programs that are logged in to it may have to
-log in again, which OpenSC does by itself.
+log in again, which OpenSC does by itself. Of clusters no key is opened: "nitroseal drill" does that.
 
 The exit code is 1 where a problem was found, 0 where there were warnings at most. What was found before Ctrl-C or --timeout ended
 it is printed as well.`,
@@ -126,8 +128,32 @@ func (a *app) patient() (doctor.Patient, error) {
 	}
 	return doctor.Patient{
 		Config: c, Device: set.handle, Store: a.store, Keys: a.keyring,
+		Cluster: a.clusterStatus, Audit: a.auditSinks,
 		VaultToken: func() ([]byte, error) { return vaultToken(c) },
 	}, nil
+}
+
+// clusterStatus asks how a cluster is.
+func (a *app) clusterStatus(ctx context.Context, name string) (cluster.Status, error) {
+	c, err := a.cluster(name)
+	if err != nil {
+		return cluster.Status{}, err
+	}
+	custodian, err := a.custodian()
+	if err != nil {
+		return cluster.Status{}, err
+	}
+	return custodian.Status(ctx, c)
+}
+
+// auditSinks looks whether the audit log would take a line.
+func (a *app) auditSinks(ctx context.Context) ([]audit.SinkStatus, error) {
+	log, err := a.audit()
+	if err != nil {
+		return nil, err
+	}
+	err = log.Check(ctx)
+	return log.Sinks(), err
 }
 
 // vaultToken reads the token for Vault; nil where none is configured. The caller wipes it.

@@ -1,8 +1,9 @@
 // Package doctor looks for what operators get wrong, and says how to mend it.
 //
-// [Examine] goes through one configuration: the machine, each device, each wrapping key, each store, the Vault. Every
-// look is a [Finding]: what was looked at, what was seen, and where that is not as it should be, what to do. A finding
-// never hides another one: where a device does not answer, its stores and keys are still examined, and say so.
+// [Examine] goes through one configuration: the machine, each device, each wrapping key, each store, each cluster in
+// custody, the Vault. Every look is a [Finding]: what was looked at, what was seen, and where that is not as it should be,
+// what to do. A finding never hides another one: where a device does not answer, its stores and keys are still examined,
+// and say so.
 //
 // The doctor uses the same parts as the rest of the program, so that what it finds is what the program would meet. It
 // changes nothing but for one object that it writes into a store and deletes again, and it follows the PIN rule: it logs
@@ -16,7 +17,9 @@ import (
 	"fmt"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
@@ -55,6 +58,10 @@ type Patient struct {
 	Store func(ctx context.Context, name string) (store.Store, error)
 	// Keys opens the wrapping keys of the configuration.
 	Keys func() (*keyring.Keyring, error)
+	// Cluster asks how a cluster of the configuration is; no secret is opened for it.
+	Cluster func(ctx context.Context, name string) (cluster.Status, error)
+	// Audit tells of the sinks of the audit log; the error says that none of them would take a line.
+	Audit func(ctx context.Context) ([]audit.SinkStatus, error)
 	// VaultToken reads the token for Config.Vault; empty for none. The doctor wipes it.
 	VaultToken func() ([]byte, error)
 }
@@ -69,7 +76,7 @@ const certificateWarning = 30 * 24 * time.Hour
 // ctx's alone.
 func Examine(ctx context.Context, patient Patient, report func(Finding)) error {
 	d := &doctor{Patient: patient, report: report}
-	for _, part := range []func(context.Context){d.machine, d.devices, d.keys, d.stores, d.vault} {
+	for _, part := range []func(context.Context){d.machine, d.devices, d.keys, d.stores, d.clusters, d.vault} {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("examining the configuration %s: %w", patient.Config.Path, err)
 		}
