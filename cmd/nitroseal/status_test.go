@@ -43,8 +43,10 @@ func TestTheVerdictOfAStatus(t *testing.T) {
 		"another machine has written the keys since": {open(node.RoleActive), of(custody.StateAhead), nil},
 		"an older state of the keys lies there":      {open(node.RoleActive), of(custody.StateStale), []string{"stale"}},
 		"a new cluster":                              {[]cluster.NodeStatus{{Address: "https://vault"}}, none, []string{"is not initialised; nitroseal init prod"}},
-		"a node of a cluster that is there": {append(open(node.RoleActive), cluster.NodeStatus{Address: "https://new"}), kept(1, 1),
-			[]string{"https://new is not initialised; nitroseal unseal prod"}},
+		"a node of a cluster that is there": {
+			append(open(node.RoleActive), cluster.NodeStatus{Address: "https://new"}), kept(1, 1),
+			[]string{"https://new is not initialised; nitroseal unseal prod"},
+		},
 		"all nodes were wiped":                       {[]cluster.NodeStatus{{Address: "https://vault"}}, kept(1, 1), []string{"is not initialised, and its keys are in custody"}},
 		"this machine does not have the key":         {open(node.RoleActive), kept(1, 0), []string{`"office"`, "nitroseal key restore office"}},
 		"this machine has an older state of the key": {open(node.RoleActive), kept(3, 2), []string{`"office"`, "version 3", "here: nitroseal key restore office"}},

@@ -9,18 +9,18 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm"
 )
 
-// failedNodes are nodes of one cluster that are not unsealed for one and the same cause, as an error: it says the cause once.
-type failedNodes struct {
+// nodesError is about nodes of one cluster that are not unsealed for one and the same cause: it says that once.
+type nodesError struct {
 	cluster   string
 	addresses []string
 	errs      []error
 }
 
 // gather adds a node that failed to those that failed for the same cause.
-func gather(all []failedNodes, n NodeReport) []failedNodes {
-	at := slices.IndexFunc(all, func(f failedNodes) bool { return f.cluster == n.Cluster && f.sameCause(n) })
+func gather(all []nodesError, n NodeReport) []nodesError {
+	at := slices.IndexFunc(all, func(f nodesError) bool { return f.cluster == n.Cluster && f.sameCause(n) })
 	if at < 0 {
-		return append(all, failedNodes{n.Cluster, []string{n.Address}, []error{n.Err}})
+		return append(all, nodesError{n.Cluster, []string{n.Address}, []error{n.Err}})
 	}
 	all[at].addresses, all[at].errs = append(all[at].addresses, n.Address), append(all[at].errs, n.Err)
 	return all
@@ -28,7 +28,7 @@ func gather(all []failedNodes, n NodeReport) []failedNodes {
 
 // sameCause tells whether a node failed for the cause of the others. A PIN that a token refused is the cause of all who were not let
 // try after it, whatever they say.
-func (f failedNodes) sameCause(n NodeReport) bool {
+func (f nodesError) sameCause(n NodeReport) bool {
 	if alarmOf(f.errs[0]) == AlarmPIN && alarmOf(n.Err) == AlarmPIN {
 		return true
 	}
@@ -41,7 +41,7 @@ func causeAt(address string, err error) string {
 }
 
 // Error implements error.
-func (f failedNodes) Error() string {
+func (f nodesError) Error() string {
 	tells := 0 // the one whose PIN was sent knows more than those that were spared
 	for i, err := range f.errs {
 		if pin := (*hsm.PINError)(nil); errors.As(err, &pin) && !pin.Barred {
@@ -60,4 +60,4 @@ func (f failedNodes) Error() string {
 }
 
 // Unwrap lets errors.Is and errors.As look into the errors of all the nodes.
-func (f failedNodes) Unwrap() []error { return f.errs }
+func (f nodesError) Unwrap() []error { return f.errs }

@@ -66,7 +66,7 @@ func Once(ctx context.Context, site *Site, options OnceOptions) (Report, error) 
 	}
 	c.end()
 	report := Report{}
-	var failed []failedNodes
+	var failed []nodesError
 	for _, v := range c.views() {
 		n := NodeReport{Cluster: v.cluster, Address: v.address, Reachable: v.up, State: v.state, Unsealed: !v.unsealed.IsZero(), Err: v.err}
 		if n.Err == nil && !v.well() {

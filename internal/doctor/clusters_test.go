@@ -43,11 +43,15 @@ func TestClustersAreExamined(t *testing.T) {
 			cluster.NodeStatus{Seal: open}, []cluster.MaterialStatus{{Item: "unseal", Metadata: kept}}, "material unseal", OK, nil,
 		},
 		"keys of a version that is not here": {
-			cluster.NodeStatus{Seal: open}, []cluster.MaterialStatus{{Item: "unseal", Metadata: ahead}}, "material unseal", Problem,
+			cluster.NodeStatus{Seal: open},
+			[]cluster.MaterialStatus{{Item: "unseal", Metadata: ahead}},
+			"material unseal", Problem,
 			[]string{"nitroseal key restore office"},
 		},
 		"keys that nobody has": {
-			cluster.NodeStatus{Seal: open}, []cluster.MaterialStatus{{Item: "unseal", Err: custody.ErrNotFound}}, "material unseal", Problem,
+			cluster.NodeStatus{Seal: open},
+			[]cluster.MaterialStatus{{Item: "unseal", Err: custody.ErrNotFound}},
+			"material unseal", Problem,
 			[]string{"nitroseal import prod"},
 		},
 		"a store that is away is told of once": {
