@@ -150,8 +150,8 @@ func (d *drill) shares(ctx context.Context, options DrillOptions) {
 	active := d.m.active()
 	shares := d.m.take(active, active.Threshold)
 	if len(shares) < active.Threshold {
-		d.problem("The HSM holds %d of the %d shares that are needed: %d people would have to give theirs.", len(shares), active.Threshold,
-			active.Threshold-len(shares))
+		d.problem("The HSM holds %d of the %d shares that are needed: %s would have to give theirs.", len(shares), active.Threshold,
+			people(active.Threshold-len(shares)))
 		return
 	}
 	if options.WithoutProof {
@@ -167,4 +167,12 @@ func (d *drill) shares(ctx context.Context, options DrillOptions) {
 	default:
 		d.result.NotProved = err.Error()
 	}
+}
+
+// people counts people.
+func people(count int) string {
+	if count == 1 {
+		return "one person"
+	}
+	return fmt.Sprintf("%d people", count)
 }

@@ -241,3 +241,16 @@ func TestAnotherRekeyTakesThePlaceOfTheFormerKeys(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Where all nodes lost their storage, none of them waits for another one to be unsealed.
+func TestWipedNodesDoNotWaitForEachOther(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 3, nil)
+	for _, n := range y.nodes {
+		n.Wipe()
+	}
+	for _, n := range y.process().TendAll(t.Context(), y.Cluster) {
+		if !errors.Is(n.Err, ErrNotInitialized) || errors.Is(n.Err, ErrBusy) {
+			t.Errorf("Tend = %v", n.Err)
+		}
+	}
+}

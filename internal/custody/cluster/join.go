@@ -75,6 +75,12 @@ func (k *Custodian) leader(ctx context.Context, c *Cluster, except string) (addr
 			continue
 		}
 		role, err := n.Role(ctx)
+		if errors.Is(err, node.ErrSealed) || err == nil && role == node.RoleNone {
+			// One that is not initialised answers as a sealed one does.
+			if st, lookErr := n.Status(ctx); lookErr == nil && !st.Initialized {
+				continue
+			}
+		}
 		switch {
 		case err == nil && role == node.RoleActive:
 			return other, false

@@ -9,6 +9,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -168,6 +169,12 @@ func (r *rewrapping) stored(ctx context.Context, c *Cluster, name, wanted string
 			}
 			return key, rewrapped, nil
 		}
+		// What opens a cluster goes to no version of a key that it would not have been begun with.
+		if IsItem(name) {
+			if err := r.k.keyring.Ready(ctx, key, keyring.PurposeCluster); err != nil {
+				return key, rewrapped, fmt.Errorf("rewrapping %q of cluster %q, which stays as it is: %w", name, c.Name, err)
+			}
+		}
 		err = r.anew(ctx, c, name, key)
 		if err != nil && !errors.Is(err, custody.ErrConflict) {
 			return key, rewrapped, err
@@ -240,6 +247,9 @@ func (r *rewrapping) local(ctx context.Context, c *Cluster, path string, made en
 	due, err := r.outdated(ctx, claimed, key)
 	if err != nil || !due {
 		return key, false, err
+	}
+	if err := r.k.keyring.Ready(ctx, key, keyring.PurposeCluster); err != nil {
+		return key, false, fmt.Errorf("rewrapping %q on the local disk, which stays as it is: %w", path, err)
 	}
 	opened, err := r.k.keyring.Open(ctx, key, entry.Value, made)
 	if err != nil {

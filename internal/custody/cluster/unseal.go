@@ -323,7 +323,8 @@ func (k *Custodian) send(ctx context.Context, c *Cluster, n *node.Node, shares [
 	var nonce string
 	for i, share := range shares {
 		st, err = n.Unseal(ctx, share)
-		if errors.Is(err, node.ErrMayHaveHappened) { // it may be unsealed now
+		// It may be unsealed now; and while others unseal it, it fails in ways of its own.
+		if errors.Is(err, node.ErrMayHaveHappened) || errors.Is(err, node.ErrUnavailable) || errors.Is(err, node.ErrRefused) {
 			now, lookErr := n.Status(ctx)
 			if lookErr == nil && !now.Sealed {
 				return now, nil

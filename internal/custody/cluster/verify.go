@@ -305,8 +305,8 @@ func (v *verification) numbers() {
 		v.problem("A rekey was cut off and two sets of shares are kept: `nitroseal rekey %s` finishes or undoes it.", v.c.Name)
 	}
 	if held := len(v.m.take(active, active.Shares)); held < active.Threshold && v.whole {
-		v.problem("The HSM holds %d of the %d shares that unseal; %d people have to give theirs after every restart.", held, active.Threshold,
-			active.Threshold-held)
+		v.problem("The HSM holds %d of the %d shares that unseal; %s would have to give theirs after every restart.", held, active.Threshold,
+			people(active.Threshold-held))
 	}
 	shares, threshold := v.c.sizes(v.result.Kind)
 	if (v.c.Shares != 0 || v.result.Kind == KindRecovery && v.c.RecoveryShares != 0) && (shares != active.Shares || threshold != active.Threshold) {

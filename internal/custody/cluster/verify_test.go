@@ -157,6 +157,8 @@ func (y *yard) rotate(key string) {
 	y.hsms[key].AddEC(y.t, key+"-2", "77", ecdh.P256())
 	_, err := y.keys.Rotate(y.t.Context(), key, keyring.RotateRequest{Adopt: &keyring.AdoptRequest{Device: key, Label: key + "-2", By: "test"}})
 	y.must(err)
+	_, err = y.keys.Backup(y.t.Context(), key, "test")
+	y.must(err)
 }
 
 func TestDrillSaysWhetherARestartWouldBeUnsealed(t *testing.T) {
@@ -196,7 +198,7 @@ func TestDrillFails(t *testing.T) {
 		"where a node is away":              {nil, func(y *yard) { y.nodes[0].Down() }, "would not be unsealed", false},
 		"where a node is a foreign one":     {nil, func(y *yard) { y.nodes[0].SetCertificate(nodetest.NewAuthority(y.t).Issue(y.t)) }, "would not be unsealed", false},
 		"where the keys are others":         {nil, func(y *yard) { y.rekeyByHand() }, "does not take the shares", false},
-		"where people hold too many":        {func(c *Cluster) { c.Shares, c.Threshold = 2, 2 }, func(y *yard) { y.withoutShare() }, "people would have to give theirs", false},
+		"where people hold too many":        {func(c *Cluster) { c.Shares, c.Threshold = 2, 2 }, func(y *yard) { y.withoutShare() }, "one person would have to give theirs", false},
 		"but not where one HSM of three is": {spread, func(y *yard) { y.hsms["bank"].SetError(hsm.ErrUnavailable) }, "", true},
 		"but not where Vault is busy": {nil, func(y *yard) {
 			_, err := y.nodes[0].Client(y.t).RekeyStart(y.t.Context(), node.UnsealKeys, node.RekeyRequest{Shares: 1, Threshold: 1})
@@ -261,6 +263,18 @@ func TestRewrapSealsAnewWhatIsDue(t *testing.T) {
 	}
 	y.wantOneSet(KindUnseal)
 	y.restart()
+}
+
+// A version whose record nobody has read is none to begin a cluster with, and none to move one to.
+func TestRewrapWaitsForAKeyThatIsReady(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, nil)
+	y.rotate("office")
+	y.notReady("office")
+	result, err := y.process().Rewrap(t.Context(), []*Cluster{y.Cluster}, RewrapOptions{})
+	y.must(err)
+	if len(result.Failed) != 1 || !errors.Is(result.Failed[0].Err, keyring.ErrNotReady) || result.Rewrapped != 0 {
+		t.Errorf("result = %+v", result)
+	}
 }
 
 func TestRewrapToAnotherKeyAndOfWhatWaitsOnTheDisk(t *testing.T) {
