@@ -17,6 +17,7 @@ import (
 type file struct {
 	path string
 	open *os.File // nil before Reopen
+	sync func(*os.File) error
 }
 
 // File is a sink that appends to a file of mode 0600 and syncs it. The file is made where it is missing, and opened anew
@@ -28,7 +29,7 @@ func File(path string) (Sink, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("audit file %q: %w: its path does not begin with \"/\"", path, ErrUnsafe)
 	}
-	return &file{path: filepath.Clean(path)}, nil
+	return &file{path: filepath.Clean(path), sync: (*os.File).Sync}, nil
 }
 
 // Name implements [Sink].
@@ -95,7 +96,7 @@ func (f *file) Write(lines []Line) (err error) {
 	if _, err := f.open.Write(text); err != nil {
 		return fmt.Errorf("writing it: %w", pathless(err))
 	}
-	if err := f.open.Sync(); err != nil {
+	if err := f.sync(f.open); err != nil {
 		return fmt.Errorf("syncing it: %w", pathless(err))
 	}
 	return nil
