@@ -129,5 +129,6 @@ type Options struct {
 	// Ready, where set, is called once: every node was looked at.
 	Ready func()
 
-	notify *notifier // set by tests
+	notify      *notifier     // set by tests
+	listenPause time.Duration // set by tests; 0 for that of everybody
 }

@@ -33,7 +33,7 @@ type daemon struct {
 }
 
 // Run is the daemon: it works until ctx ends, and returns nil after a clean stop. It fails where the first site cannot be
-// built or nobody could ever reach the listener.
+// built or asks for what is never right. A listener's address that is taken is tried again, and keeps no node sealed.
 func Run(ctx context.Context, options Options) error {
 	d := &daemon{options: options, logger: options.Logger, metrics: newMetrics(), lanes: newLanes(), notify: options.notify}
 	if d.notify == nil {
@@ -56,9 +56,7 @@ func Run(ctx context.Context, options Options) error {
 		return err
 	}
 	d.server = newServer(d)
-	if err := d.server.listen(site.Listen); err != nil {
-		return errors.Join(err, closeSite(site))
-	}
+	d.server.begin(site.Listen)
 	defer d.server.close()
 	d.metrics.read()
 	d.crew.Store(newCrew(site, d.lanes, d.hooks, d.logger, nil, nil))
@@ -77,6 +75,12 @@ func (d *daemon) loop(ctx context.Context, reload <-chan os.Signal) {
 	patience := time.NewTimer(firstRound)
 	defer patience.Stop()
 	ready, late := d.crew.Load().looked, patience.C
+	again := d.options.listenPause
+	if again == 0 {
+		again = listenPause
+	}
+	relisten := time.NewTimer(jittered(again))
+	defer relisten.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -87,6 +91,9 @@ func (d *daemon) loop(ctx context.Context, reload <-chan os.Signal) {
 		case <-late:
 			ready, late = nil, nil
 			d.ready()
+		case <-relisten.C:
+			d.server.retry()
+			relisten.Reset(jittered(again))
 		case <-reload:
 			d.notify.reloading()
 			d.reload(ctx)

@@ -412,6 +412,7 @@ func TestADaemonThatCannotBeginFailsAndClosesWhatItOpened(t *testing.T) {
 		"the configuration is broken":         {nil, errAway, errAway},
 		"there is no cluster":                 {&Site{Close: shut}, nil, ErrConfig},
 		"others could reach it in plain HTTP": {&Site{Custodian: y, Clusters: []Cluster{c}, Listen: Listen{Address: "0.0.0.0:0"}, Close: shut}, nil, ErrConfig},
+		"the port is none":                    {&Site{Custodian: y, Clusters: []Cluster{c}, Listen: Listen{Address: "127.0.0.1:99999"}, Close: shut}, nil, ErrConfig},
 		"the address is none":                 {&Site{Custodian: y, Clusters: []Cluster{c}, Listen: Listen{Address: "here"}, Close: shut}, nil, ErrConfig},
 	}
 	want := 0

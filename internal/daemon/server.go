@@ -25,10 +25,19 @@ type server struct {
 
 	mu      sync.Mutex // guards what follows
 	at      Listen
-	open    *http.Server // nil for none
+	open    *opened // nil for none
+	missing Listen  // is wanted and could not be had, no address for none: then nothing is open
+	told    bool    // the log was told of what is missing
 	serving sync.WaitGroup
 
 	certificate atomic.Pointer[tls.Certificate]
+}
+
+// opened is what serves at one address.
+type opened struct {
+	*http.Server
+
+	listener net.Listener
 }
 
 // Bounds of requests: the answers are small, and nobody has a reason to be slow.
@@ -36,6 +45,8 @@ const (
 	requestLimit  = 10 * time.Second
 	maxHeader     = 8 << 10
 	shutdownLimit = 2 * time.Second
+	// listenPause is how often an address that could not be had is tried again.
+	listenPause = 10 * time.Second
 	// maxConnections are served at one time. Whoever can reach the listener could take all memory otherwise.
 	maxConnections = 256
 )
@@ -57,7 +68,10 @@ func (l Listen) check() error {
 	if l.Address == "" {
 		return nil
 	}
-	host, _, err := net.SplitHostPort(l.Address)
+	host, port, err := net.SplitHostPort(l.Address)
+	if err == nil {
+		_, err = net.DefaultResolver.LookupPort(context.Background(), "tcp", port) // a file at most: names of services
+	}
 	if err != nil {
 		return fmt.Errorf("%w: the listener's address %q is not host and port: %w", ErrConfig, l.Address, err)
 	}
@@ -74,10 +88,54 @@ func loopback(host string) bool {
 	return host == "localhost" || err == nil && address.Unmap().IsLoopback()
 }
 
-// listen serves at an address from now on, and no more at the one before. Where that fails nothing changes.
+// begin serves at an address from now on, or as soon as it can be had: a port for metrics that somebody else has taken is no
+// reason to leave a Vault sealed.
+func (s *server) begin(l Listen) {
+	s.mu.Lock()
+	s.missing = l
+	s.mu.Unlock()
+	s.retry()
+}
+
+// retry serves at the address that could not be had before, where there is one.
+func (s *server) retry() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.missing.Address == "" {
+		return
+	}
+	if err := s.move(s.missing); err != nil {
+		if !s.told {
+			s.daemon.logger.Error("/healthz, /readyz and /metrics are not answered; it is tried again every few seconds, and nodes are unsealed "+
+				"meanwhile", "cause", err)
+		}
+		s.told = true
+		return
+	}
+	if s.told {
+		s.daemon.logger.Info("/healthz, /readyz and /metrics are answered now", "address", s.missing.Address)
+	}
+	s.missing, s.told = Listen{}, false
+}
+
+// listen serves at an address from now on, and no more at the one before. Where that fails nothing changes; an address that
+// could not be had before is no failure, and stays the one that is tried again.
 func (s *server) listen(l Listen) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	err := s.move(l)
+	switch {
+	case err == nil:
+		s.missing, s.told = Listen{}, false
+	case l.Address == s.missing.Address:
+		s.missing = l
+		return nil
+	}
+	return err
+}
+
+// move is listen for those who hold mu, without what is missing.
+func (s *server) move(l Listen) error {
 	if l.Address == s.at.Address {
 		s.at = l
 		s.certificate.Store(l.Certificate)
@@ -96,7 +154,7 @@ func (s *server) listen(l Listen) error {
 			l = s.at
 			var back error
 			if open, back = s.serve(l); back != nil {
-				l, err = Listen{}, errors.Join(err, back)
+				s.missing, l, err = l, Listen{}, errors.Join(err, back)
 			}
 		}
 		s.at, s.open = l, open
@@ -111,7 +169,7 @@ func (s *server) listen(l Listen) error {
 }
 
 // serve begins to serve at an address.
-func (s *server) serve(l Listen) (*http.Server, error) {
+func (s *server) serve(l Listen) (*opened, error) {
 	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", l.Address, err)
@@ -130,7 +188,7 @@ func (s *server) serve(l Listen) (*http.Server, error) {
 	if s.daemon.options.Listening != nil {
 		s.daemon.options.Listening(address)
 	}
-	return open, nil
+	return &opened{open, listener}, nil
 }
 
 // samePort tells whether two addresses differ in their host only.
@@ -184,7 +242,7 @@ func (c *counted) Close() error {
 }
 
 // shut ends a server that has little to finish.
-func (s *server) shut(open *http.Server) {
+func (s *server) shut(open *opened) {
 	if open == nil {
 		return
 	}
@@ -193,6 +251,7 @@ func (s *server) shut(open *http.Server) {
 	if open.Shutdown(ctx) != nil {
 		_ = open.Close() // it is of no use any more
 	}
+	_ = open.listener.Close() // closed already, unless its goroutine had no turn yet
 }
 
 func (s *server) close() {
