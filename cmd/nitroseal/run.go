@@ -23,9 +23,10 @@ func newRunCommand(a *app) *cobra.Command {
 		Long: `Watch every node of every cluster of the configuration, and unseal each that is found sealed: after a power cut, an upgrade, a new pod.
 Nodes that are new to a raft cluster are joined. It never initialises anything: "nitroseal init" does.
 
-It listens on 127.0.0.1:9108 (block run of the configuration) for /healthz, /readyz and /metrics (Prometheus). Started by systemd it tells
-when it is ready, and its watchdog that it is alive. SIGHUP reads the configuration anew, with its certificates and secrets; where that is
-wrong, the one in use stays. SIGTERM and Ctrl-C end it when what is under way has ended.
+It listens on 127.0.0.1:9108 (block run of the configuration) for /healthz, /readyz and /metrics (Prometheus); where that is taken it says
+so, unseals all the same, and tries it again every ten seconds. Started by systemd it tells when it is ready, and its watchdog that it is
+alive. SIGHUP reads the configuration anew, with its certificates and secrets; where that is wrong, the one in use stays. SIGTERM and
+Ctrl-C end it when what is under way has ended.
 
 Each unsealing is written to the audit log before it is done. The daemon's own log goes to stderr.`,
 		Example: `  nitroseal run

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -208,4 +209,43 @@ func TestADaemonThatCannotWorkEndsAtOnce(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestNeitherATakenPortNorAnUnsafeAuditFileKeepsAVaultSealed after a power cut: both are told, and mended at leisure.
+func TestNeitherATakenPortNorAnUnsafeAuditFileKeepsAVaultSealed(t *testing.T) {
+	n := nodetest.Start(t, nodetest.Options{})
+	configuration := inCustody(t, rsaToken(t), n)
+	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	content, err := os.ReadFile(configuration)
+	if err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, configuration, "audit \"file\" {\n  path = \"one.log\"\n}\naudit \"file\" {\n  path = \"two.log\"\n}\n")
+	one := filepath.Join(filepath.Dir(configuration), "one.log")
+	if err := os.WriteFile(one, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(one, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	out, err := command(t, configuration, "init", "prod").CombinedOutput()
+	if code(t, err) != exitOK || !strings.Contains(string(out), "chmod go-w "+one) {
+		t.Fatalf("init ended with %v\n%s", err, out)
+	}
+	n.Restart()
+	with := strings.Replace(string(content), "listen = \"\"", fmt.Sprintf("listen = %q", taken.Addr()), 1)
+	if err := os.WriteFile(configuration, []byte(with), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, configuration, "audit \"file\" {\n  path = \"one.log\"\n}\naudit \"file\" {\n  path = \"two.log\"\n}\n")
+	r := startRun(t, configuration, nil)
+	opened(t, n)
+	r.says(t, "address already in use")
+	r.says(t, "chmod go-w "+one)
+	r.signal(t, syscall.SIGTERM)
+	r.ends(t, exitOK)
 }
