@@ -97,6 +97,15 @@ func (a *app) rewrapStored(ctx context.Context, s *storedRewrap) error {
 	view := &rewrapView{Failed: []rewrappedView{}, Warnings: []string{}}
 	ctx, cancel := a.within(ctx, rewrapTimeout)
 	defer cancel()
+	if s.key != "" { // a mistyped one would find nothing to do, and say that all is well
+		keys, err := a.keyring()
+		if err != nil {
+			return err
+		}
+		if _, err := keys.Get(ctx, s.key); err != nil {
+			return err
+		}
+	}
 	err = a.rewrapClusters(ctx, c, s, view)
 	if err == nil && len(s.clusters) == 0 {
 		err = a.rewrapOthers(ctx, c, s, view)
