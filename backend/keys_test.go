@@ -410,12 +410,15 @@ func TestAChangedKeyRecordIsTakenOverTheKeyOfAnotherMount(t *testing.T) {
 	m.addKey("prod")
 	other := mountOn(t, &faultyStorage{Storage: new(logical.InmemStorage)}, m.rack, m.secrets, m.state)
 	other.write("devices/prod-hsm", fields{"module": testModule, "serial": "SN-prod-hsm", "pin": rightPIN}).ok(t)
-	restore := func() reply {
+	restore := func(accept bool) reply {
 		backup := m.read("keys/prod/backup").ok(t)
-		return other.write("keys/prod/restore", fields{"key_record": backup.text("key_record"), "sha256": backup.text("sha256")})
+		return other.write("keys/prod/restore", fields{
+			"key_record": backup.text("key_record"), "sha256": backup.text("sha256"), "accept_recipients": accept,
+		})
 	}
 	old := m.read("keys/prod/backup").ok(t)
-	restore().ok(t)
+	restore(false).ok(t)
+	restore(false).ok(t) // it brings nothing
 	other.write("stores/files", fields{"type": "file", "dir": "other"}).ok(t)
 	other.write("keys/prod", fields{"accept_single_hsm": true}).ok(t)
 	other.write("material/site/code", fields{"fields": fields{"code": "YQ=="}, "key": "prod", "store": "files"}).ok(t)
@@ -424,7 +427,11 @@ func TestAChangedKeyRecordIsTakenOverTheKeyOfAnotherMount(t *testing.T) {
 	other.write("devices/second", fields{"module": testModule, "serial": "SN-second", "pin": rightPIN}).ok(t)
 	m.write("keys/prod/rotate", fields{"device": "second", "key_label": "spare"}).ok(t)
 	wrapped := m.write("wrap/prod", fields{"plaintext": "c2VjcmV0"}).ok(t).text("ciphertext")
-	if got := restore().ok(t); got.text("latest_version") != "2" || got.data["accept_single_hsm"] == nil {
+	restore(false).want(t, http.StatusBadRequest).says(t, "accept_recipients=true").says(t, `"second"`)
+	if got := other.read("keys/prod").ok(t); got.text("latest_version") != "1" {
+		t.Errorf("a recipient came unasked: %v", got.data)
+	}
+	if got := restore(true).ok(t); got.text("latest_version") != "2" || got.data["accept_single_hsm"] == nil {
 		t.Errorf("restored: %v", got.data)
 	}
 	other.write("unwrap/prod", fields{"ciphertext": wrapped}).ok(t)

@@ -55,6 +55,11 @@ func (b *backend) keyActionPaths() []*framework.Path {
 					Description: "Where a device has another name today than in the record: old=new. Devices that are missing are " +
 						"reported and can be configured later.",
 				},
+				"accept_recipients": {
+					Type: framework.TypeBool,
+					Description: "Where the key is here already: whether it is to seal to the HSM keys that the record has more. Without it such a " +
+						"record is refused, and the answer names them.",
+				},
 			},
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "key"},
 			Operations: map[logical.Operation]framework.OperationHandler{
@@ -70,9 +75,9 @@ func (b *backend) keyActionPaths() []*framework.Path {
 			HelpSynopsis: "Bring a wrapping key back from its key record.",
 			HelpDescription: "Configure a device with one of the key's HSMs first. The record is taken only where its SHA-256 is the " +
 				"one that you give, and where the HSM opens the authentication key in it. Where the key is here already, because it was " +
-				"rotated or given a recipient elsewhere, it takes on what is new, and nothing is taken away from it: a record that has not all " +
-				"that is here is refused. Stored material is sealed anew afterwards. Whoever may write this path says what the key seals to from " +
-				"then on.",
+				"rotated or given a recipient elsewhere, it takes on what is new with accept_recipients=true, and nothing is taken away from it: a " +
+				"record that has not all that is here is refused. Stored material is sealed anew afterwards. Whoever may write this path with " +
+				"that parameter says what the key, and what is stored, is sealed to from then on: a policy can deny it.",
 		},
 		{
 			Pattern: key + "/public\\.pem",
@@ -164,7 +169,8 @@ func (b *backend) keyRestore(ctx context.Context, req *logical.Request, data *fr
 		return nil, err
 	}
 	key, err := b.keys.Restore(ctx, name, keyring.RestoreRequest{
-		Record: []byte(record), SHA256: sum, Devices: data.Get("devices").(map[string]string), By: by(req),
+		Record: []byte(record), SHA256: sum, Devices: data.Get("devices").(map[string]string),
+		AcceptRecipients: data.Get("accept_recipients").(bool), By: by(req),
 	})
 	if errors.Is(err, keyring.ErrRecordMalformed) {
 		return nil, mistake("%w", err) // elsewhere it is this mount's own record that is damaged

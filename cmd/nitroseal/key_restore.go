@@ -31,7 +31,7 @@ record that has not all that is here is refused. What was set and confirmed here
 		}
 		ctx, cancel := a.within(cmd.Context(), ordinaryTimeout)
 		defer cancel()
-		return keys.Restore(ctx, name, keyring.RestoreRequest{Record: record, SHA256: sum, Devices: devices, By: by()})
+		return keys.Restore(ctx, name, keyring.RestoreRequest{Record: record, SHA256: sum, Devices: devices, AcceptRecipients: true, By: by()})
 	})
 	cmd.Flags().StringVar(&in, "in", "", `file that holds the key record (default "-": standard input)`)
 	cmd.Flags().StringVar(&sum, "sha256", "", "the SHA-256 of the key record, in hexadecimal, as it was noted down")

@@ -35,6 +35,9 @@ func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, req
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
+	if !request.AcceptRecipients {
+		return nil, rec.notAccepted(changed, added)
+	}
 	for _, v := range changed { // each of them: nobody can tell otherwise whether it is the same
 		if err := k.openAuthKeys(ctx, rec.Name, []*version{v}); err != nil {
 			return nil, fmt.Errorf("restoring key %q: %w", rec.Name, err)
@@ -77,6 +80,26 @@ func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, req
 func notGrown(rec *record, lacks string) error {
 	return fmt.Errorf("key %q: %w, and the record has not all that is here: %s; nothing was changed. Take the record that was read "+
 		"last; only where this key is the wrong one, delete it before you restore", rec.Name, ErrKeyExists, lacks)
+}
+
+// notAccepted says what a record would bring that nobody accepted. Nothing in it proves that a recipient is one of ours: a
+// version more may be anybody's as a whole, and an envelope for several does not authenticate to whom it is.
+func (r *record) notAccepted(changed, added []*version) error {
+	var news []string
+	for _, v := range slices.Concat(changed, added) {
+		known := r.version(v.Number)
+		for i := range v.Recipients {
+			if rcpt := &v.Recipients[i]; known == nil || known.recipient(rcpt.KID) == nil {
+				news = append(news, fmt.Sprintf("version %d to the one on device %q, %s", v.Number, rcpt.Device, rcpt.KID))
+			}
+		}
+	}
+	if len(news) == 0 {
+		news = []string{"what is sealed to now, by another authentication envelope"}
+	}
+	return fmt.Errorf("key %q: %w, and with this record it would seal to HSM keys that it does not know here: %s; nothing was changed. Where "+
+		"you know that they are yours, by the SHA-256 that was printed where they were added, send it again with %s", r.Name, ErrKeyExists,
+		strings.Join(news, "; "), r.say().Ask("accept_recipients"))
 }
 
 // lacksOf says what of another record of the key this one lacks, "" for nothing. Authentication keys are not compared.

@@ -175,7 +175,9 @@ func TestARestoreOverAKeyTakesNothingAway(t *testing.T) {
 				b := a.twin(sealed)
 				record := test.other(a, b)
 				before := b.stored()
-				_, err := b.Restore(t.Context(), "prod", RestoreRequest{Record: record.Record, SHA256: record.SHA256, By: "dora"})
+				_, err := b.Restore(t.Context(), "prod", RestoreRequest{
+					Record: record.Record, SHA256: record.SHA256, AcceptRecipients: true, By: "dora",
+				})
 				if !errors.Is(err, test.want) || !strings.Contains(err.Error(), test.says) {
 					t.Errorf("got %v, want %v that says %q", err, test.want, test.says)
 				}
@@ -202,7 +204,9 @@ func TestWhatDevicesAreCalledHereStaysWhenAKeyGrows(t *testing.T) {
 	a.addTwo()
 	backup = a.backup()
 	a.devices.set("here", a.two)
-	request = RestoreRequest{Record: backup.Record, SHA256: backup.SHA256, Devices: map[string]string{"two": "here"}, By: "dora"}
+	request = RestoreRequest{
+		Record: backup.Record, SHA256: backup.SHA256, Devices: map[string]string{"two": "here"}, AcceptRecipients: true, By: "dora",
+	}
 	for range 2 {
 		key, err := b.Restore(t.Context(), "prod", request)
 		if err != nil {
@@ -227,7 +231,7 @@ func TestAKeyThatGrewWhileItsRecordWasTakenIsLeftAlone(t *testing.T) {
 			}
 		}}, Devices: b.devices, Now: b.clock.Now,
 	})
-	_, err := racing.Restore(t.Context(), "prod", RestoreRequest{Record: backup.Record, SHA256: backup.SHA256})
+	_, err := racing.Restore(t.Context(), "prod", RestoreRequest{Record: backup.Record, SHA256: backup.SHA256, AcceptRecipients: true})
 	if !errors.Is(err, store.ErrConflict) && !errors.Is(err, ErrKeyExists) {
 		t.Errorf("got %v", err)
 	}
@@ -248,4 +252,51 @@ func (s *interrupted) Put(ctx context.Context, name string, value []byte, expect
 		before()
 	}
 	return s.Store.Put(ctx, name, value, expected)
+}
+
+// TestARecordOverAKeyBringsNoRecipientUnasked: an envelope for several does not authenticate to whom it is, so anybody adds
+// one to the authentication envelope of a version; and a version more may be anybody's as a whole.
+func TestARecordOverAKeyBringsNoRecipientUnasked(t *testing.T) {
+	a := newFixture(t)
+	a.adopt()
+	a.addTwo()
+	b := a.twin(true)
+	var forged keyRecord
+	if err := json.Unmarshal(a.backup().Record, &forged); err != nil {
+		t.Fatal(err)
+	}
+	stranger := newFixture(t).adopt().Versions[0].Recipients[0]
+	public, err := newJWK(stranger.Public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs := forged.Versions[0].Recipients[0]
+	theirs.Device, theirs.KID, theirs.PublicKey = "three", stranger.KID, public
+	before, stanzas, _ := strings.Cut(string(forged.Versions[0].AuthEnvelope), `"recipients":[`)
+	for _, stanza := range strings.Split(stanzas[:strings.Index(stanzas, `],"iv"`)], `,{"header":`) {
+		if known := forged.Versions[0].Recipients[0].KID; strings.Contains(stanza, known) {
+			added := `{"header":` + strings.TrimPrefix(strings.Replace(stanza, known, stranger.KID, 1), `{"header":`) + ","
+			forged.Versions[0].AuthEnvelope = []byte(before + `"recipients":[` + added + stanzas)
+		}
+	}
+	forged.Versions[0].Recipients = append(forged.Versions[0].Recipients, theirs)
+	newer := a.rotate("two", "rsa")
+	for name, test := range map[string]struct {
+		record KeyRecord
+		says   string
+	}{
+		"a recipient more": {forged.canonical(), `"three", ` + stranger.KID},
+		"a version more":   {a.backup(), `"two", ` + newer.Versions[1].Recipients[0].KID},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before, spent := b.stored(), b.operations()
+			_, err := b.Restore(t.Context(), "prod", RestoreRequest{Record: test.record.Record, SHA256: test.record.SHA256, By: "mallory"})
+			if !errors.Is(err, ErrKeyExists) || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), "accept_recipients=true") {
+				t.Errorf("got %v", err)
+			}
+			if !bytes.Equal(b.stored(), before) || spent() != [2]int{} {
+				t.Error("a refused record changed the key, or an HSM was asked")
+			}
+		})
+	}
 }

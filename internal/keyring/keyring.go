@@ -277,7 +277,10 @@ type RestoreRequest struct {
 	SHA256 string // what the operator confirms the record's SHA-256 to be
 	// Devices maps device names of the record to today's, where they differ.
 	Devices map[string]string
-	By      string
+	// AcceptRecipients lets the record change a key that is here. Without it that is [ErrKeyExists], which names the recipients
+	// it would have more: who gives both record and SHA-256 says what a key in use seals to.
+	AcceptRecipients bool
+	By               string
 }
 
 // Purpose is what a key is to be used for, see [Keyring.Ready].

@@ -21,7 +21,9 @@ func (f *fixture) lose() {
 
 func (f *fixture) restore(backup KeyRecord) *Key {
 	f.t.Helper()
-	key, err := f.Restore(f.t.Context(), "prod", RestoreRequest{Record: backup.Record, SHA256: backup.SHA256, By: "dora"})
+	key, err := f.Restore(f.t.Context(), "prod", RestoreRequest{
+		Record: backup.Record, SHA256: backup.SHA256, AcceptRecipients: true, By: "dora",
+	})
 	if err != nil {
 		f.t.Fatalf("restoring: %v", err)
 	}
