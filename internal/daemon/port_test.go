@@ -99,3 +99,23 @@ func TestAListenerThatHasNotBegunToServeIsClosedAllTheSame(t *testing.T) {
 		must(t, s.listen(Listen{}))
 	}
 }
+
+// TestANameThatNobodyResolvesDelaysNothingForLong: after a power cut the name server may be what waits for a Vault.
+func TestANameThatNobodyResolvesDelaysNothingForLong(t *testing.T) {
+	before := net.DefaultResolver
+	defer func() { net.DefaultResolver = before }()
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}}
+	s := newServer(&daemon{logger: slog.New(slog.DiscardHandler), metrics: newMetrics()})
+	defer s.close()
+	begun := time.Now()
+	s.begin(Listen{Address: "nobody.example:0", Plain: true})
+	if took := time.Since(begun); took > nameLimit+2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	if s.missing.Address == "" {
+		t.Error("it is not tried again")
+	}
+}

@@ -45,6 +45,8 @@ const (
 	requestLimit  = 10 * time.Second
 	maxHeader     = 8 << 10
 	shutdownLimit = 2 * time.Second
+	// nameLimit is how long a listener's host name may take to be resolved: nodes wait meanwhile.
+	nameLimit = 2 * time.Second
 	// listenPause is how often an address that could not be had is tried again.
 	listenPause = 10 * time.Second
 	// maxConnections are served at one time. Whoever can reach the listener could take all memory otherwise.
@@ -170,7 +172,9 @@ func (s *server) move(l Listen) error {
 
 // serve begins to serve at an address.
 func (s *server) serve(l Listen) (*opened, error) {
-	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", l.Address)
+	ctx, cancel := context.WithTimeout(context.Background(), nameLimit)
+	defer cancel()
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.Address)
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", l.Address, err)
 	}
