@@ -230,19 +230,21 @@ func (r *rekey) decide(ctx context.Context) error {
 			likely = append(likely, set)
 		}
 	}
-	if len(likely) == 1 { // items of a spread were being written
-		id := likely[0].ID
-		r.result.Finished = slices.ContainsFunc(r.m.Sets, func(set Set) bool { return set.ID != id && set.State == SetActive })
-		r.result.Dropped = !r.result.Finished
-		return r.promote(ctx, id)
+	// That the others are not in hand is no reason: Vault may take one whose HSM is away.
+	if len(likely) == 1 && r.m.newest(likely[0].ID) { // items of a spread were being written
+		r.result.Finished = true
+		return r.promote(ctx, likely[0].ID)
 	}
 	var refusal error
 	for _, set := range likely {
 		err := r.prove(ctx, *set)
 		if err == nil {
-			newest := set == likely[0]
-			if r.result.Finished, r.result.Dropped = newest, !newest; !newest {
-				r.k.logger.Info("dropping the new shares of a rekey that was cut off: Vault does not take them", "cluster", r.c.Name, "set", likely[0].ID)
+			finished := set == likely[0]
+			if len(likely) == 1 {
+				finished = slices.ContainsFunc(r.m.Sets, func(other Set) bool { return other.ID != set.ID && other.State == SetActive })
+			}
+			if r.result.Finished, r.result.Dropped = finished, !finished; !finished {
+				r.k.logger.Info("dropping the new shares of a rekey that was cut off: Vault does not take them", "cluster", r.c.Name, "taken", set.ID)
 			}
 			return r.promote(ctx, set.ID)
 		}
@@ -250,6 +252,10 @@ func (r *rekey) decide(ctx context.Context) error {
 			return err
 		}
 		refusal = err
+	}
+	if len(likely) < len(r.m.Sets) {
+		return fmt.Errorf("cluster %q: a rekey was cut off, and node %s does not take those of the shares that could be opened; all are kept: bring the "+
+			"other HSMs of the cluster back, and run it again: %w", r.c.Name, r.n.Address(), cmp.Or(refusal, ErrWrongShares))
 	}
 	return fmt.Errorf("cluster %q: a rekey was cut off, and node %s takes neither the shares from before it nor the new ones; both are kept: "+
 		"restore a snapshot of the cluster that fits one of them, or import its shares: %w", r.c.Name, r.n.Address(), refusal)

@@ -182,6 +182,11 @@ func (m *material) superseded(id string) bool {
 	})
 }
 
+// newest tells whether a set is active and took the place of all others, so that Vault need not be asked.
+func (m *material) newest(id string) bool {
+	return !slices.ContainsFunc(m.Sets, func(set Set) bool { return set.State != SetActive || set.ID != id && !m.superseded(set.ID) })
+}
+
 // inState are the sets in that state, in the order in which they are tried: first those of which all is in hand, the newest
 // first.
 func (m *material) inState(state SetState) []*Set {
