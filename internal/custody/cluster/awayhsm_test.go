@@ -34,3 +34,18 @@ func TestNewKeysAreNotDroppedWhileTheirHSMIsAway(t *testing.T) {
 		})
 	}
 }
+
+// A host that did not see the last rekey heals a spread like any other.
+func TestAHostThatIsBehindHealsASpread(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, spread)
+	other := &yard{y.site.host("host-2")}
+	spread(other.Cluster)
+	other.must(rekeyOnce(other))
+	y.must(rekeyOnce(y))
+	y.must(rekeyOnce(y))
+	y.unplug("bank")
+	y.toVan("bank")
+	other.must(rekeyOnce(other))
+	other.wantOneSet(KindUnseal)
+	other.wantUnsealedWithout("office")
+}

@@ -668,7 +668,14 @@ func (k *Custodian) saveItem(ctx context.Context, c *Cluster, m *material, item 
 	if err != nil {
 		return fmt.Errorf("storing %q of cluster %q: %w", item.name, c.Name, err)
 	}
-	return k.put(ctx, c, item, fields, by, request)
+	if item.lost == nil {
+		return k.put(ctx, c, item, fields, by, request)
+	}
+	if err := k.putOver(ctx, c, item, fields, by, request); err != nil {
+		return err
+	}
+	item.lost = nil // it is like the others from now on
+	return nil
 }
 
 // put writes one item, announced to the audit log.
