@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
 )
@@ -48,4 +49,34 @@ func TestAHostThatIsBehindHealsASpread(t *testing.T) {
 	other.must(rekeyOnce(other))
 	other.wantOneSet(KindUnseal)
 	other.wantUnsealedWithout("office")
+}
+
+// That an HSM is plugged in again is no change that a custodian could see: what was tried without it is tried again soon.
+func TestANodeIsTriedAgainSoonWhereAnHSMWasAway(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, func(c *Cluster) {
+		c.Key, c.Spread = "", &Spread{Needed: 2, Keys: []string{"office", "bunker"}}
+		c.Shares, c.Threshold = 2, 2
+	})
+	y.Spread = &Spread{Needed: 2, Keys: []string{"van", "bunker"}}
+	y.fault.set(func(call string) bool { return strings.Contains(call, " put ") && strings.Contains(call, "former") })
+	if err := rekeyOnce(y); err == nil {
+		t.Fatal("the rekey was not cut off")
+	}
+	y.fault.reset()
+	y.unplug("van")
+	k := y.process()
+	y.nodes[0].Restart()
+	for range 3 {
+		if _, err := k.Tend(t.Context(), y.Cluster, y.nodes[0].Address()); !errors.Is(err, ErrWrongShares) {
+			t.Fatalf("Tend = %v, want ErrWrongShares", err)
+		}
+	}
+	if sent := sharesSent(y.nodes[0]); sent != 4 { // at the beginning and now
+		t.Errorf("%d shares were sent", sent)
+	}
+	y.hsms["van"].SetError(nil)
+	y.clock.advance(partialRefusalTime + time.Second)
+	if out, err := k.Tend(t.Context(), y.Cluster, y.nodes[0].Address()); err != nil || out.Action != ActionUnsealed {
+		t.Errorf("Tend = %+v, %v", out, err)
+	}
 }

@@ -38,6 +38,10 @@ type refusal struct {
 // refusalTime is how long a refusal stands although nothing changes.
 const refusalTime = time.Hour
 
+// partialRefusalTime is how long one stands that was made while not all keys could be opened: that an HSM is plugged in again is
+// a change that nobody sees.
+const partialRefusalTime = 2 * time.Minute
+
 // knownAlarm is an alarm that was raised or read by this process. One that could not be written to the disk stands as well.
 type knownAlarm struct {
 	*Alarm
@@ -63,11 +67,14 @@ func (k *Custodian) remember(change func(*memory)) {
 	change(&k.memory)
 }
 
-// refuse remembers that a node and the material do not fit.
-func (k *Custodian) refuse(ctx context.Context, c *Cluster, address string, st node.Status, err error) {
-	material := k.generations(ctx, c)
+// refuse remembers that a node and the material do not fit. partial says that not all of the material could be opened.
+func (k *Custodian) refuse(ctx context.Context, c *Cluster, address string, st node.Status, partial bool, err error) {
+	material, stands := k.generations(ctx, c), refusalTime
+	if partial {
+		stands = partialRefusalTime
+	}
 	k.remember(func(m *memory) {
-		m.refusals[nodeName{c.Name, address}] = refusal{material, st.N, st.T, k.now().Add(refusalTime), err}
+		m.refusals[nodeName{c.Name, address}] = refusal{material, st.N, st.T, k.now().Add(stands), err}
 	})
 }
 

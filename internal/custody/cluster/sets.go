@@ -39,6 +39,8 @@ type material struct {
 	shares map[shareName][]byte
 	// messages are the shares of people, which only they can open.
 	messages map[shareName][]byte
+	// partial tells that there are items which were tried and did not open.
+	partial bool
 }
 
 // materialItem is an item that was opened, or is to be made.
@@ -532,10 +534,12 @@ func (g *gathering) material() (m *material, err error) {
 			}
 		}
 	}()
-	m, err = assemble(g.c, g.kind, g.parts, join(g.errs...))
+	failed := join(g.errs...)
+	m, err = assemble(g.c, g.kind, g.parts, failed)
 	if err != nil {
 		return nil, err
 	}
+	m.partial = failed != nil && !onlyNotFound(failed)
 	m.items = append(m.items, g.blank...)
 	return m, nil
 }

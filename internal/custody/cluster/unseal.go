@@ -177,9 +177,10 @@ func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, s
 		if tried && !errors.Is(err, node.ErrWrongShares) {
 			return err
 		}
+		partial := m.partial || !tried && err != nil
 		err = join(fmt.Errorf("%s: %w: %s; it got no share; correct its address, or where that is right and its keys were changed elsewhere, import them", where,
 			ErrMismatch, difference), err)
-		k.refuse(ctx, c, address, st, err)
+		k.refuse(ctx, c, address, st, partial, err)
 		return err
 	}
 	short := len(m.take(sets[0], sets[0].Threshold)) < sets[0].Threshold
@@ -207,7 +208,7 @@ func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, s
 		err = join(err, formerErr)
 	}
 	err = fmt.Errorf("%s: %w: %w; rekeyed elsewhere? then import its keys; it is not tried again before something changes", where, ErrWrongShares, err)
-	k.refuse(ctx, c, address, st, err)
+	k.refuse(ctx, c, address, st, m.partial || !tried && formerErr != nil, err)
 	return err
 }
 
