@@ -80,3 +80,22 @@ func TestANodeIsTriedAgainSoonWhereAnHSMWasAway(t *testing.T) {
 		t.Errorf("Tend = %+v, %v", out, err)
 	}
 }
+
+// An item that the configuration does not name any more, and whose HSM is away, may hold shares that Vault takes.
+func TestPresentSharesAreNotDeletedBeforeTheyAreDealtAnew(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, spread)
+	y.Spread = &Spread{Needed: 2, Keys: []string{"office", "bunker"}}
+	y.Shares, y.Threshold = 4, 3
+	y.unplug("bank")
+	_, err := y.process().Rekey(t.Context(), y.Cluster, RekeyOptions{Cancel: true})
+	y.must(err)
+	y.hsms["bank"].SetError(nil)
+	y.wantUnsealedWithout("office")
+	y.unplug("bank")
+	_, err = y.process().Rekey(t.Context(), y.Cluster, RekeyOptions{Shares: 4, Threshold: 3})
+	y.must(err)
+	names, err := y.process().kindItems(t.Context(), y.Cluster, KindUnseal)
+	if y.must(err); strings.Join(names, " ") != "unseal.bunker unseal.office" {
+		t.Errorf("the items are %q", names)
+	}
+}

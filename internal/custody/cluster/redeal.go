@@ -129,6 +129,9 @@ func (r *rekey) dropForeign(ctx context.Context) error {
 	}) {
 		return nil
 	}
+	if len(active.Indices)+len(active.People) < active.Shares {
+		return nil // one that did not open may have the others
+	}
 	foreign, err := r.k.foreignItems(ctx, r.c, r.kind)
 	if err != nil {
 		return err
