@@ -2,6 +2,9 @@ package main
 
 import (
 	"os"
+	"os/signal"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -12,6 +15,10 @@ import (
 // TestMain makes the test binary a module host where it is started as one, and the command where a script calls it.
 func TestMain(m *testing.M) {
 	modhost.RunIfStarted()
+	if strings.HasSuffix(os.Args[0], ".test") && signal.Ignored(syscall.SIGHUP) {
+		// Started under nohup, whose word the command takes: the tests want the signal to arrive, here and in what they start.
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	_ = os.Setenv("GORACE", quickEnd)
 	testscript.Main(m, map[string]func(){"nitroseal": main})
 }
