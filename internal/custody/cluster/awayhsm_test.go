@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // What is in hand is not what Vault takes: the keys from before a rekey that was cut off open without the HSM that is away, and
@@ -97,5 +98,25 @@ func TestPresentSharesAreNotDeletedBeforeTheyAreDealtAnew(t *testing.T) {
 	names, err := y.process().kindItems(t.Context(), y.Cluster, KindUnseal)
 	if y.must(err); strings.Join(names, " ") != "unseal.bunker unseal.office" {
 		t.Errorf("the items are %q", names)
+	}
+}
+
+// A store that fails is no reason to go on without the keys from before a rekey, wherever they lie.
+func TestTheFormerKeysOfAnotherSpreadAreNotLostWithAStore(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, spread)
+	before := y.material(KindUnseal).active().ID
+	y.Key, y.Spread = "bunker", nil
+	y.fault.set(func(call string) bool { return strings.Contains(call, " put ") && strings.Contains(call, "former.") })
+	if err := rekeyOnce(y); !errors.Is(err, store.ErrUnavailable) {
+		t.Errorf("Rekey = %v, want ErrUnavailable", err)
+	}
+	y.fault.reset()
+	y.must(rekeyOnce(y))
+	y.wantOneSet(KindUnseal)
+	former, err := y.process().loadFormer(t.Context(), y.Cluster, KindUnseal)
+	y.must(err)
+	defer former.wipe()
+	if former == nil || former.formerSet() == nil || former.formerSet().ID != before {
+		t.Errorf("the former keys are %+v", former)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"vault-plugin-secrets-nitrokey/internal/custody"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // The keys from before the last rekey are kept in items of their own: "former", or "former.<key>" for each item of a spread, and
@@ -70,7 +71,7 @@ func (k *Custodian) keepFormer(ctx context.Context, c *Cluster, m *material, by 
 		own.state = SetFormer
 		item := &materialItem{name: formerName(m.Kind, of.name), key: of.key, sets: map[string]part{set.ID: own}}
 		err := k.putFormer(ctx, c, former, item, by)
-		if err != nil && of.foreign { // its wrapping key is not to be used any more, and may not be
+		if err != nil && of.foreign && !passing(err) { // its wrapping key is not to be used any more, and may not be
 			k.logger.Warn("the keys from before a rekey could not be kept under the old wrapping key", "cluster", c.Name, "item", item.name, "error", err)
 			continue
 		}
@@ -91,6 +92,13 @@ func (k *Custodian) keepFormer(ctx context.Context, c *Cluster, m *material, by 
 		}
 	}
 	return nil
+}
+
+// passing tells whether it is a store that failed, or a caller that has gone, and the next run may do better.
+func passing(err error) bool {
+	return slices.ContainsFunc([]error{
+		store.ErrUnavailable, store.ErrFull, store.ErrDenied, custody.ErrConflict, context.Canceled, context.DeadlineExceeded,
+	}, func(of error) bool { return errors.Is(err, of) })
 }
 
 func (k *Custodian) putFormer(ctx context.Context, c *Cluster, m *material, item *materialItem, by string) error {
