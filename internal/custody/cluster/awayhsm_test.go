@@ -120,3 +120,25 @@ func TestTheFormerKeysOfAnotherSpreadAreNotLostWithAStore(t *testing.T) {
 		t.Errorf("the former keys are %+v", former)
 	}
 }
+
+// Where HSMs that are away have shares, the others are not given alone: nobody would ever give the rest.
+func TestNoPartOfASetIsGivenWhereItsHSMIsAway(t *testing.T) {
+	y := initialised(t, nodetest.Raft, 1, spread)
+	y.Spread, y.Threshold = &Spread{Needed: 3, Keys: y.Spread.Keys}, 3
+	y.fault.set(func(call string) bool { return strings.Contains(call, " put ") && strings.Contains(call, "former") })
+	if _, err := y.process().Rekey(t.Context(), y.Cluster, RekeyOptions{Shares: 3, Threshold: 3}); err == nil {
+		t.Fatal("the rekey was not cut off")
+	}
+	y.fault.reset()
+	y.unplug("bank")
+	k := y.process()
+	y.nodes[0].Restart()
+	before := sharesSent(y.nodes[0])
+	if out, err := k.Tend(t.Context(), y.Cluster, y.nodes[0].Address()); err == nil || sharesSent(y.nodes[0]) != before {
+		t.Errorf("Tend = %+v, %v, with %d shares", out, err, sharesSent(y.nodes[0])-before)
+	}
+	y.hsms["bank"].SetError(nil)
+	if out, err := k.Tend(t.Context(), y.Cluster, y.nodes[0].Address()); err != nil || out.Action != ActionUnsealed {
+		t.Errorf("Tend = %+v, %v", out, err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -182,6 +183,11 @@ func (k *Custodian) openAndGive(ctx context.Context, c *Cluster, n *node.Node, s
 			ErrMismatch, difference), err)
 		k.refuse(ctx, c, address, st, partial, err)
 		return err
+	}
+	sets = slices.DeleteFunc(sets, func(set *Set) bool { return !m.inHand(set) })
+	if len(sets) == 0 {
+		return fmt.Errorf("%s: %w: a rekey was cut off, and the items that open have not enough of the keys that it may take; bring another HSM of the cluster back",
+			where, ErrFacts)
 	}
 	short := len(m.take(sets[0], sets[0].Threshold)) < sets[0].Threshold
 	if st.Progress > 0 && !short {
