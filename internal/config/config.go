@@ -45,6 +45,7 @@ type Config struct {
 	Vault      *Vault    // nil where there is no such block
 	Clusters   []Cluster // in the order of the file, names unique
 	Run        Run
+	Serve      *Serve  // nil where there is no such block
 	Audits     []Audit // in the order of the file; none where it names none
 }
 

@@ -141,6 +141,11 @@ func TestTheExampleIsReadWhole(t *testing.T) {
 		Run: Run{
 			Listen: "0.0.0.0:9108", TLSCertFile: filepath.Join(dir, "run.pem"), TLSKeyFile: "credential:run.key", Interval: 5 * time.Second,
 		},
+		Serve: &Serve{
+			Listen: "0.0.0.0:8210", TLSCertFile: filepath.Join(dir, "serve.pem"), TLSKeyFile: "credential:serve.key",
+			ClientCAFile: filepath.Join(dir, "ca.pem"), ClientCertificates: CertificatesOptional, Mount: "transit", Keys: []string{"prod", "stage"},
+			Tokens: "cluster", Rate: 100, Burst: 1000, MaxBody: 1 << 20, MaxConnections: 4096, MetricsListen: "127.0.0.1:9109", MLock: true,
+		},
 		Audits: []Audit{
 			{Kind: AuditFile, Path: "/var/log/nitroseal/audit.log"},
 			{Kind: AuditJournal},
@@ -173,6 +178,7 @@ func TestTheExampleNamesEveryAttribute(t *testing.T) {
 		clusterAttributes{},
 		personAttributes{},
 		runAttributes{},
+		serveAttributes{},
 		fileAuditAttributes{},
 		syslogAuditAttributes{},
 	} {

@@ -22,6 +22,7 @@ type top struct {
 	Vault      []single     `hcl:"vault,block"`
 	Clusters   []typed      `hcl:"cluster,block"`
 	Run        []single     `hcl:"run,block"`
+	Serve      []single     `hcl:"serve,block"`
 	Audits     []auditBlock `hcl:"audit,block"`
 }
 
@@ -79,6 +80,8 @@ func (r *reader) read(body *hclsyntax.Body) *Config {
 			}
 		case "run":
 			config.Run = b.run()
+		case "serve":
+			config.Serve = b.serve()
 		case "audit":
 			a := b.audit()
 			if slices.ContainsFunc(config.Audits, func(other Audit) bool { return other.where() == a.where() }) {
@@ -240,6 +243,9 @@ func loopback(host string) bool {
 // checkReferences checks what one block says about another.
 func (r *reader) checkReferences(config *Config, body *hclsyntax.Body) {
 	for _, nested := range body.Blocks {
+		if nested.Type == "serve" && len(nested.Labels) == 0 {
+			r.checkServeReferences(config, nested)
+		}
 		if len(nested.Labels) != 1 {
 			continue
 		}

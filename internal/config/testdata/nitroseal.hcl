@@ -212,7 +212,39 @@ run {
   interval = "5s"
 }
 
-# Where acts of custody are written down before they are done. Each needs one of these to take it. Default: audit.log in
+# How "nitroseal serve" behaves: the server that a Vault's or OpenBao's seal "transit" asks. Optional; without it there is no server.
+serve {
+  # Host and port. Default "0.0.0.0:8210".
+  listen = "0.0.0.0:8210"
+  # Its certificate and key, taken anew when they change.
+  tls_cert_file = "serve.pem"
+  tls_key_file  = "credential:serve.key"
+  # true does without TLS, for a loopback address alone: tokens and the keys of Vaults pass in the clear. Default false.
+  plain_http = false
+  # Who signs client certificates. "required" (default with client_ca_file): every client shows one; "optional": those whose token
+  # is bound to a name in it.
+  client_ca_file      = "ca.pem"
+  client_certificates = "optional"
+  # The path of the keys, as mount_path of the seal has it. Default "transit".
+  mount = "transit"
+  # The wrapping keys that are served. Default: all that tokens name.
+  keys = ["prod", "stage"]
+  # The store of the tokens, of type "etcd" where several servers share them. Default: a folder of state_dir.
+  tokens = "cluster"
+  # How many requests a token has in a second, and at once after a pause, unless it was made with a limit of its own; rate = 0 is no
+  # limit. Defaults 100, and ten times the rate.
+  rate  = 100
+  burst = 1000
+  # The size of the largest request in bytes, and how many connections are served at one time. Defaults 1048576 and 4096.
+  max_body        = 1048576
+  max_connections = 4096
+  # Where it answers /healthz, /readyz and /metrics, without TLS and to this machine alone; "" for nowhere. Default "127.0.0.1:9109".
+  metrics_listen = "127.0.0.1:9109"
+  # true keeps all of its memory from being swapped, not only keys: up to 140 MB. Default false.
+  mlock = true
+}
+
+# Where acts of custody, and what is opened for seals, are written down before they are done. Each needs one of these to take it. Default: audit.log in
 # state_dir.
 audit "file" {
   path = "/var/log/nitroseal/audit.log"
