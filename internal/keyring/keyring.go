@@ -114,6 +114,8 @@ type Key struct {
 	// is, see [Keyring.Ready]. Everything else is sealed with the newest version.
 	EncryptVersion  int
 	DeletionAllowed bool
+	// Lease is how long an opened key encryption key is held, 0 for strict mode: see [Keyring.OpenLease].
+	Lease time.Duration
 	// RecordSHA256 is the SHA-256 of the key record as [Keyring.Backup] returns it, in lower-case hexadecimal. Empty
 	// while there is no version.
 	RecordSHA256 string
@@ -148,6 +150,8 @@ type Version struct {
 	// RecordRead is when a key record with this version was read, BackupConfirmed when a backup of its HSM keys was
 	// confirmed; nil where nobody did. A record that was read may lack recipients that were added later.
 	RecordRead, BackupConfirmed *Acknowledgement
+	// KEK is the id of the version's key encryption key, its RFC 7638 thumbprint; empty where it has none.
+	KEK string
 	// Locked is true where a restored version's authentication key has not been opened by an HSM yet, because none of
 	// its devices answered; the first use does that, at the cost of one more operation.
 	Locked bool
@@ -223,7 +227,11 @@ type Settings struct {
 	DeletionAllowed      *bool
 	BackupConfirmed      *bool
 	AcceptSingleHSM      *bool
-	By                   string
+	// Lease is 0 for strict mode, or [MinLease] to [MaxLease] in whole seconds. The first one makes a key encryption key
+	// for the newest version and for the one that seals; it costs an HSM operation only where an authentication key was
+	// not opened yet.
+	Lease *time.Duration
+	By    string
 }
 
 // DeleteRequest says how much is deleted.
@@ -241,6 +249,8 @@ type Sealed struct {
 	Envelope   []byte
 	Version    int
 	Recipients int
+	// Leased is true where it was sealed to a key encryption key, which it carries, see [Keyring.OpenLease].
+	Leased bool
 }
 
 // Opened is what an envelope held.
@@ -250,9 +260,11 @@ type Opened struct {
 	Version int
 	// LatestVersion is the key's newest version: a rewrap is due where Version is less.
 	LatestVersion int
-	Device        string // that opened it
-	KID           string
-	Recipients    int // of the envelope
+	Device        string // that opened it, or the key encryption key that it was sealed to; empty where a lease did
+	KID           string // of the HSM key or, where a lease opened it, of the key encryption key
+	Recipients    int    // of the envelope, or of its key encryption key
+	// Leased is true where it was sealed to a key encryption key, whether or not a lease of that was open.
+	Leased bool
 }
 
 // Rewrapped is the answer to a rewrap.
@@ -280,7 +292,19 @@ type RestoreRequest struct {
 	// AcceptRecipients lets the record change a key that is here. Without it that is [ErrKeyExists], which names the recipients
 	// it would have more: who gives both record and SHA-256 says what a key in use seals to.
 	AcceptRecipients bool
-	By               string
+	// Deferred writes a key that is not here yet without asking an HSM: its authentication keys are opened at their first
+	// use. That is for a program that has to start while its HSM is away.
+	Deferred bool
+	By       string
+}
+
+// Lease is a key encryption key that is held in memory. It holds no secret.
+type Lease struct {
+	Key     string
+	Version int
+	KID     string    // of the key encryption key
+	Until   time.Time // when it is wiped, unless it is used shortly before
+	Locked  bool      // the memory that it lies in is never written to swap space
 }
 
 // Purpose is what a key is to be used for, see [Keyring.Ready].
