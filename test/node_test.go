@@ -31,7 +31,7 @@ func TestVaultIsAsItIsPlayed(t *testing.T) {
 		case nodetest.Alone:
 			options.Storage = vaulttest.InMem
 		case nodetest.Auto:
-			options.Storage, options.Transit = vaulttest.InMem, unsealer(t)
+			options.Storage, options.Seals = vaulttest.InMem, unsealer(t)
 		}
 		server := vaulttest.Start(t, options)
 		ca, err := os.ReadFile(server.CAFile)
@@ -47,12 +47,12 @@ func TestVaultIsAsItIsPlayed(t *testing.T) {
 }
 
 // unsealer is a Vault whose own transit engine unseals another one.
-func unsealer(t *testing.T) *vaulttest.Transit {
+func unsealer(t *testing.T) []vaulttest.Seal {
 	t.Helper()
 	server := vaulttest.Start(t, vaulttest.Options{Storage: vaulttest.InMem})
 	client := server.Client(t)
 	must(t, client.Sys().MountWithContext(t.Context(), "transit", &api.MountInput{Type: "transit"}))
 	_, err := client.Logical().WriteWithContext(t.Context(), "transit/keys/seal", map[string]any{})
 	must(t, err)
-	return &vaulttest.Transit{Server: server, Mount: "transit/", Key: "seal", Token: server.RootToken}
+	return []vaulttest.Seal{{Address: server.Address, CAFile: server.CAFile, Mount: "transit/", Key: "seal", Token: server.RootToken}}
 }

@@ -19,8 +19,8 @@ type Cluster struct {
 }
 
 // StartCluster runs nodes that nobody has initialised. With retryJoin they look for each other by themselves, else somebody
-// must join them.
-func StartCluster(t testing.TB, nodes int, retryJoin bool) *Cluster {
+// must join them. The seals are those of each.
+func StartCluster(t testing.TB, nodes int, retryJoin bool, seals ...Seal) *Cluster {
 	t.Helper()
 	c := &Cluster{Authority: NewAuthority(t)}
 	ports := FreePorts(t, 2*nodes)
@@ -29,7 +29,7 @@ func StartCluster(t testing.TB, nodes int, retryJoin bool) *Cluster {
 		addresses = append(addresses, "https://"+ports[2*i])
 	}
 	for i, address := range addresses {
-		options := Options{Bare: true, Authority: c.Authority}
+		options := Options{Bare: true, Authority: c.Authority, Seals: seals}
 		for j, other := range addresses {
 			if retryJoin && i != j {
 				options.RetryJoin = append(options.RetryJoin, other)
@@ -79,12 +79,8 @@ func (c *Cluster) WaitUnsealed(t testing.TB, limit time.Duration) {
 		s.WaitUnsealed(t, limit)
 	}
 	Eventually(t, limit, "an active node", func() error {
-		for _, s := range c.Servers {
-			if leader, err := s.Anonymous(t).Sys().Leader(); err == nil && leader.IsSelf {
-				return nil
-			}
-		}
-		return fmt.Errorf("none of %v is active", c.Addresses())
+		_, err := c.Leader(t)
+		return err
 	})
 }
 
@@ -166,4 +162,47 @@ func (s *Server) Renew(t testing.TB, authority *Authority) {
 func (s *Server) Pin(t testing.TB) string {
 	t.Helper()
 	return pin(t, s.certs.cert)
+}
+
+// Leader is the active node.
+func (c *Cluster) Leader(t testing.TB) (*Server, error) {
+	t.Helper()
+	for _, s := range c.Servers {
+		if leader, err := s.Anonymous(t).Sys().Leader(); err == nil && leader.IsSelf {
+			return s, nil
+		}
+	}
+	return nil, fmt.Errorf("none of %v is active", c.Addresses())
+}
+
+// Active waits for the active node.
+func (c *Cluster) Active(t testing.TB) (active *Server) {
+	t.Helper()
+	Eventually(t, Patience, "an active node", func() (err error) {
+		active, err = c.Leader(t)
+		return err
+	})
+	return active
+}
+
+// StepDown makes an active node give up its office.
+func (s *Server) StepDown(t testing.TB) {
+	t.Helper()
+	must(t, s.Client(t).Sys().StepDown())
+}
+
+// WaitVoters waits until any of the nodes could become the active one.
+func (c *Cluster) WaitVoters(t testing.TB) {
+	t.Helper()
+	Eventually(t, time.Minute, "all nodes to have a vote", func() error {
+		leader, err := c.Leader(t)
+		if err != nil {
+			return err
+		}
+		state, err := leader.Client(t).Sys().RaftAutopilotState()
+		if err == nil && len(state.Voters) != len(c.Servers) {
+			err = fmt.Errorf("only %v of %d nodes have one", state.Voters, len(c.Servers))
+		}
+		return err
+	})
 }

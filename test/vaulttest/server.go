@@ -25,8 +25,8 @@ type Options struct {
 	MLock bool
 	// Join names a server whose raft cluster this one joins.
 	Join *Server
-	// Transit makes another Vault unseal this one.
-	Transit *Transit
+	// Seals make another server unseal this one.
+	Seals []Seal
 	// Nobody runs Vault, and with it the plugin, as an ordinary user whose one capability is CAP_IPC_LOCK, which their
 	// files have. It needs root.
 	Nobody bool
@@ -50,12 +50,6 @@ const (
 	InMem Storage = "inmem"
 )
 
-// Transit says what the seal "transit" of a server is told.
-type Transit struct {
-	Server            *Server // the other Vault
-	Mount, Key, Token string
-}
-
 // Server is a running Vault.
 type Server struct {
 	// Address is its API: https://127.0.0.1:PORT.
@@ -64,8 +58,8 @@ type Server struct {
 	CAFile string
 	// RootToken may do everything.
 	RootToken string
-	// UnsealKey is the one share of its seal, base64; none with a seal "transit".
-	UnsealKey string
+	// UnsealKey is the one share of its seal, base64. A server that unseals itself has a RecoveryKey instead.
+	UnsealKey, RecoveryKey string
 	// Dir is the server's own folder. PluginDir lies in it.
 	Dir, PluginDir string
 
@@ -156,43 +150,19 @@ listener "tcp" {
   tls_cert_file   = "{{.Cert}}"
   tls_key_file    = "{{.Key}}"
 }
-{{with .Transit}}
-seal "transit" {
-  address     = "{{.Server.Address}}"
-  mount_path  = "{{.Mount}}"
-  key_name    = "{{.Key}}"
-  token       = "{{.Token}}"
-  tls_ca_cert = "{{.Server.CAFile}}"
-}
-{{end}}`))
+` + sealStanzas))
 
 // run starts the process and waits until its API answers. A port that somebody took in between is no failure at the
 // first start: there are others. Later starts keep theirs, as raft remembers the address.
 func (s *Server) run(t testing.TB) {
 	t.Helper()
-	vault := s.program(t)
-	log := filepath.Join(s.Dir, "vault.log")
 	const tries = 5
 	for try := 1; ; try++ {
 		if s.cluster == "" || try > 1 && s.RootToken == "" && !s.options.Bare {
 			ports := FreePorts(t, 2)
 			s.Address, s.cluster = "https://"+ports[0], ports[1]
 		}
-		var config bytes.Buffer
-		must(t, configuration.Execute(&config, map[string]any{
-			"DisableMLock": !s.options.MLock, "Dir": s.Dir, "PluginDir": s.PluginDir, "Node": filepath.Base(s.Dir),
-			"Address": s.Address, "Listen": strings.TrimPrefix(s.Address, "https://"), "Cluster": s.cluster,
-			"Cert": s.certs.cert, "Key": s.certs.key, "Transit": s.options.Transit,
-			"Storage": string(s.options.Storage), "RetryJoin": s.options.RetryJoin, "CA": s.certs.ca,
-		}))
-		file := filepath.Join(s.Dir, "vault.hcl")
-		must(t, os.WriteFile(file, config.Bytes(), 0o600))
-		env := []string{
-			"PATH=" + os.Getenv("PATH"), "HOME=" + s.Dir, "TMPDIR=" + filepath.Join(s.Dir, "tmp"),
-			"GORACE=atexit_sleep_ms=50", // of the plugin's: it would wait a second at each end
-		}
-		s.process = startProcess(t, log, env, s.give(t, s.Dir), vault, "server", "-config="+file)
-
+		s.launch(t)
 		var taken error
 		Eventually(t, time.Minute, "Vault's API", func() error {
 			if s.process.ended() {
@@ -205,10 +175,29 @@ func (s *Server) run(t testing.TB) {
 		if taken == nil {
 			return
 		}
-		if content, _ := os.ReadFile(log); try == tries || !bytes.Contains(content, []byte("address already in use")) {
+		if content, _ := os.ReadFile(s.process.log); try == tries || !bytes.Contains(content, []byte("address already in use")) {
 			t.Fatalf("starting vault: %v\n%s", taken, content)
 		}
 	}
+}
+
+// launch writes the configuration and starts the process.
+func (s *Server) launch(t testing.TB) {
+	t.Helper()
+	vault := s.program(t)
+	var config bytes.Buffer
+	must(t, configuration.Execute(&config, map[string]any{
+		"DisableMLock": !s.options.MLock, "Dir": s.Dir, "PluginDir": s.PluginDir, "Node": filepath.Base(s.Dir),
+		"Address": s.Address, "Listen": strings.TrimPrefix(s.Address, "https://"), "Cluster": s.cluster,
+		"Cert": s.certs.cert, "Key": s.certs.key, "Seals": s.options.Seals,
+		"Storage": string(s.options.Storage), "RetryJoin": s.options.RetryJoin, "CA": s.certs.ca,
+	}))
+	must(t, os.WriteFile(s.ConfigFile(), config.Bytes(), 0o600))
+	env := []string{
+		"PATH=" + os.Getenv("PATH"), "HOME=" + s.Dir, "TMPDIR=" + filepath.Join(s.Dir, "tmp"),
+		"GORACE=atexit_sleep_ms=50", // of the plugin's: it would wait a second at each end
+	}
+	s.process = startProcess(t, filepath.Join(s.Dir, "vault.log"), env, s.give(t, s.Dir), vault, "server", "-config="+s.ConfigFile())
 }
 
 // program is the Vault to run.
@@ -259,13 +248,13 @@ func (s *Server) mayLock(t testing.TB, program string) {
 func (s *Server) initialize(t testing.TB) {
 	t.Helper()
 	shares := &api.InitRequest{SecretShares: 1, SecretThreshold: 1}
-	if s.options.Transit != nil {
+	if s.unsealsItself() {
 		shares = &api.InitRequest{RecoveryShares: 1, RecoveryThreshold: 1}
 	}
 	answer, err := s.client(t, "").Sys().Init(shares)
 	must(t, err)
-	if s.options.Transit != nil {
-		s.RootToken = answer.RootToken
+	if s.unsealsItself() {
+		s.RootToken, s.RecoveryKey = answer.RootToken, answer.RecoveryKeysB64[0]
 		s.WaitActive(t)
 		return
 	}
@@ -284,8 +273,10 @@ func (s *Server) join(t testing.TB) {
 	must(t, err)
 	_, err = s.client(t, "").Sys().RaftJoin(&api.RaftJoinRequest{LeaderAPIAddr: leader.Address, LeaderCACert: string(ca)})
 	must(t, err)
-	s.RootToken, s.UnsealKey = leader.RootToken, leader.UnsealKey
-	s.post(t)
+	s.RootToken, s.UnsealKey, s.RecoveryKey = leader.RootToken, leader.UnsealKey, leader.RecoveryKey
+	if !s.unsealsItself() {
+		s.post(t)
+	}
 	Eventually(t, time.Minute, "the second node to be a standby", func() error {
 		health, err := s.client(t, "").Sys().Health()
 		if err == nil && (health.Sealed || !health.Standby) {
@@ -310,10 +301,10 @@ func (s *Server) WaitVoter(t testing.TB) {
 	})
 }
 
-// Unseal gives the server its share and waits until it is active. One with a seal "transit" unseals itself.
+// Unseal gives the server its share and waits until it is active. One with a seal of its own unseals itself.
 func (s *Server) Unseal(t testing.TB) {
 	t.Helper()
-	if s.options.Transit == nil {
+	if !s.unsealsItself() {
 		s.post(t)
 	}
 	s.WaitActive(t)

@@ -2,7 +2,6 @@ package test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -16,60 +15,6 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
-
-// TestAnotherVaultIsAutoUnsealed points the seal "transit" of a Vault that knows nothing of us at the mount.
-func TestAnotherVaultIsAutoUnsealed(t *testing.T) {
-	site, _ := newSite(t, vaulttest.SiteOptions{})
-
-	t.Run("encrypt and decrypt by PUT and by POST", func(t *testing.T) {
-		for _, method := range []string{http.MethodPut, http.MethodPost} {
-			code, _, answer := send(t, site, method, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": vaulttest.Base64(secret)})
-			ciphertext, _ := answer.Data["ciphertext"].(string)
-			if code != http.StatusOK || !strings.HasPrefix(ciphertext, "vault:v1:") {
-				t.Fatalf("%s encrypt: %d %+v", method, code, answer)
-			}
-			code, _, answer = send(t, site, method, "nitrokey/decrypt/prod", vaulttest.Fields{"ciphertext": ciphertext})
-			if code != http.StatusOK || answer.Data["plaintext"] != vaulttest.Base64(secret) {
-				t.Errorf("%s decrypt: %d %+v", method, code, answer)
-			}
-		}
-	})
-
-	must(t, site.Client(t).Sys().PutPolicy("unsealer", `
-		path "nitrokey/encrypt/prod" { capabilities = ["update"] }
-		path "nitrokey/decrypt/prod" { capabilities = ["update"] }`))
-	token, err := site.Client(t).Auth().Token().CreateOrphan(&api.TokenCreateRequest{Policies: []string{"unsealer"}, Period: "24h"})
-	must(t, err)
-	other := vaulttest.Start(t, vaulttest.Options{Transit: &vaulttest.Transit{
-		Server: site.Server, Mount: "nitrokey/", Key: "prod", Token: token.Auth.ClientToken,
-	}})
-	must(t, other.Client(t).Sys().Mount("kv", &kvMount))
-	must(t, other.Client(t).KVv1("kv").Put(context.Background(), "a", map[string]any{"b": "c"}))
-	restarts := func(t *testing.T) {
-		t.Helper()
-		other.Restart(t) // waits until it is unsealed, and gives no share
-		if kept, err := other.Client(t).KVv1("kv").Get(context.Background(), "a"); err != nil || kept.Data["b"] != "c" {
-			t.Fatal(kept, err)
-		}
-	}
-	t.Run("it restarts", restarts)
-	t.Run("it restarts after a rotation whose record nobody has read", func(t *testing.T) {
-		site.Write(t, "nitrokey/keys/prod/rotate", vaulttest.Fields{"generate": true})
-		site.WaitKey(t, "prod", 2)
-		if v := site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": "aGk="})["key_version"]; fmt.Sprint(v) != "1" {
-			t.Errorf("encrypt uses version %v, which no key record holds that was read", v)
-		}
-		restarts(t)
-	})
-	t.Run("and after the record was read", func(t *testing.T) {
-		site.Read(t, "nitrokey/keys/prod/backup")
-		site.Write(t, "nitrokey/keys/prod", vaulttest.Fields{"accept_single_hsm": true})
-		if v := site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": "aGk="})["key_version"]; fmt.Sprint(v) != "2" {
-			t.Errorf("encrypt uses version %v", v)
-		}
-		restarts(t)
-	})
-}
 
 // TestTheRestOfTheMount is what no other test asks of a real Vault.
 func TestTheRestOfTheMount(t *testing.T) {

@@ -1,0 +1,38 @@
+package autounseal
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
+)
+
+// What is told of the mount alone.
+func TestTheMountAsASeal(t *testing.T) {
+	m := newMount(t, newSoftHSM(t))
+
+	t.Run("a token that may do nothing but what the policy says, not even renew itself, is enough", func(t *testing.T) {
+		m.AddKey(t, "minimal")
+		seal := m.seal(t, "minimal", &api.TokenCreateRequest{Period: "24h", NoDefaultPolicy: true})
+		vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
+		vault.Restart(t)
+		must(t, vault.SealHealthy(t))
+	})
+	t.Run("a version seals when its key record was read, and not before", func(t *testing.T) {
+		m.AddKey(t, "unread")
+		seal := m.Seal(t, "unread")
+		vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
+		m.site.Write(t, "nitrokey/keys/unread/rotate", vaulttest.Fields{"generate": true})
+		m.site.WaitKey(t, "unread", 2)
+		for _, version := range []string{"vault:v1:", "vault:v2:"} {
+			if got := encrypts(t, seal, "x"); !strings.HasPrefix(got, version) {
+				t.Errorf("encrypt seals with %.9s, want %s", got, version)
+			}
+			vault.Restart(t)
+			m.site.Read(t, "nitrokey/keys/unread/backup")
+			m.site.Write(t, "nitrokey/keys/unread", vaulttest.Fields{"accept_single_hsm": true})
+		}
+	})
+}
