@@ -14,8 +14,8 @@ import (
 type Peer struct {
 	// Address is where the request comes from: the one of the connection, never of a header.
 	Address netip.Addr
-	// CertificateNames are those of the client certificate that was verified; nil where there is none. See [CertificateNames].
-	CertificateNames []string
+	// Certificate is the client's, which was verified; nil where there is none.
+	Certificate *x509.Certificate
 }
 
 // CertificateNames returns the names of a client certificate that tokens can be bound to: the DNS names and URIs of its subject
@@ -31,11 +31,11 @@ func CertificateNames(certificate *x509.Certificate) []string {
 	return names
 }
 
-// Grant is what a token is good for.
+// Grant is what a token is good for. It is shared by all who ask with the token, and never changed.
 type Grant struct {
 	ID, Name string
-	Keys     []string // not to be changed
-	Limit    *Limit   // nil for that of the server
+	Keys     []string
+	Limit    *Limit // nil for that of the server
 }
 
 // Allows tells whether a wrapping key may be used.
@@ -62,23 +62,27 @@ func newHolder(t *Token) *holder {
 var nobody = &holder{}
 
 // admit compares a text with the token that it claims to be, nil for none. The errors wrap [ErrDenied].
-func (h *holder) admit(text string, peer Peer) (Grant, error) {
+func (h *holder) admit(text string, peer Peer) (*Grant, error) {
 	known := h != nil
 	if !known {
 		h = nobody
 	}
 	hash := sha256.Sum256([]byte(text))
 	if subtle.ConstantTimeCompare(hash[:], h.hash[:]) != 1 || !known {
-		return Grant{}, fmt.Errorf("%w: no token is like it", ErrDenied)
+		return nil, fmt.Errorf("%w: no token is like it", ErrDenied)
 	}
 	if len(h.addresses) > 0 && !h.from(peer.Address) {
-		return Grant{}, fmt.Errorf("%w: token %s is not taken from %v", ErrDenied, h.grant.ID, peer.Address)
+		return nil, fmt.Errorf("%w: token %s is not taken from %v", ErrDenied, h.grant.ID, peer.Address)
 	}
-	if len(h.names) > 0 && !h.certified(peer.CertificateNames) {
-		return Grant{}, fmt.Errorf("%w: token %s needs a client certificate with one of its names, and came with %q", ErrDenied, h.grant.ID,
-			peer.CertificateNames)
+	if len(h.names) > 0 {
+		if peer.Certificate == nil {
+			return nil, fmt.Errorf("%w: token %s needs a client certificate, and came with none", ErrDenied, h.grant.ID)
+		}
+		if names := CertificateNames(peer.Certificate); !h.certified(names) {
+			return nil, fmt.Errorf("%w: token %s is not for a client certificate of %q", ErrDenied, h.grant.ID, names)
+		}
 	}
-	return h.grant, nil
+	return &h.grant, nil
 }
 
 func (h *holder) from(address netip.Addr) bool {

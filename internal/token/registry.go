@@ -112,7 +112,7 @@ func newKnown(tokens map[string]Token) *known {
 
 // Authenticate returns what the token is good for. The error wraps [ErrDenied] and tells our own log more than a client may know. It
 // takes no lock, and as long for an id that there is not as for a wrong secret.
-func (r *Registry) Authenticate(text string, peer Peer) (Grant, error) {
+func (r *Registry) Authenticate(text string, peer Peer) (*Grant, error) {
 	return r.known.Load().holders[split(text)].admit(text, peer)
 }
 
@@ -220,7 +220,7 @@ func (r *Registry) complain(id string, err error) {
 // lost goes on without the store.
 func (r *Registry) lost(failure error) {
 	if r.Status().Source == SourceNone && r.options.Cache != "" {
-		tokens, read, err := readCache(r.options.Cache, r.options.Origin)
+		tokens, read, err := readCopy(r.options.Cache, r.options.Origin)
 		if err == nil {
 			r.known.Store(newKnown(tokens))
 			r.note(func(s *Status) { s.Tokens, s.Source, s.Read = len(tokens), SourceCache, read })
@@ -273,12 +273,12 @@ func (r *Registry) save(tokens map[string]Token, at time.Time, incomplete error)
 	if r.options.Cache == "" || incomplete != nil {
 		return
 	}
-	raw, sum, err := encodeCache(tokens, r.options.Origin, at)
+	raw, sum, err := encodeCopy(tokens, r.options.Origin, at)
 	if err == nil && sum == r.copied && at.Sub(r.copyOf) < copyAfter {
 		return
 	}
 	if err == nil {
-		err = writeCache(r.options.Cache, raw)
+		err = writeCopy(r.options.Cache, raw)
 	}
 	if err != nil {
 		err = fmt.Errorf("copying the tokens to %s: %w", r.options.Cache, err)

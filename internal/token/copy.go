@@ -15,11 +15,11 @@ import (
 	"time"
 )
 
-// maxCache is the size of the largest copy that is read, in bytes.
-const maxCache = 64 << 20
+// maxCopy is the size of the largest copy that is read, in bytes.
+const maxCopy = 64 << 20
 
-// cacheFormat is the version of the form of the copy.
-const cacheFormat = 1
+// copyFormat is the version of the form of the copy.
+const copyFormat = 1
 
 // copied is the list on the local disk. It holds no secret: hashes of random bytes.
 type copied struct {
@@ -29,9 +29,9 @@ type copied struct {
 	Tokens []json.RawMessage `json:"tokens"`
 }
 
-// encodeCache is the form of the copy, and what tells two lists apart.
-func encodeCache(tokens map[string]Token, origin string, at time.Time) (raw []byte, sum [sha256.Size]byte, err error) {
-	c := copied{Format: cacheFormat, Origin: origin, Tokens: []json.RawMessage{}}
+// encodeCopy is the form of the copy, and what tells two lists apart.
+func encodeCopy(tokens map[string]Token, origin string, at time.Time) (raw []byte, sum [sha256.Size]byte, err error) {
+	c := copied{Format: copyFormat, Origin: origin, Tokens: []json.RawMessage{}}
 	hash := sha256.New()
 	for _, id := range slices.Sorted(maps.Keys(tokens)) {
 		t := tokens[id]
@@ -50,8 +50,8 @@ func encodeCache(tokens map[string]Token, origin string, at time.Time) (raw []by
 	return raw, sum, nil
 }
 
-// readCache reads the copy of an origin's list, and when the store told it.
-func readCache(path, origin string) (tokens map[string]Token, read time.Time, err error) {
+// readCopy reads the copy of an origin's list, and when the store told it.
+func readCopy(path, origin string) (tokens map[string]Token, read time.Time, err error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, time.Time{}, err
@@ -64,24 +64,24 @@ func readCache(path, origin string) (tokens map[string]Token, read time.Time, er
 	if mode := info.Mode().Perm(); !info.Mode().IsRegular() || mode&0o022 != 0 {
 		return nil, time.Time{}, fmt.Errorf("%s: others may write it (mode %04o), so it says nothing about who may ask", path, mode)
 	}
-	raw, err := io.ReadAll(io.LimitReader(file, maxCache+1))
+	raw, err := io.ReadAll(io.LimitReader(file, maxCopy+1))
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	if len(raw) > maxCache {
-		return nil, time.Time{}, fmt.Errorf("%s has more than %d bytes", path, maxCache)
+	if len(raw) > maxCopy {
+		return nil, time.Time{}, fmt.Errorf("%s has more than %d bytes", path, maxCopy)
 	}
-	return decodeCache(raw, origin)
+	return decodeCopy(raw, origin)
 }
 
-func decodeCache(raw []byte, origin string) (tokens map[string]Token, read time.Time, err error) {
+func decodeCopy(raw []byte, origin string) (tokens map[string]Token, read time.Time, err error) {
 	var c copied
 	decoder := json.NewDecoder(bytes.NewReader(raw))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(&c); err != nil {
 		return nil, time.Time{}, fmt.Errorf("%w: the copy: %w", ErrMalformed, err)
 	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) || c.Format != cacheFormat {
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) || c.Format != copyFormat {
 		return nil, time.Time{}, fmt.Errorf("%w: the copy is of format %d, or there is more behind it", ErrMalformed, c.Format)
 	}
 	if c.Origin != origin {
@@ -101,8 +101,8 @@ func decodeCache(raw []byte, origin string) (tokens map[string]Token, read time.
 	return tokens, read, nil
 }
 
-// writeCache puts the copy in place, whole or not at all.
-func writeCache(path string, raw []byte) error {
+// writeCopy puts the copy in place, whole or not at all.
+func writeCopy(path string, raw []byte) error {
 	beside := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"."+rand.Text()[:8])
 	file, err := os.OpenFile(beside, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
