@@ -60,6 +60,7 @@ type Registry struct {
 type known struct {
 	tokens  map[string]Token
 	holders map[string]*holder
+	ids     []string
 	keys    []string
 }
 
@@ -97,7 +98,7 @@ func NewRegistry(options RegistryOptions) *Registry {
 }
 
 func newKnown(tokens map[string]Token) *known {
-	k := &known{tokens: tokens, holders: make(map[string]*holder, len(tokens))}
+	k := &known{tokens: tokens, holders: make(map[string]*holder, len(tokens)), ids: slices.Sorted(maps.Keys(tokens))}
 	keys := map[string]bool{}
 	for id := range tokens {
 		t := tokens[id]
@@ -118,6 +119,9 @@ func (r *Registry) Authenticate(text string, peer Peer) (*Grant, error) {
 
 // Keys returns the wrapping keys that tokens name, sorted. They are the ones to be served where the configuration names none.
 func (r *Registry) Keys() []string { return r.known.Load().keys }
+
+// IDs returns the ids of all tokens, sorted.
+func (r *Registry) IDs() []string { return r.known.Load().ids }
 
 // Status says how fresh the list is.
 func (r *Registry) Status() Status {

@@ -142,6 +142,9 @@ func TestATokenIsTakenForWhatItIsAndNothingLikeItIs(t *testing.T) {
 	if keys := r.Keys(); !slices.Equal(keys, []string{"lab", "prod", "stage"}) {
 		t.Errorf("keys %q", keys)
 	}
+	if ids := r.IDs(); len(ids) != 2 || !slices.IsSorted(ids) || !slices.Contains(ids, made.ID) {
+		t.Errorf("ids %q", ids)
+	}
 	secret := text[len(text)-secretChars:]
 	for sentence, wrong := range map[string]string{
 		"nothing":                   "",
@@ -183,14 +186,9 @@ func TestAnUnknownIDCostsWhatAWrongSecretCosts(t *testing.T) {
 		}
 	}
 	var median [2]time.Duration
-	var allocations [2]float64
-	for i, text := range texts {
+	for i := range texts {
 		slices.Sort(took[i])
 		median[i] = took[i][len(took[i])/2]
-		allocations[i] = testing.AllocsPerRun(100, func() { _, _ = r.Authenticate(text, here) })
-	}
-	if allocations[0] != allocations[1] {
-		t.Errorf("%v allocations for an unknown id, %v for a wrong secret", allocations[0], allocations[1])
 	}
 	if median[0] < median[1]*2/3 || median[0] > median[1]*3/2 {
 		t.Errorf("%v for an unknown id, %v for a wrong secret", median[0], median[1])
