@@ -10,7 +10,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/device"
 )
 
-// arguments are the plugin's own, as Vault's catalog holds them.
+// arguments are the plugin's own, as the catalog or OpenBao's configuration holds them.
 type arguments struct {
 	modules          list
 	moduleEnv        list
@@ -19,6 +19,7 @@ type arguments struct {
 	netHSMs          list
 	secretsDir       string
 	stateDir         string
+	mlock            bool
 	version          bool
 }
 
@@ -47,6 +48,7 @@ func parse(flags *flag.FlagSet, args []string, stderr io.Writer) (arguments, err
 	flags.Var(&given.netHSMs, "nethsm-url", "")
 	flags.StringVar(&given.secretsDir, "secrets-dir", "", "")
 	flags.StringVar(&given.stateDir, "state-dir", "", "")
+	flags.BoolVar(&given.mlock, "mlock", false, "")
 	flags.BoolVar(&given.version, "version", false, "")
 	if err := flags.Parse(args); err != nil {
 		return given, err
@@ -77,7 +79,7 @@ func (a arguments) check(rest []string) error {
 	}
 	for _, name := range a.moduleEnv {
 		if strings.Contains(name, "=") {
-			return fmt.Errorf("-module-env=%s names a variable and sets none; set it where Vault runs, or with -env when you register", name)
+			return fmt.Errorf("-module-env=%s names a variable and sets none; set it where Vault runs, or with -env when you register (env of the plugin stanza)", name)
 		}
 	}
 	switch {
@@ -91,7 +93,8 @@ func (a arguments) check(rest []string) error {
 
 const usageText = `Usage: vault-plugin-secrets-nitrokey [arguments]
 
-Vault starts this program. The arguments are given when it is registered, each as -args=ARGUMENT:
+Vault and OpenBao start this program. The arguments are given when it is registered, each as -args=ARGUMENT; for a seal of
+OpenBao in its configuration, as args = ["ARGUMENT", …] of the stanza plugin "kms" "nitrokey":
 
   -pkcs11-module=PATH       a PKCS#11 module that mounts may use; repeat it for more
   -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file, password_file and so
@@ -105,6 +108,8 @@ Vault starts this program. The arguments are given when it is registered, each a
   -module-env=NAME          an environment variable that modules get, SOFTHSM2_CONF for example; repeat it for more
   -module-host=PATH         a program that can load modules, where this one was built without cgo
   -module-host-sha256=HEX   its SHA-256
+  -mlock                    lock all memory of this process; it does not start where that is not permitted (CAP_IPC_LOCK).
+                            Vault asks for it by itself unless disable_mlock is set, OpenBao does not
   -version                  print the version and exit
 
   -ca-cert, -ca-path, -client-cert, -client-key, -tls-server-name, -tls-skip-verify

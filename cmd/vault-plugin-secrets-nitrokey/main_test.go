@@ -17,12 +17,13 @@ import (
 	"github.com/hashicorp/vault/sdk/plugin"
 
 	"vault-plugin-secrets-nitrokey/backend"
+	"vault-plugin-secrets-nitrokey/internal/kmsplugin"
 )
 
 // notServed is a serve that must not be reached.
-func notServed(t *testing.T) func(*api.PluginAPIClientMeta, arguments) error {
+func notServed(t *testing.T) func(role, *api.PluginAPIClientMeta, arguments) error {
 	t.Helper()
-	return func(*api.PluginAPIClientMeta, arguments) error {
+	return func(role, *api.PluginAPIClientMeta, arguments) error {
 		t.Error("the plugin is served")
 		return nil
 	}
@@ -41,7 +42,7 @@ func TestServingThatFailsIsToldAndEndsWithOne(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
 			var served arguments
-			serve := func(_ *api.PluginAPIClientMeta, given arguments) error {
+			serve := func(_ role, _ *api.PluginAPIClientMeta, given arguments) error {
 				served = given
 				return test.err
 			}
@@ -52,6 +53,34 @@ func TestServingThatFailsIsToldAndEndsWithOne(t *testing.T) {
 			}
 			if served.stateDir != "/s" {
 				t.Errorf("it was served with %+v", served)
+			}
+		})
+	}
+}
+
+func TestTheCookieSaysWhatTheHostWants(t *testing.T) {
+	engine, seal := plugin.HandshakeConfig, kmsplugin.Handshake
+	for name, test := range map[string]struct {
+		engine, seal string
+		want         role
+	}{
+		"a secrets engine": {engine.MagicCookieValue, "", roleEngine},
+		"a seal":           {"", seal.MagicCookieValue, roleSeal},
+		"a seal of an OpenBao that has the other too":  {engine.MagicCookieValue, seal.MagicCookieValue, roleSeal},
+		"a secrets engine beside a stranger's cookie":  {engine.MagicCookieValue, "1", roleEngine},
+		"another value is none, nor is a person's own": {"yes", "yes", roleNone},
+		"a person": {"", "", roleNone},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv(engine.MagicCookieKey, test.engine)
+			t.Setenv(seal.MagicCookieKey, test.seal)
+			var got role
+			serve := func(as role, _ *api.PluginAPIClientMeta, _ arguments) error {
+				got = as
+				return nil
+			}
+			if code := run(nil, io.Discard, io.Discard, serve); got != test.want || (code == 0) != (test.want != roleNone) {
+				t.Errorf("served as %q with exit code %d; want %q", got, code, test.want)
 			}
 		})
 	}
@@ -108,14 +137,14 @@ func TestHelpNamesEveryArgument(t *testing.T) {
 func TestArgumentsAreRead(t *testing.T) {
 	got, err := parse(flag.NewFlagSet("", flag.ContinueOnError), []string{
 		"-pkcs11-module=/a.so", "-pkcs11-module=/b.so", "-secrets-dir=/s", "-state-dir=/t", "-module-env=A", "-module-env=B",
-		"-module-host=/h", "-module-host-sha256=00", "-nethsm-url=https://a:8443", "-nethsm-url=https://b",
+		"-module-host=/h", "-module-host-sha256=00", "-nethsm-url=https://a:8443", "-nethsm-url=https://b", "-mlock",
 	}, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := arguments{
 		modules: list{"/a.so", "/b.so"}, secretsDir: "/s", stateDir: "/t", moduleEnv: list{"A", "B"}, moduleHost: "/h", moduleHostSHA256: "00",
-		netHSMs: list{"https://a:8443", "https://b"},
+		netHSMs: list{"https://a:8443", "https://b"}, mlock: true,
 	}
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(arguments{})); diff != "" {
 		t.Errorf("arguments (-want +got):\n%s", diff)

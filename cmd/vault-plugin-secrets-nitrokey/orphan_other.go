@@ -4,5 +4,5 @@ package main
 
 import "log/slog"
 
-// endWithVault does nothing: only Linux tells reliably when another process ends.
-func endWithVault(*slog.Logger) {}
+// endWithHost does nothing: only Linux tells reliably when another process ends.
+func endWithHost(*slog.Logger) {}
