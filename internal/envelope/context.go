@@ -35,9 +35,9 @@ const (
 	UseWrap     Use = "wrap"     // wrap and unwrap
 	UseTransit  Use = "transit"  // encrypt and decrypt, the wire of seal "transit"
 	UseMaterial Use = "material" // stored material: the only use with cluster, name and generation
-	UseKEK      Use = "kek"      // a key that encrypts keys
+	UseKEK      Use = "kek"      // a key encryption key, see [KEK]
 	UseAuth     Use = "auth"     // a wrapping key version's authentication key
-	UseSeal     Use = "seal"     // a value that the operator's command seals for itself
+	UseSeal     Use = "seal"     // the seal of OpenBao, by its seal plugin
 )
 
 // Uses lists every [Use].
@@ -123,6 +123,10 @@ func isNameByte(c byte) bool {
 // Differs returns a [*ContextError] that names the first field in which what an envelope claims, c, is not what is
 // wanted; nil where they are the same. Opening asks it; asking before saves an HSM an envelope that it could not open.
 func (c Context) Differs(want Context) error {
+	if c.Use == want.Use && c.Key == want.Key && c.Version == want.Version && c.Cluster == want.Cluster && c.Name == want.Name &&
+		c.Generation == want.Generation && bytes.Equal(c.Caller, want.Caller) {
+		return nil
+	}
 	for _, field := range []struct{ name, claimed, wanted string }{
 		{"use", string(c.Use), string(want.Use)},
 		{"wrapping key", c.Key, want.Key},
@@ -135,10 +139,7 @@ func (c Context) Differs(want Context) error {
 			return &ContextError{Field: field.name, Claimed: field.claimed, Wanted: field.wanted}
 		}
 	}
-	if !bytes.Equal(c.Caller, want.Caller) {
-		return &ContextError{Field: "caller's context"}
-	}
-	return nil
+	return &ContextError{Field: "caller's context"}
 }
 
 // headers adds the context to the protected header.
@@ -158,24 +159,29 @@ func (c Context) headers(options *jose.EncrypterOptions) {
 
 // mac returns HMAC-SHA256 over context and payload. Every field is preceded by its length, so that no two inputs are
 // written alike.
-func (c Context) mac(key *AuthKey, payload []byte) []byte {
+func (c Context) mac(key *AuthKey, payload []byte) []byte { return c.macInto(nil, key, payload) }
+
+// macInto appends it to b.
+func (c Context) macInto(b []byte, key *AuthKey, payload []byte) []byte {
+	input := make([]byte, 0, len(macDomain)+len(c.Key)+len(c.Cluster)+len(c.Name)+len(c.Caller)+128)
+	input = appendField(input, macDomain)
+	input = appendField(input, c.Use)
+	input = appendField(input, c.Key)
+	input = binary.BigEndian.AppendUint64(appendLength(input, 8), uint64(c.Version)) //nolint:gosec // check keeps it positive
+	input = appendField(input, c.Cluster)
+	input = appendField(input, c.Name)
+	input = binary.BigEndian.AppendUint64(appendLength(input, 8), c.Generation)
+	input = appendField(input, c.Caller)
+	input = appendLength(input, len(payload))
 	mac := hmac.New(sha256.New, key[:])
-	for _, field := range [][]byte{
-		[]byte(macDomain),
-		[]byte(c.Use),
-		[]byte(c.Key),
-		binary.BigEndian.AppendUint64(nil, uint64(c.Version)), //nolint:gosec // check keeps it positive
-		[]byte(c.Cluster),
-		[]byte(c.Name),
-		binary.BigEndian.AppendUint64(nil, c.Generation),
-		c.Caller,
-		payload,
-	} {
-		// A hash does not fail.
-		_, _ = mac.Write(appendLength(nil, len(field)))
-		_, _ = mac.Write(field)
-	}
-	return mac.Sum(nil)
+	_, _ = mac.Write(input) // a hash does not fail
+	_, _ = mac.Write(payload)
+	return mac.Sum(b)
+}
+
+// appendField appends a field and its length before it.
+func appendField[T ~string | ~[]byte](b []byte, field T) []byte {
+	return append(appendLength(b, len(field)), field...)
 }
 
 // appendLength appends the length of a field: four bytes, big endian.

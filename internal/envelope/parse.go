@@ -28,6 +28,7 @@ type Envelope struct {
 	raw        string
 	context    Context
 	recipients []stanza
+	leased     *leasedParts // nil where it is sealed to HSM keys
 }
 
 // stanza is what an envelope holds for one recipient.
@@ -47,7 +48,8 @@ func Parse(raw []byte) (*Envelope, error) {
 	s := &scanner{what: "the envelope", text: raw}
 
 	s.want(`{"protected":"`)
-	protected := s.base64("the protected header", 1, maxProtected)
+	begin := s.at
+	protected := s.base64("the protected header", 1, maxLeasedProtected)
 	if s.have(`,"recipients":[`) {
 		e.recipients = parseRecipients(s)
 	} else {
@@ -55,11 +57,11 @@ func Parse(raw []byte) (*Envelope, error) {
 		e.recipients = []stanza{{encryptedKey: parseEncryptedKey(s)}}
 	}
 	s.want(`,"iv":"`)
-	s.base64("iv", ivSize, ivSize)
+	iv := s.base64("iv", ivSize, ivSize)
 	s.want(`,"ciphertext":"`)
 	ciphertext := s.base64("ciphertext", macSize, macSize+MaxPayload)
 	s.want(`,"tag":"`)
-	s.base64("tag", tagSize, tagSize)
+	tag := s.base64("tag", tagSize, tagSize)
 	s.want(`}`)
 	s.end()
 	if s.err != nil {
@@ -68,6 +70,13 @@ func Parse(raw []byte) (*Envelope, error) {
 
 	if err := e.parseProtected(protected); err != nil {
 		return nil, err
+	}
+	if err := e.checkLeased(len(protected), len(ciphertext)); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrMalformed)
+	}
+	if e.leased != nil {
+		e.leased.protected = e.raw[begin : begin+base64url.EncodedLen(len(protected))]
+		e.leased.iv, e.leased.ciphertext = iv, append(ciphertext, tag...)
 	}
 	for i := range e.recipients {
 		if err := e.recipients[i].check(); err != nil {
@@ -162,6 +171,9 @@ func (e *Envelope) parseProtected(text []byte) error {
 	if s.have(`,"gen":`) {
 		c.Generation = s.number("gen", maxGeneration)
 	}
+	if single && s.have(`,"kek":"`) {
+		e.leased = &leasedParts{kek: s.base64("kek", 1, MaxKEK)}
+	}
 	s.want(`,"key":"`)
 	c.Key = s.name("key")
 	if single {
@@ -182,6 +194,26 @@ func (e *Envelope) parseProtected(text []byte) error {
 	}
 	if err := c.check(); err != nil {
 		return fmt.Errorf("reading the protected header: %w: %w", err, ErrMalformed)
+	}
+	return nil
+}
+
+// checkLeased tells what is wrong with an envelope that is sealed to a KEK, or says so and is not. The sizes are those of the
+// protected header and of HMAC and payload.
+func (e *Envelope) checkLeased(protected, ciphertext int) error {
+	claimed := slices.ContainsFunc(e.recipients, func(r stanza) bool { return r.Algorithm == A256KW })
+	switch {
+	case e.leased == nil && claimed:
+		return fmt.Errorf("%s belongs to an envelope with one recipient that carries a kek", A256KW)
+	case e.leased == nil && protected > maxProtected:
+		return fmt.Errorf("a protected header of %d bytes exceeds the limit of %d", protected, maxProtected)
+	case e.leased == nil:
+	case !claimed:
+		return fmt.Errorf("kek does not belong to %s", e.recipients[0].Algorithm)
+	case e.context.Use != UseTransit:
+		return fmt.Errorf("kek does not belong to use %q", e.context.Use)
+	case ciphertext > macSize+MaxLeasedPayload:
+		return fmt.Errorf("a payload of %d bytes exceeds the limit of %d for %s", ciphertext-macSize, MaxLeasedPayload, A256KW)
 	}
 	return nil
 }
@@ -230,9 +262,9 @@ func (r *stanza) check() error {
 		if size < MinRSABits/8 {
 			return fmt.Errorf("encrypted_key of %d bytes: an RSA key of %d bits or more makes %d", size, MinRSABits, MinRSABits/8)
 		}
-	case ECDHESA256KW:
-		if r.ephemeral == nil {
-			return fmt.Errorf("%s needs an epk", r.Algorithm)
+	case ECDHESA256KW, A256KW:
+		if (r.Algorithm == A256KW) != (r.ephemeral == nil) {
+			return fmt.Errorf("%s needs an epk, and nothing else has one", ECDHESA256KW)
 		}
 		if size != wrappedKeySize {
 			return fmt.Errorf("encrypted_key of %d bytes: %s makes %d", size, r.Algorithm, wrappedKeySize)
