@@ -86,15 +86,15 @@ func (c *collector) Collect(to chan<- prometheus.Metric) {
 		}
 	}
 	for _, d := range crew.devices {
-		state, known := d.state()
+		state, known := d.State()
 		if !known {
 			continue
 		}
-		gauge(deviceUp, flag(state.up), d.name)
-		if state.told {
-			gauge(devicePIN, flag(state.pin.CountLow), d.name, "count_low")
-			gauge(devicePIN, flag(state.pin.FinalTry), d.name, "final_try")
-			gauge(devicePIN, flag(state.pin.Locked), d.name, "locked")
+		gauge(deviceUp, flag(state.Up), d.Device.Name())
+		if state.Told {
+			gauge(devicePIN, flag(state.PIN.CountLow), d.Device.Name(), "count_low")
+			gauge(devicePIN, flag(state.PIN.FinalTry), d.Device.Name(), "final_try")
+			gauge(devicePIN, flag(state.PIN.Locked), d.Device.Name(), "locked")
 		}
 	}
 	for _, s := range crew.site.Stores {

@@ -8,13 +8,15 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // crew is everything that works for one site: a watch for each node, a tender for each cluster, probes of devices and stores.
 type crew struct {
 	site    *Site
 	watches []*watch
-	devices []*deviceProbe
+	devices []*monitor.Probe
 
 	stop    context.CancelFunc // of watches and probes
 	acts    context.CancelFunc // of acts
@@ -72,9 +74,9 @@ func newCrew(site *Site, shared *lanes, hooks *Hooks, logger *slog.Logger, befor
 		return c
 	}
 	for _, d := range site.Devices {
-		p := &deviceProbe{name: d.Name(), device: d, metrics: hooks.metrics, logger: logger}
+		p := &monitor.Probe{Device: d, Last: hooks.metrics.lastOfDevice, Logger: logger}
 		c.devices = append(c.devices, p)
-		c.running.Go(func() { p.run(stop) })
+		c.running.Go(func() { p.Run(stop) })
 	}
 	if site.Audit != nil {
 		c.running.Go(func() { c.checkAudit(stop) })
@@ -113,7 +115,7 @@ func (c *crew) checkAudit(ctx context.Context) {
 		if ctx.Err() == nil {
 			c.audit.Store(&err)
 		}
-		if !sleep(ctx, jittered(storeInterval)) {
+		if !monitor.Sleep(ctx, monitor.Jittered(storeInterval)) {
 			return
 		}
 	}
@@ -150,8 +152,8 @@ func (c *crew) stuck(now time.Time) string {
 		}
 	}
 	for _, d := range c.devices {
-		if d.stuck(now) {
-			return fmt.Sprintf("the probe of device %q", d.name)
+		if d.Stuck(now) {
+			return fmt.Sprintf("the probe of device %q", d.Device.Name())
 		}
 	}
 	return ""

@@ -19,14 +19,13 @@ package daemon
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"log/slog"
 	"os"
 	"time"
 
-	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/audit"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -75,10 +74,7 @@ type Cluster struct {
 }
 
 // Device is an HSM of the configuration. *device.Handle is one.
-type Device interface {
-	Name() string
-	Device(ctx context.Context) (hsm.Device, error)
-}
+type Device = monitor.Device
 
 // Store is a store of the configuration, as it came from [Hooks.Store].
 type Store struct {
@@ -90,14 +86,7 @@ type Store struct {
 }
 
 // Listen is where the daemon answers /healthz, /readyz and /metrics.
-type Listen struct {
-	// Address is host and port, "" for nowhere. A host that is not this machine's own (loopback) needs a certificate, or Plain.
-	Address string
-	// Certificate makes it TLS. Each site brings its own, so that a reload takes a renewed one.
-	Certificate *tls.Certificate
-	// Plain allows an address that others can reach without TLS: what is answered there is no secret, and can be forged on its way.
-	Plain bool
-}
+type Listen = monitor.Listen
 
 // Site is what was made of one configuration.
 type Site struct {
@@ -129,6 +118,6 @@ type Options struct {
 	// Ready, where set, is called once: every node was looked at.
 	Ready func()
 
-	notify      *notifier     // set by tests
-	listenPause time.Duration // set by tests; 0 for that of everybody
+	notify      *monitor.Notifier // set by tests
+	listenPause time.Duration     // set by tests; 0 for that of everybody
 }

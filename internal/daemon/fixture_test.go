@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -79,7 +81,7 @@ func (y *yard) Tend(ctx context.Context, cluster string, addresses []string) []R
 	var err error
 	if operation > 0 {
 		y.hsm <- struct{}{}
-		if !sleep(ctx, operation) {
+		if !monitor.Sleep(ctx, operation) {
 			err = ctx.Err()
 		}
 		<-y.hsm
@@ -217,7 +219,7 @@ func start(t *testing.T, y *yard, build func(ctx context.Context, hooks *Hooks) 
 			return build(ctx, hooks)
 		},
 		Logger: slog.New(slog.NewTextHandler(r.logged, &slog.HandlerOptions{Level: slog.LevelDebug})), Reload: r.reload, Version: "1.2.3",
-		notify: &notifier{send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, interval: 20 * time.Second},
+		notify: &monitor.Notifier{Send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, Interval: 20 * time.Second},
 	}
 	go func() { r.ended <- Run(ctx, options) }()
 	return r

@@ -126,11 +126,12 @@ func (m *metrics) storeOperation(name, operation string, took time.Duration, err
 	m.stores[name] = outcome{time.Now(), result == resultOK}
 }
 
-func (m *metrics) lastOfDevice(name string) (outcome, bool) {
+// lastOfDevice is what a [monitor.Probe] asks.
+func (m *metrics) lastOfDevice(name string) (at time.Time, ok, known bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	o, ok := m.devices[name]
-	return o, ok
+	o, known := m.devices[name]
+	return o.at, o.ok, known
 }
 
 func (m *metrics) lastOfStore(name string) (outcome, bool) {

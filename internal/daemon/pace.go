@@ -1,9 +1,6 @@
 package daemon
 
-import (
-	"math/rand/v2"
-	"time"
-)
+import "time"
 
 // How often a watch looks at its node.
 const (
@@ -11,7 +8,6 @@ const (
 	firstPause      = time.Second      // while the node is sealed, starting or out of reach
 	longestPause    = 30 * time.Second // what these pauses grow to
 	growth          = 1.5
-	jitter          = 0.2 // a pause is up to a fifth shorter or longer, so that hundreds of watches do not march in step
 
 	// barTime is how long nothing is asked of the custodian after an error that only a person can mend.
 	barTime = 10 * time.Minute
@@ -36,18 +32,12 @@ const (
 	gatherLimit = 250 * time.Millisecond // for which a sealed node waits for its siblings, to share one opening
 	turnSlack   = time.Minute            // by which a loop may be late before it counts as stuck
 
-	deviceInterval = 30 * time.Second // between two looks at an HSM
-	storeInterval  = time.Minute      // between two probes of a store
-	probeLimit     = 20 * time.Second // of one of either
+	storeInterval = time.Minute      // between two probes of a store
+	probeLimit    = 20 * time.Second // of one of them
 )
 
 // maxActs is how many clusters are tended at one time. More would wait for the HSM, whose queue is bounded.
 const maxActs = 32
-
-// jittered returns about d.
-func jittered(d time.Duration) time.Duration {
-	return time.Duration(float64(d) * (1 - jitter + 2*jitter*rand.Float64())) //nolint:gosec // it guards nothing
-}
 
 // pause returns how long to wait after the n-th round (from 0) in which a node was not well.
 func pause(n int) time.Duration {

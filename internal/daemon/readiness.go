@@ -68,10 +68,10 @@ func (d *daemon) readiness() readiness {
 	}
 	anyUp := len(c.devices) == 0
 	for _, p := range c.devices {
-		shown := deviceReadiness{Device: p.name}
-		if state, known := p.state(); known {
-			shown.Up, shown.Reason = &state.up, shorten(state.reason)
-			anyUp = anyUp || state.up
+		shown := deviceReadiness{Device: p.Device.Name()}
+		if state, known := p.State(); known {
+			shown.Up, shown.Reason = &state.Up, shorten(state.Reason)
+			anyUp = anyUp || state.Up
 		} else {
 			anyUp = true // nobody knows better yet, and the first operation will tell
 		}

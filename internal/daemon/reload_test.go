@@ -10,6 +10,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/audit"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // rotated is an audit sink that counts how often it began anew. One that carries copies only does so when it is told, not at
@@ -75,11 +76,12 @@ func TestAReloadSaysNotAgainHowNodesFare(t *testing.T) {
 func TestTheLatestWordAboutAnHSMCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &fakeDevice{name: "one", device: flagged{info: hsm.Info{State: hsm.StateOperational}}}
-		p := &deviceProbe{name: d.name, device: d, metrics: newMetrics(), logger: slog.New(slog.DiscardHandler)}
+		m := newMetrics()
+		p := &monitor.Probe{Device: d, Last: m.lastOfDevice, Logger: slog.New(slog.DiscardHandler)}
 		use := func(err error) func() {
-			return func() { p.metrics.deviceOperation(d.name, "decrypt", time.Second, err) }
+			return func() { m.deviceOperation(d.name, "decrypt", time.Second, err) }
 		}
-		probe := func(err error) func() { return func() { d.err = err; p.probe(t.Context()) } }
+		probe := func(err error) func() { return func() { d.err = err; p.Ask(t.Context()) } }
 		for i, step := range []struct {
 			do func()
 			up bool
@@ -93,8 +95,8 @@ func TestTheLatestWordAboutAnHSMCounts(t *testing.T) {
 		} {
 			pass(time.Second)
 			step.do()
-			if state, known := p.state(); !known || state.up != step.up {
-				t.Errorf("step %d: up is %v, want %v", i, state.up, step.up)
+			if state, known := p.State(); !known || state.Up != step.up {
+				t.Errorf("step %d: up is %v, want %v", i, state.Up, step.up)
 			}
 		}
 	})

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // firstRound is how long the daemon waits for the first look at every node before it calls itself ready.
@@ -24,8 +26,8 @@ type daemon struct {
 	metrics *metrics
 	hooks   *Hooks
 	lanes   *lanes
-	notify  *notifier
-	server  *server
+	notify  *monitor.Notifier
+	server  *monitor.Server
 
 	crew    atomic.Pointer[crew]
 	refused error          // why the newest configuration is not in use, nil where it is; of the loop alone
@@ -37,7 +39,7 @@ type daemon struct {
 func Run(ctx context.Context, options Options) error {
 	d := &daemon{options: options, logger: options.Logger, metrics: newMetrics(), lanes: newLanes(), notify: options.notify}
 	if d.notify == nil {
-		d.notify = newNotifier()
+		d.notify = monitor.NewNotifier()
 	}
 	if d.logger == nil {
 		d.logger = slog.New(slog.DiscardHandler)
@@ -56,14 +58,14 @@ func Run(ctx context.Context, options Options) error {
 		return err
 	}
 	d.server = newServer(d)
-	d.server.begin(site.Listen)
-	defer d.server.close()
+	d.server.Begin(site.Listen)
+	defer d.server.Close()
 	d.metrics.read()
 	d.crew.Store(newCrew(site, d.lanes, d.hooks, d.logger, nil, nil))
 
 	watchdog, stopWatchdog := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
-	watching.Go(func() { d.notify.watchdog(watchdog, d.healthy) })
+	watching.Go(func() { d.notify.Watchdog(watchdog, d.healthy) })
 	defer func() { stopWatchdog(); watching.Wait() }()
 
 	d.loop(ctx, reload)
@@ -77,9 +79,9 @@ func (d *daemon) loop(ctx context.Context, reload <-chan os.Signal) {
 	ready, late := d.crew.Load().looked, patience.C
 	again := d.options.listenPause
 	if again == 0 {
-		again = listenPause
+		again = monitor.RetryPause
 	}
-	relisten := time.NewTimer(jittered(again))
+	relisten := time.NewTimer(monitor.Jittered(again))
 	defer relisten.Stop()
 	for {
 		select {
@@ -92,19 +94,19 @@ func (d *daemon) loop(ctx context.Context, reload <-chan os.Signal) {
 			ready, late = nil, nil
 			d.ready()
 		case <-relisten.C:
-			d.server.retry()
-			relisten.Reset(jittered(again))
+			d.server.Retry()
+			relisten.Reset(monitor.Jittered(again))
 		case <-reload:
-			d.notify.reloading()
+			d.notify.Reloading()
 			d.reload(ctx)
-			d.notify.ready(d.status())
+			d.notify.Ready(d.status())
 		}
 	}
 }
 
 func (d *daemon) ready() {
 	d.logger.Info("watching", "clusters", len(d.crew.Load().site.Clusters), "nodes", len(d.crew.Load().watches))
-	d.notify.ready(d.status())
+	d.notify.Ready(d.status())
 	if d.options.Ready != nil {
 		d.options.Ready()
 	}
@@ -147,7 +149,7 @@ func (d *daemon) reload(ctx context.Context) {
 	}
 	site, err := d.build(ctx)
 	if err == nil {
-		if err = d.server.listen(site.Listen); err != nil {
+		if err = d.server.Listen(site.Listen); err != nil {
 			err = errors.Join(err, closeSite(site))
 		}
 	}
@@ -175,7 +177,7 @@ func (d *daemon) reload(ctx context.Context) {
 // stop ends the daemon when all acts have ended.
 func (d *daemon) stop() error {
 	d.logger.Info("stopping")
-	d.notify.stopping()
+	d.notify.Stopping()
 	last := d.crew.Load()
 	ended := make(chan struct{})
 	go func() { last.end(); d.leaving.Wait(); close(ended) }() // waited for below
@@ -189,7 +191,7 @@ func (d *daemon) stop() error {
 		}
 		open, _ := d.hooks.windows()
 		if len(open) > 0 {
-			d.notify.extend()
+			d.notify.Extend()
 		}
 		if now := strings.Join(open, ", "); now != told {
 			told = now
@@ -225,7 +227,10 @@ func (s *Site) check() error {
 	if s.Interval < 0 {
 		return fmt.Errorf("%w: the interval %v is negative", ErrConfig, s.Interval)
 	}
-	return s.Listen.check()
+	if err := s.Listen.Check(); err != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	return nil
 }
 
 // names lists devices and stores.

@@ -12,6 +12,7 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 func TestANodeThatIsWellIsLookedAtNowAndThenAndLeftAlone(t *testing.T) {
@@ -503,7 +504,7 @@ func TestPausesGrowAndVaryWithinBounds(t *testing.T) {
 		if p < last || p < firstPause || p > longestPause {
 			t.Fatalf("pause %d is %v after %v", n, p, last)
 		}
-		if got := jittered(p); got < p*4/5-1 || got > p*6/5+1 {
+		if got := monitor.Jittered(p); got < p*4/5-1 || got > p*6/5+1 {
 			t.Fatalf("about %v is %v", p, got)
 		}
 		last = p

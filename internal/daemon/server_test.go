@@ -357,34 +357,6 @@ func TestTheListenerMovesAndTakesARenewedCertificate(t *testing.T) {
 	}
 }
 
-func TestOnlyThisMachineIsServedWithoutTLSUnlessThatIsWanted(t *testing.T) {
-	c := certificate(t, "any")
-	tests := map[string]struct {
-		listen Listen
-		ok     bool
-	}{
-		"nowhere":                     {Listen{}, true},
-		"loopback":                    {Listen{Address: "127.0.0.1:9108"}, true},
-		"another loopback":            {Listen{Address: "127.8.8.8:9108"}, true},
-		"loopback in IPv6":            {Listen{Address: "[::1]:9108"}, true},
-		"localhost":                   {Listen{Address: "localhost:9108"}, true},
-		"all addresses":               {Listen{Address: ":9108"}, false},
-		"all addresses by number":     {Listen{Address: "0.0.0.0:9108"}, false},
-		"an address":                  {Listen{Address: "10.0.0.1:9108"}, false},
-		"a name":                      {Listen{Address: "vault-1:9108"}, false},
-		"a name that looks harmless":  {Listen{Address: "localhost.example:9108"}, false},
-		"all addresses with TLS":      {Listen{Address: ":9108", Certificate: c}, true},
-		"all addresses because so":    {Listen{Address: ":9108", Plain: true}, true},
-		"a port alone is no address":  {Listen{Address: "9108"}, false},
-		"an IPv4 address within IPv6": {Listen{Address: "[::ffff:127.0.0.1]:9108"}, true},
-	}
-	for name, test := range tests {
-		if err := test.listen.check(); (err == nil) != test.ok {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
 // certificate makes a certificate for a name.
 func certificate(t *testing.T, name string) *tls.Certificate {
 	t.Helper()

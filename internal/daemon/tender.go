@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // lanes keep the acts apart, those of a site that was replaced and still has one under way included: one for each cluster,
@@ -116,7 +118,7 @@ func (t *tender) unsettled(now time.Time) bool {
 func (t *tender) settled(now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.settle = now.Add(jittered(settleInterval))
+	t.settle = now.Add(monitor.Jittered(settleInterval))
 }
 
 // run tends until nobody waits.

@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"sync"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // watch looks at one node, for ever.
@@ -52,7 +54,7 @@ func (w *watch) run(ctx context.Context, done func(view) bool) {
 			wait = pause(rounds)
 			rounds++
 		}
-		wait = max(jittered(wait), retryAfter(after.err))
+		wait = max(monitor.Jittered(wait), retryAfter(after.err))
 		timer := time.NewTimer(wait)
 		w.expect(wait)
 		select {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
 // leaseSeconds is what renewing a token answers. Tokens do not end by themselves; a number of seconds is what keeps the client
@@ -110,11 +111,11 @@ func appendRequestID(to []byte) []byte {
 }
 
 // appendRenewal appends the answer to renew-self.
-func appendRenewal(to []byte, token string, grant *Grant) []byte {
+func appendRenewal(to []byte, text string, grant *token.Grant) []byte {
 	to = append(to, `{"request_id":"`...)
 	to = appendRequestID(to)
 	to = append(to, `","lease_id":"","renewable":false,"lease_duration":0,"data":null,"wrap_info":null,"warnings":null,"auth":{"client_token":`...)
-	to = appendString(to, token)
+	to = appendString(to, text)
 	to = append(to, `,"accessor":`...)
 	to = appendString(to, grant.ID)
 	to = append(to, `,"policies":["seal"],"token_policies":["seal"],"metadata":null,"lease_duration":`+leaseSeconds+
@@ -123,7 +124,7 @@ func appendRenewal(to []byte, token string, grant *Grant) []byte {
 }
 
 // appendLookup appends the answer to lookup-self. It does not repeat the token.
-func appendLookup(to []byte, grant *Grant) []byte {
+func appendLookup(to []byte, grant *token.Grant) []byte {
 	keys, err := json.Marshal(grant.Keys)
 	if err != nil || grant.Keys == nil {
 		keys = []byte("[]")

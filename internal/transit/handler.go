@@ -15,6 +15,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
 // DefaultMount is where Vault's own transit is mounted, and what the seal's mount_path is where nobody sets it.
@@ -50,7 +51,7 @@ type HandlerOptions struct {
 	Mount   string  // "" for [DefaultMount]; it may have several parts
 	Auditor Auditor // nil for none
 	// Limit is asked before each request of a token: how long it should wait, 0 for not at all. Nil for no limit.
-	Limit func(grant *Grant) time.Duration
+	Limit func(grant *token.Grant) time.Duration
 	// Health answers /v1/sys/health; nil for 404.
 	Health http.Handler
 	// Observe is told of each request and must return at once; nil for nobody.
@@ -80,8 +81,8 @@ func Operations() []Operation {
 // Observation is a request that was answered.
 type Observation struct {
 	Operation Operation
-	Code      int    // of the answer
-	Grant     *Grant // nil where none was found
+	Code      int          // of the answer
+	Grant     *token.Grant // nil where none was found
 	Took      time.Duration
 }
 
@@ -131,9 +132,9 @@ type call struct {
 	r         *http.Request
 	operation Operation
 	key       string // the wrapping key, of encrypt and decrypt
-	token     string
-	peer      Peer
-	grant     *Grant
+	text      string // of the token
+	peer      token.Peer
+	grant     *token.Grant
 	code      int // of the answer, 0 before it
 }
 
@@ -210,7 +211,7 @@ func (h *handler) answer(c *call) error {
 	case OperationDecrypt:
 		return h.open(c)
 	case OperationRenew:
-		return c.write(http.StatusOK, appendRenewal(nil, c.token, c.grant))
+		return c.write(http.StatusOK, appendRenewal(nil, c.text, c.grant))
 	default:
 		return c.write(http.StatusOK, appendLookup(nil, c.grant))
 	}
@@ -219,17 +220,17 @@ func (h *handler) answer(c *call) error {
 // authenticate finds out who asks, and whether that is allowed, now.
 func (h *handler) authenticate(c *call) error {
 	c.peer = peerOf(c.r)
-	c.token = tokenOf(c.r)
-	if c.token == "" {
-		return fmt.Errorf("%w: the request has no token", ErrDenied)
+	c.text = tokenOf(c.r)
+	if c.text == "" {
+		return fmt.Errorf("%w: the request has no token", token.ErrDenied)
 	}
-	grant, err := h.Tokens.Authenticate(c.token, c.peer)
+	grant, err := h.Tokens.Authenticate(c.text, c.peer)
 	if err != nil {
 		return err
 	}
 	c.grant = grant
 	if c.key != "" && !grant.Allows(c.key) {
-		return fmt.Errorf("%w: token %s (%s) is not for key %q", ErrDenied, grant.ID, grant.Name, c.key)
+		return fmt.Errorf("%w: token %s (%s) is not for key %q", token.ErrDenied, grant.ID, grant.Name, c.key)
 	}
 	if h.Limit == nil {
 		return nil
@@ -246,8 +247,8 @@ type limitError struct{ wait time.Duration }
 func (e *limitError) Error() string { return "rate limit quota exceeded" }
 
 // peerOf tells where a request comes from.
-func peerOf(r *http.Request) Peer {
-	var peer Peer
+func peerOf(r *http.Request) token.Peer {
+	var peer token.Peer
 	if at, err := netip.ParseAddrPort(r.RemoteAddr); err == nil { // else nobody's address, which is on no list
 		peer.Address = at.Addr().Unmap().WithZone("")
 	}
@@ -259,8 +260,8 @@ func peerOf(r *http.Request) Peer {
 
 // tokenOf returns the token of a request, as Vault takes it.
 func tokenOf(r *http.Request) string {
-	if token := r.Header.Get("X-Vault-Token"); token != "" {
-		return token
+	if text := r.Header.Get("X-Vault-Token"); text != "" {
+		return text
 	}
 	bearer, found := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !found {
@@ -380,7 +381,7 @@ func (h *handler) fail(c *call, err error) {
 			h.Logger.Warn("a request was refused", "operation", string(c.operation), "key", c.key, "from", c.peer.Address.String(), "cause", err,
 				"not_logged_before", quiet)
 		}
-		c.refuse(code, 0, ErrDenied.Error())
+		c.refuse(code, 0, token.ErrDenied.Error())
 		return
 	case http.StatusInternalServerError:
 		h.Logger.Error("answering a request failed: this is a fault of the server, please report it", "operation", string(c.operation),

@@ -13,6 +13,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
 // retryAfter is the pause that a 503 asks for where nobody knows better. Vault's client tries twice more by itself.
@@ -66,7 +67,7 @@ func status(err error) (code int, after time.Duration) {
 		return chosen.code, 0
 	case errors.As(err, &busy):
 		return http.StatusServiceUnavailable, busy.After
-	case errors.Is(err, ErrDenied):
+	case errors.Is(err, token.ErrDenied):
 		return http.StatusForbidden, 0
 	case slices.ContainsFunc(passing, among):
 		return http.StatusServiceUnavailable, retryAfter
