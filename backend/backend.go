@@ -208,10 +208,14 @@ const cleanPatience = 30 * time.Second
 // goes on trying for as long as the process lives.
 func (b *backend) clean(context.Context) {
 	b.close()
+	b.keys.EndLeases() // at once, whatever must be waited for
 	ended := make(chan struct{})
 	go func() { // ends with the last job
 		defer close(ended)
 		b.jobs.wait()
+		if err := b.keys.Close(); err != nil {
+			b.logger.Warn("closing the keyring", "error", err)
+		}
 		if err := b.clusters.custodian.Close(); err != nil {
 			b.logger.Warn("closing the connections to clusters", "error", err)
 		}

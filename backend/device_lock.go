@@ -114,6 +114,10 @@ func (b *backend) deviceLock(ctx context.Context, req *logical.Request, data *fr
 		return nil, err
 	}
 	defer unlocked.handle.ForgetStatus()
+	// What was opened before it was locked must not open on: neither while a node is slow to lock, nor what another request
+	// opens meanwhile.
+	b.keys.EndLeases()
+	defer b.keys.EndLeases()
 	err = unlocked.Lock(ctx)
 	switch {
 	case errors.Is(err, hsm.ErrForbidden):

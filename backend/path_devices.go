@@ -258,6 +258,7 @@ func (b *backend) deviceDelete(ctx context.Context, _ *logical.Request, data *fr
 	}
 	err = b.storage.Delete(ctx, devicesPrefix+name)
 	b.dropDevice(name)
+	b.keys.EndLeases()
 	if err != nil {
 		return nil, fmt.Errorf("deleting the record of device %q: %w", name, err)
 	}

@@ -24,6 +24,10 @@ func (b *backend) healthPaths() []*framework.Path {
 		"version": {Type: framework.TypeString, Description: "The version of the plugin.", Required: true},
 		"devices": {Type: framework.TypeMap, Description: "Each device: usable, error, state, serial, keys, round_trip_ms; a NetHSM also nodes.", Required: true},
 		"stores":  {Type: framework.TypeMap, Description: "Each store: usable, error, type.", Required: true},
+		"leases": {
+			Type: framework.TypeMap, Required: true,
+			Description: "By wrapping key: the key encryption keys that are held open, each with version, kek, until and locked. Empty in strict mode.",
+		},
 		"clusters": {
 			Type: framework.TypeMap, Required: true,
 			Description: "Each cluster in custody, as the watch found it last: watched, looked, and the nodes that are troubled: sealed, or not served.",
@@ -66,7 +70,7 @@ func (b *backend) health(ctx context.Context, req *logical.Request, _ *framework
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
 	data := map[string]any{
-		"version": Version, "clusters": clusters,
+		"version": Version, "clusters": clusters, "leases": b.leasesHealth(),
 		"devices": askAll(devices, func(name string) map[string]any { return b.deviceHealth(ctx, name) }),
 		"stores":  askAll(stores, func(name string) map[string]any { return b.storeHealth(ctx, name) }),
 	}

@@ -80,6 +80,7 @@ func keyFields() map[string]*framework.FieldSchema {
 		Type:        framework.TypeBool,
 		Description: "Record that the loss of one HSM may lose everything that this key sealed.",
 	}
+	fields["lease"] = leaseField()
 	fields["delete_hsm_keys"] = &framework.FieldSchema{
 		Type: framework.TypeBool, Query: true,
 		Description: "For a deletion: destroy the HSM keys as well, where all of them were made for this wrapping key (generated) and none " +
@@ -110,10 +111,13 @@ func keyAnswer() map[string]*framework.FieldSchema {
 		},
 		"min_decryption_version": {Type: framework.TypeInt, Description: "The oldest version that opens."},
 		"deletion_allowed":       {Type: framework.TypeBool, Description: "Whether the key may be deleted."},
+		"lease":                  {Type: framework.TypeInt, Description: "How long an opened key encryption key is held, in seconds; 0 for strict mode."},
+		"leases":                 leasesField(),
 		"versions": {
 			Type: framework.TypeSlice,
 			Description: "The versions, oldest first, each with its recipients (device, HSM key, generated for this wrapping key or " +
-				"adopted, algorithm, public key, weaknesses accepted) and what was acknowledged about it.",
+				"adopted, algorithm, public key, weaknesses accepted), the id of its key encryption key (kek), empty where it has none, and what was " +
+				"acknowledged about it.",
 		},
 		"record_sha256": {
 			Type:        framework.TypeString,
@@ -164,8 +168,9 @@ func (b *backend) keyPaths() []*framework.Path {
 			HelpSynopsis: "A wrapping key: a name, its versions, and the HSM keys that can open what they seal.",
 			HelpDescription: "Adopt an HSM key that exists (device, and key_label or key_id) or let the HSM make one (device, " +
 				"generate=true, algorithm). Sealing then happens in software with the public key, opening in the HSM. The answer " +
-				"shows record_sha256: read keys/<name>/backup once and keep both outside of this Vault. To delete a key, write " +
-				"deletion_allowed=true first.",
+				"shows record_sha256: read keys/<name>/backup once and keep both outside of this Vault. With lease, a fleet of Vaults that " +
+				"encrypt/ and decrypt/ unseal costs the HSM one operation in that time instead of one for each opening; read what that gives up " +
+				"in docs/threat-model.md. To delete a key, write deletion_allowed=true first.",
 		},
 	}
 }
@@ -301,6 +306,9 @@ func keySettings(req *logical.Request, data *framework.FieldData) (settings keyr
 		version := value.(int)
 		settings.MinDecryptionVersion, some = &version, true
 	}
+	if lease, given := duration(data, "lease"); given {
+		settings.Lease, some = &lease, true
+	}
 	for field, target := range map[string]**bool{
 		"deletion_allowed":  &settings.DeletionAllowed,
 		"backup_confirmed":  &settings.BackupConfirmed,
@@ -392,6 +400,8 @@ func (b *backend) keyResponse(ctx context.Context, key *keyring.Key) (*logical.R
 		"encrypt_version":        key.EncryptVersion,
 		"min_decryption_version": key.MinDecryptionVersion,
 		"deletion_allowed":       key.DeletionAllowed,
+		"lease":                  seconds(key.Lease),
+		"leases":                 b.showLeases(key.Name),
 		"versions":               versions,
 		"record_sha256":          key.RecordSHA256,
 		"record_read":            showAcknowledgement(key.RecordRead),
@@ -436,6 +446,7 @@ func showVersion(version keyring.Version) (map[string]any, error) {
 		"recipients":     recipients,
 		"served_encrypt": version.ServedEncrypt,
 		"locked":         version.Locked,
+		"kek":            version.KEK,
 
 		"record_read":      showAcknowledgement(version.RecordRead),
 		"backup_confirmed": showAcknowledgement(version.BackupConfirmed),

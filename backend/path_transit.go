@@ -55,7 +55,7 @@ func (b *backend) transitPaths() []*framework.Path {
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.UpdateOperation: &framework.PathOperation{
 					Callback: b.transitDecrypt,
-					Summary:  "Open a value on the wire of Vault's transit engine, with one operation in an HSM.",
+					Summary:  "Open a value on the wire of Vault's transit engine, with one operation in an HSM or by an open lease.",
 					Responses: answer(http.StatusOK, "The value.", map[string]*framework.FieldSchema{
 						"plaintext": {
 							Type: framework.TypeString, Description: "The value, base64.", Required: true,
@@ -66,7 +66,8 @@ func (b *backend) transitPaths() []*framework.Path {
 			},
 			HelpSynopsis: "Open what encrypt/ sealed.",
 			HelpDescription: "Only what encrypt/ sealed opens here, not what wrap/ or material/ made. Versions down to " +
-				"min_decryption_version open: keep old ones as long as snapshots and backups of the other Vault exist.",
+				"min_decryption_version open: keep old ones as long as snapshots and backups of the other Vault exist. Each opening is an " +
+				"operation in an HSM, unless the key has a lease (keys/<key>, lease=10m): then the first one serves all in that time.",
 		},
 	}
 }
