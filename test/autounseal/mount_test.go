@@ -11,10 +11,6 @@ import (
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-func TestTheMountUnsealsByASoftHSM(t *testing.T) { tell(t, newMount(t, newSoftHSM(t))) }
-
-func TestTheMountUnsealsByANetHSM(t *testing.T) { tell(t, newMount(t, newNetHSM(t))) }
-
 // mount is a Vault with the plugin at nitrokey/. Somebody unseals it when it comes up.
 type mount struct {
 	site *vaulttest.Site

@@ -40,6 +40,25 @@ var disasters = []story{
 	{"the server loses all but its HSM and the key records", serverIsLost},
 }
 
+// servers are all that can be the seal of a Vault.
+var servers = []struct {
+	name  string
+	start func(t testing.TB, hsm *HSM) SealServer
+}{
+	{"the mount", func(t testing.TB, hsm *HSM) SealServer { return newMount(t, hsm) }},
+}
+
+func TestVaultsUnsealThemselvesByAnHSM(t *testing.T) {
+	for name, hsm := range map[string]*HSM{"SoftHSM": newSoftHSM(t), "NetHSM": newNetHSM(t)} {
+		for _, server := range servers {
+			t.Run(server.name+" and a "+name, func(t *testing.T) {
+				t.Parallel()
+				tell(t, server.start(t, hsm))
+			})
+		}
+	}
+}
+
 // tell tells all stories of a server.
 func tell(t *testing.T, server SealServer) {
 	t.Run("stories", func(t *testing.T) {
