@@ -93,9 +93,16 @@ func (s *Seal) keep(ctx context.Context, into *sealed, plaintext []byte) error {
 	return err
 }
 
-// Unseal is one try to unseal: the root key is opened, the version of the wrapping key learnt, what was sealed under another
-// one sealed anew, the health checked.
+// Unseal is one try to unseal, and the first health check.
 func (s *Seal) Unseal(ctx context.Context) error {
+	if err := s.unseal(ctx); err != nil {
+		return err
+	}
+	return s.Check(ctx)
+}
+
+// unseal opens the root key, learns the version of the wrapping key, and has sealed anew what was sealed under another one.
+func (s *Seal) unseal(ctx context.Context) error {
 	if err := s.open(ctx, s.root); err != nil {
 		return err
 	}
@@ -118,7 +125,7 @@ func (s *Seal) Unseal(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.Check(ctx)
+	return nil
 }
 
 // Check is the health check, every ten minutes and every minute while it fails: a text is sealed and opened.
@@ -136,10 +143,10 @@ func (s *Seal) Snapshot(ctx context.Context) (ciphertext string, err error) {
 }
 
 // PowerUp is a machine that has power again: the process starts, again and again while its seal does not answer, as a
-// supervisor does it, and unseals, again and again until it is healthy. It returns when it is, or with the last error when
-// ctx ends. A wrong answer ends it at once.
+// supervisor does it, unseals, again and again until it has, and is healthy when a health check has passed. It returns then, or
+// with the last error when ctx ends. A wrong answer ends it at once.
 func (s *Seal) PowerUp(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{s.Start, s.Unseal} {
+	for _, step := range []func(context.Context) error{s.Start, s.unseal, s.Check} {
 		if err := s.until(ctx, step); err != nil {
 			return err
 		}
