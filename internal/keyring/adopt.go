@@ -3,6 +3,7 @@ package keyring
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"fmt"
@@ -131,6 +132,11 @@ func (k *Keyring) AddRecipient(ctx context.Context, name string, request AdoptRe
 		if rec.sealed {
 			k.opened.keep(v.AuthEnvelope, auth)
 		}
+		if v.KEKEnvelope != nil { // it is not sealed to this recipient
+			if err := v.makeKEK(rec.Name, &auth); err != nil {
+				return fmt.Errorf("adding a recipient to key %q: %w", name, err)
+			}
+		}
 		rec.noteWeakness(rcpt)
 		return nil
 	})
@@ -201,7 +207,7 @@ func sealAuth(ctx context.Context, name string, v *version, auth *envelope.AuthK
 		return fmt.Errorf("device %q: opening the authentication envelope as proof: %w: it gave something else", rcpt.Device,
 			ErrUnusableKey)
 	}
-	v.AuthEnvelope = sealed
+	v.AuthEnvelope, v.authSum = sealed, sha256.Sum256(sealed)
 	return nil
 }
 

@@ -56,18 +56,33 @@ func (k *Keyring) authKey(ctx context.Context, rec *record, number int) (*envelo
 	return &auth, nil
 }
 
-// Warm opens the authentication key of a key's newest version where no use has done so yet, at the cost of one private-key
-// operation. A daemon does it ahead of time, so that what it is there for costs one operation and not two.
+// Warm opens the authentication keys of a key's versions where no use has done so yet, at the cost of one private-key
+// operation for each. A daemon does it ahead of time, so that what it is there for costs one operation and not two. That of
+// the newest version and of the one that serves encrypt/ must open; an older one, whose HSM may be gone, is tried.
 func (k *Keyring) Warm(ctx context.Context, name string) error {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
 		return err
 	}
-	v := rec.newest()
-	if v == nil {
+	if rec.newest() == nil {
 		return rec.settled()
 	}
-	auth, err := k.authKey(ctx, rec, v.Number)
+	serves := rec.sealsWith(envelope.UseTransit).Number
+	for _, number := range []int{serves, len(rec.Versions)} {
+		if err := k.warm(ctx, rec, number); err != nil {
+			return err
+		}
+	}
+	for number := len(rec.Versions) - 1; number >= rec.MinDecryptionVersion; number-- {
+		if err := k.warm(ctx, rec, number); err != nil {
+			k.logger.Warn("opening the authentication key of an old version ahead of time failed", "key", name, "version", number, "error", err)
+		}
+	}
+	return ctx.Err()
+}
+
+func (k *Keyring) warm(ctx context.Context, rec *record, number int) error {
+	auth, err := k.authKey(ctx, rec, number)
 	if err != nil {
 		return err
 	}
@@ -80,7 +95,7 @@ func (k *Keyring) knownAuth(v *version) (key envelope.AuthKey, ok bool) {
 	if key, ok = v.auth(); ok {
 		return key, true
 	}
-	return k.opened.get(v.AuthEnvelope)
+	return k.opened.get(v.authSum)
 }
 
 // checkSealed refuses a record from the store that holds an authentication key where none must.
@@ -100,14 +115,14 @@ func (r *record) checkSealed() error {
 // openedAuthKeys are authentication keys that records do not hold, by the SHA-256 of their envelopes. The zero value is
 // ready.
 type openedAuthKeys struct {
-	mu   sync.Mutex
+	mu   sync.RWMutex
 	keys map[[sha256.Size]byte]envelope.AuthKey
 }
 
-func (o *openedAuthKeys) get(authEnvelope []byte) (key envelope.AuthKey, ok bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	key, ok = o.keys[sha256.Sum256(authEnvelope)]
+func (o *openedAuthKeys) get(sum [sha256.Size]byte) (key envelope.AuthKey, ok bool) {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	key, ok = o.keys[sum]
 	return key, ok
 }
 

@@ -75,6 +75,7 @@ func describe(r *record) *Key {
 		MinDecryptionVersion: r.MinDecryptionVersion,
 		EncryptVersion:       r.encryptVersion(),
 		DeletionAllowed:      r.DeletionAllowed,
+		Lease:                r.lease(),
 		RecordRead:           clonePointer(r.Acknowledgements.RecordRead),
 		BackupConfirmed:      clonePointer(r.Acknowledgements.BackupConfirmed),
 		AcceptSingleHSM:      clonePointer(r.Acknowledgements.AcceptSingleHSM),
@@ -114,6 +115,9 @@ func (r *record) describeVersion(v *version) Version {
 
 		RecordRead:      clonePointer(recordRead),
 		BackupConfirmed: clonePointer(r.backupConfirmed(v)),
+	}
+	if v.kek != nil {
+		described.KEK = v.kek.ID()
 	}
 	for i := range v.Recipients {
 		rcpt := &v.Recipients[i]

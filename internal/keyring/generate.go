@@ -190,7 +190,7 @@ func (k *Keyring) rotateAdopt(ctx context.Context, name string, request AdoptReq
 		}
 		rec.addVersion(v)
 		rec.noteWeakness(v.Recipients[0])
-		return nil
+		return k.giveKEKs(rec)
 	})
 	if err != nil {
 		return nil, err
@@ -272,7 +272,7 @@ func (k *Keyring) finish(ctx context.Context, rec *record, intent *intent) (*rec
 		}
 		rec.Pending = nil
 		rec.addVersion(v)
-		return nil
+		return k.giveKEKs(rec)
 	})
 	gone = gone || errors.Is(err, ErrKeyNotFound)
 	if gone && !made {

@@ -28,14 +28,14 @@ func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, req
 	if lacks := incoming.lacksOf(rec); lacks != "" {
 		return nil, notGrown(rec, lacks)
 	}
-	changed, added := rec.news(incoming)
-	if len(changed)+len(added) == 0 {
+	changed, added, leased := rec.news(incoming)
+	if len(changed)+len(added)+len(leased) == 0 {
 		return describe(rec), nil
 	}
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
-	if !request.AcceptRecipients {
+	if len(changed)+len(added) > 0 && !request.AcceptRecipients {
 		return nil, rec.notAccepted(changed, added)
 	}
 	for _, v := range changed { // each of them: nobody can tell otherwise whether it is the same
@@ -66,14 +66,14 @@ func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, req
 		if newKeyRecord(now).SHA256 != seen {
 			return fmt.Errorf("key %q changed meanwhile: %w: send the request again", now.Name, store.ErrConflict)
 		}
-		now.take(changed, added, read)
-		return nil
+		now.take(changed, added, leased, read)
+		return k.giveKEKs(now)
 	})
 	if err != nil {
 		return nil, err
 	}
 	k.logger.Info("wrapping key restored over the one that was here", "key", next.Name, "versions", len(next.Versions), "new_versions",
-		len(added), "changed_versions", len(changed), "record_sha256", strings.ToLower(request.SHA256), "by", request.By)
+		len(added), "changed_versions", len(changed), "new_keks", len(leased), "record_sha256", strings.ToLower(request.SHA256), "by", request.By)
 	return describe(next), nil
 }
 
@@ -133,8 +133,9 @@ func (r *record) lacksOf(here *record) string {
 	return ""
 }
 
-// news returns the versions of another record of the key that are not here as they are there, and those that are not here at all.
-func (r *record) news(incoming *record) (changed, added []*version) {
+// news returns the versions of another record of the key that are not here as they are there, those that are not here at all,
+// and those that differ by nothing but a KEK. A record that lacks a KEK lacks nothing: no envelope depends on it.
+func (r *record) news(incoming *record) (changed, added, leased []*version) {
 	for i := range incoming.Versions {
 		v := &incoming.Versions[i]
 		switch known := r.version(v.Number); {
@@ -142,15 +143,24 @@ func (r *record) news(incoming *record) (changed, added []*version) {
 			added = append(added, v)
 		case !bytes.Equal(known.AuthEnvelope, v.AuthEnvelope): // which names the recipients, too
 			changed = append(changed, v)
+		case v.KEKEnvelope != nil && !bytes.Equal(known.KEKEnvelope, v.KEKEnvelope):
+			leased = append(leased, v)
 		}
 	}
-	return changed, added
+	return changed, added, leased
 }
 
-// take makes the record have some versions of another one. Recipients that are known stay as they are known here. The HSM keys
+// take makes the record have some versions of another one, and the KEKs of others. A KEK that somebody made up opens nothing
+// and seals nothing: the HSM that opens it tells, by the authentication key. Recipients that are known stay as they are known here. The HSM keys
 // are used elsewhere as well, nobody knows what for: encrypt/ is assumed.
-func (r *record) take(changed, added []*version, read *Acknowledgement) {
+//
+// A KEK for fewer recipients than the version has now is dropped.
+func (r *record) take(changed, added, leased []*version, read *Acknowledgement) {
 	r.keepRecordRead()
+	for _, v := range leased {
+		known := r.version(v.Number)
+		known.KEKEnvelope, known.kek = v.KEKEnvelope, v.kek
+	}
 	for _, v := range changed {
 		known := r.version(v.Number)
 		recipients := slices.Clone(v.Recipients)
@@ -160,6 +170,7 @@ func (r *record) take(changed, added []*version, read *Acknowledgement) {
 			}
 		}
 		known.Recipients, known.AuthEnvelope, known.AuthKey = recipients, v.AuthEnvelope, slices.Clone(v.AuthKey)
+		known.authSum, known.KEKEnvelope, known.kek = v.authSum, v.KEKEnvelope, v.kek
 	}
 	for _, v := range added {
 		own := *v

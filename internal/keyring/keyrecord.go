@@ -35,6 +35,8 @@ type keyRecordVersion struct {
 	Created      time.Time       `json:"created"`
 	Recipients   []recipientCore `json:"recipients"`
 	AuthEnvelope json.RawMessage `json:"auth_envelope"`
+	// KEKEnvelope lets servers that are restored from the record share one key encryption key.
+	KEKEnvelope json.RawMessage `json:"kek_envelope,omitempty"`
 }
 
 // newKeyRecord returns the key record of a key that has a version.
@@ -48,7 +50,7 @@ func newKeyRecord(rec *record) KeyRecord {
 	}
 	for i := range rec.Versions {
 		v := &rec.Versions[i]
-		kept := keyRecordVersion{Number: v.Number, Created: v.Created, AuthEnvelope: v.AuthEnvelope}
+		kept := keyRecordVersion{Number: v.Number, Created: v.Created, AuthEnvelope: v.AuthEnvelope, KEKEnvelope: v.KEKEnvelope}
 		for j := range v.Recipients {
 			kept.Recipients = append(kept.Recipients, v.Recipients[j].recipientCore)
 		}
@@ -154,8 +156,10 @@ func (k *Keyring) Restore(ctx context.Context, name string, request RestoreReque
 	for i := range rec.Versions {
 		all[i] = &rec.Versions[i]
 	}
-	if err := k.openAuthKeys(ctx, name, all); err != nil {
-		return nil, fmt.Errorf("restoring key %q: %w", name, err)
+	if !request.Deferred {
+		if err := k.openAuthKeys(ctx, name, all); err != nil {
+			return nil, fmt.Errorf("restoring key %q: %w", name, err)
+		}
 	}
 	if err := k.write(ctx, rec, store.NoRevision); errors.Is(err, store.ErrConflict) {
 		return nil, fmt.Errorf("key %q: %w: somebody made it just now; send the request again", name, ErrKeyExists)
@@ -203,6 +207,14 @@ func readKeyRecord(raw []byte) (keyRecord, error) {
 			return r, fmt.Errorf("%w: version %d has no authentication envelope", ErrRecordMalformed, r.Versions[i].Number)
 		}
 		r.Versions[i].AuthEnvelope = compact.Bytes()
+		if r.Versions[i].KEKEnvelope == nil {
+			continue
+		}
+		compact = bytes.Buffer{}
+		if err := json.Compact(&compact, r.Versions[i].KEKEnvelope); err != nil {
+			return r, fmt.Errorf("%w: version %d has a key encryption key that is none", ErrRecordMalformed, r.Versions[i].Number)
+		}
+		r.Versions[i].KEKEnvelope = compact.Bytes()
 	}
 	return r, nil
 }
@@ -224,6 +236,7 @@ func (k *Keyring) fromKeyRecord(restored keyRecord, request RestoreRequest) *rec
 			Created:       v.Created,
 			CreatedBy:     request.By,
 			AuthEnvelope:  v.AuthEnvelope,
+			KEKEnvelope:   v.KEKEnvelope,
 			ServedEncrypt: true,
 		}
 		for _, core := range v.Recipients {

@@ -13,6 +13,10 @@
 // The record holds the authentication keys in the clear and belongs in a store that is itself protected, such as a
 // Vault mount's storage; where the store is plain files, they lie in their envelopes only ([Config.SealAuthKeys]). The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store while
 // one of its HSMs exists ([Keyring.Restore]).
+//
+// A key with a lease ([Settings].Lease) gives its versions a key encryption key (KEK), sealed to the version's HSM keys.
+// Envelopes of use transit are then sealed to the KEK, which the HSM opens once for all of them and which is held in
+// locked memory until the lease is over. Each such envelope carries its KEK, so that it opens with the HSM alone.
 package keyring
 
 import (
@@ -55,7 +59,7 @@ type Config struct {
 	SealAuthKeys bool
 }
 
-// Keyring keeps wrapping keys. Errors name the key and the device and say what to do; see the Err values. Its methods
+// Keyring keeps wrapping keys. Close it where wrapping keys have leases. Errors name the key and the device and say what to do; see the Err values. Its methods
 // are safe for concurrent use. Use one Keyring for each store: mutations of one key take turns within a Keyring, and
 // among several by compare-and-swap, and by [Config.Lock] where they make or delete HSM keys.
 type Keyring struct {
@@ -72,6 +76,9 @@ type Keyring struct {
 	sealed  bool                                                              // Config.SealAuthKeys
 	opened  openedAuthKeys
 	opening nameLocks // of authentication keys
+	leases  leases
+	running context.Context // until Close: of work in the background
+	stop    context.CancelFunc
 	words   Words
 }
 
@@ -86,6 +93,7 @@ func New(config Config) *Keyring {
 		lock:    config.Lock,
 		sealed:  config.SealAuthKeys,
 	}
+	k.running, k.stop = context.WithCancel(context.Background())
 	if k.logger == nil {
 		k.logger = slog.New(slog.DiscardHandler)
 	}

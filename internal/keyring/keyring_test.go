@@ -393,7 +393,7 @@ func TestTheKeyringsOwnUseIsNotForOthers(t *testing.T) {
 			t.Errorf("%s the authentication envelope: %v and %v operations", name, err, count())
 		}
 	}
-	for _, use := range []envelope.Use{envelope.UseAuth, envelope.UseMaterial, envelope.UseKEK, envelope.UseSeal, "", "x"} {
+	for _, use := range []envelope.Use{envelope.UseAuth, envelope.UseMaterial, envelope.UseKEK, "", "x"} {
 		if _, err := f.Wrap(t.Context(), "prod", use, nil, nil); !errors.Is(err, ErrInvalid) {
 			t.Errorf("wrapping with use %q: %v, want ErrInvalid", use, err)
 		}

@@ -12,8 +12,8 @@ import (
 )
 
 // Open opens an envelope that was made with this key for want. want.Key is filled; want.Version may be 0 for whatever
-// version the envelope names, down to min_decryption_version. It costs one private-key operation; a recipient whose
-// device is away, locked, without its key or unable to decrypt is passed over for the next one.
+// version the envelope names, down to min_decryption_version. It costs one private-key operation, none where a lease is open;
+// a recipient whose device is away, locked, without its key or unable to decrypt is passed over for the next one.
 func (k *Keyring) Open(ctx context.Context, name string, raw []byte, want envelope.Context) (Opened, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -38,22 +38,54 @@ func (k *Keyring) Open(ctx context.Context, name string, raw []byte, want envelo
 		return Opened{}, err
 	}
 	defer clear(auth[:])
-	payload, rcpt, err := k.openAnywhere(ctx, parsed, want, v, auth)
+	opened := Opened{Context: want, Version: v.Number, LatestVersion: len(rec.Versions)}
+	if opened.KID, opened.Leased = parsed.KEKID(); opened.Leased {
+		opened.Payload, opened.Device, opened.Recipients, err = k.openLeased(ctx, rec, v, parsed, want, auth)
+	} else {
+		var rcpt *recipient
+		if opened.Payload, rcpt, err = k.openAnywhere(ctx, parsed, want, v, auth); err == nil {
+			opened.Device, opened.KID, opened.Recipients = rcpt.Device, rcpt.KID, len(parsed.Recipients())
+		}
+	}
 	if err != nil {
 		return Opened{}, fmt.Errorf("opening with key %q, version %d: %w", name, v.Number, err)
 	}
-	return Opened{
-		Payload:       payload,
-		Context:       want,
-		Version:       v.Number,
-		LatestVersion: len(rec.Versions),
-		Device:        rcpt.Device,
-		KID:           rcpt.KID,
-		Recipients:    len(parsed.Recipients()),
-	}, nil
+	return opened, nil
 }
 
-// Unwrap opens for the entrances unwrap/ (UseWrap) and decrypt/ (UseTransit).
+// OpenLeased is [Keyring.Open] where nothing has to be waited for: with a lease that is open, a record that is cached
+// ([Config.CacheRecords]) and an authentication key that was opened before. ok is false where that is not so, and
+// [Keyring.Open] is to be asked; an error that comes with true is the answer.
+func (k *Keyring) OpenLeased(name string, raw []byte, want envelope.Context) (opened Opened, ok bool, err error) {
+	rec := k.cache.get(name)
+	if rec == nil || rec.LeaseSeconds == 0 {
+		return Opened{}, false, nil
+	}
+	parsed, want, err := parseFor(name, raw, want)
+	if err != nil {
+		return Opened{}, true, err
+	}
+	kid, leased := parsed.KEKID()
+	v := rec.version(want.Version)
+	if !leased || v == nil || want.Version < rec.MinDecryptionVersion {
+		return Opened{}, false, nil
+	}
+	auth, known := k.knownAuth(v)
+	l := k.leaseOf(rec, leaseID{name, v.Number, kid})
+	if !known || l == nil {
+		return Opened{}, false, nil
+	}
+	defer clear(auth[:])
+	payload, ok, err := l.open(parsed, want, &auth)
+	if err != nil {
+		return Opened{}, ok, fmt.Errorf("opening with key %q, version %d: %w", name, v.Number, err)
+	}
+	return Opened{
+		Payload: payload, Context: want, Version: v.Number, LatestVersion: len(rec.Versions), KID: kid, Recipients: l.recipients(), Leased: true,
+	}, ok, nil
+}
+
+// Unwrap opens for the entrances unwrap/ (UseWrap) and decrypt/ (UseTransit) and for OpenBao's seal plugin (UseSeal).
 func (k *Keyring) Unwrap(ctx context.Context, name string, use envelope.Use, raw, caller []byte) (Opened, error) {
 	if err := checkEntrance(use); err != nil {
 		return Opened{}, err
@@ -63,7 +95,7 @@ func (k *Keyring) Unwrap(ctx context.Context, name string, use envelope.Use, raw
 
 // Rewrap opens an envelope and seals its payload to the version that [Keyring.Seal] takes, with the same context, at the
 // cost of one private-key operation. Where the envelope is of that version already and every recipient of that is in it,
-// the answer is the same envelope, and no HSM is touched.
+// the answer is the same envelope, and no HSM is touched; a leased one is sealed to the HSM where the key has no lease any more.
 func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want envelope.Context) (Rewrapped, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -74,13 +106,14 @@ func (k *Keyring) Rewrap(ctx context.Context, name string, raw []byte, want enve
 		return Rewrapped{}, err
 	}
 	v := rec.sealsWith(exact.Use)
-	if v != nil && exact.Version == v.Number && sealedToAll(parsed, v) {
+	if v != nil && exact.Version == v.Number && rec.current(parsed, v) {
+		_, leased := parsed.KEKID()
 		return Rewrapped{
-			Sealed:      Sealed{Envelope: raw, Version: v.Number, Recipients: len(parsed.Recipients())},
+			Sealed:      Sealed{Envelope: raw, Version: v.Number, Recipients: len(v.Recipients), Leased: leased},
 			FromVersion: v.Number,
 		}, nil
 	}
-	if exact.Use == envelope.UseTransit { // before an HSM is asked
+	if sealsOthers(exact.Use) { // before an HSM is asked
 		if err := rec.ready(v, PurposeEncrypt); err != nil {
 			return Rewrapped{}, err
 		}
@@ -123,6 +156,15 @@ func parseFor(name string, raw []byte, want envelope.Context) (*envelope.Envelop
 			name, err)
 	}
 	return parsed, want, nil
+}
+
+// current tells whether a rewrap has nothing to change about an envelope of a version.
+func (r *record) current(parsed *envelope.Envelope, v *version) bool {
+	if _, leased := parsed.KEKID(); !leased {
+		return sealedToAll(parsed, v)
+	}
+	kek, err := parsed.KEK()
+	return err == nil && r.LeaseSeconds != 0 && sealedToAll(kek.Envelope(), v)
 }
 
 // sealedToAll tells whether an envelope has exactly the recipients of a version.

@@ -50,10 +50,10 @@ func (r *record) ready(v *version, purpose Purpose) error {
 	return nil
 }
 
-// sealsWith returns the version that seals for a use: the newest one, for transit the newest that is ready. Where none
+// sealsWith returns the version that seals for a use: the newest one, for transit and seal the newest that is ready. Where none
 // is, that is the newest one too, which tells why; nil while there is no version.
 func (r *record) sealsWith(use envelope.Use) *version {
-	if use == envelope.UseTransit {
+	if sealsOthers(use) {
 		if v := r.version(r.encryptVersion()); v != nil {
 			return v
 		}

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,16 +23,18 @@ const recordFormat = 1
 // record is a wrapping key as it lies in the store. A record is never changed in place: mutations work on a clone, so
 // that a cached record can be read without a lock.
 type record struct {
-	Format               int              `json:"format"`
-	Name                 string           `json:"name"`
-	Created              time.Time        `json:"created"`
-	CreatedBy            string           `json:"created_by"`
-	MinDecryptionVersion int              `json:"min_decryption_version"`
-	DeletionAllowed      bool             `json:"deletion_allowed"`
-	Acknowledgements     acknowledgements `json:"acknowledgements"`
-	Versions             []version        `json:"versions"`
-	Pending              *intent          `json:"pending,omitempty"`
-	Deleting             *deletion        `json:"deleting,omitempty"`
+	Format               int       `json:"format"`
+	Name                 string    `json:"name"`
+	Created              time.Time `json:"created"`
+	CreatedBy            string    `json:"created_by"`
+	MinDecryptionVersion int       `json:"min_decryption_version"`
+	DeletionAllowed      bool      `json:"deletion_allowed"`
+	// LeaseSeconds is how long an opened KEK is held; 0 for strict mode.
+	LeaseSeconds     int64            `json:"lease_seconds,omitempty"`
+	Acknowledgements acknowledgements `json:"acknowledgements"`
+	Versions         []version        `json:"versions"`
+	Pending          *intent          `json:"pending,omitempty"`
+	Deleting         *deletion        `json:"deleting,omitempty"`
 
 	sealed bool   // Config.SealAuthKeys: what the store keeps has no AuthKey
 	words  *Words // Config.Words
@@ -56,9 +59,15 @@ type version struct {
 	// AuthKey is the authentication key, 32 bytes. Empty after a restore that could not open AuthEnvelope yet.
 	AuthKey []byte `json:"auth_key,omitempty"`
 	// AuthEnvelope is AuthKey sealed to the recipients, an envelope of use "auth".
-	AuthEnvelope  json.RawMessage `json:"auth_envelope"`
+	AuthEnvelope json.RawMessage `json:"auth_envelope"`
+	// KEKEnvelope is the key encryption key that leased envelopes are sealed to now, sealed to the recipients, an envelope of
+	// use "kek". Nothing depends on it: each leased envelope carries its own. Empty where the key never had a lease.
+	KEKEnvelope   json.RawMessage `json:"kek_envelope,omitempty"`
 	ServedEncrypt bool            `json:"served_encrypt"`
 	Kept          kept            `json:"kept,omitzero"`
+
+	authSum [sha256.Size]byte // of AuthEnvelope; filled by validate
+	kek     *envelope.KEK     // KEKEnvelope, parsed; filled by validate
 }
 
 // kept is what was acknowledged about a version and was put aside when the key went on: it does not hold for what came
@@ -252,6 +261,8 @@ func (r *record) validate(name string) error {
 		return bad("it has no version and none is being made")
 	case r.MinDecryptionVersion < 1 || r.MinDecryptionVersion > max(1, len(r.Versions)):
 		return bad("min_decryption_version is out of bounds")
+	case r.LeaseSeconds != 0 && (r.lease() < MinLease || r.LeaseSeconds > int64(MaxLease/time.Second)):
+		return bad("its lease is out of bounds")
 	}
 	if p := r.Pending; p != nil && (p.Version != len(r.Versions)+1 || p.Device == "" || p.ID == "" || p.Label == "" ||
 		!slices.Contains(hsm.Algorithms(), p.Algorithm)) {
@@ -299,14 +310,30 @@ func validateRecipients(name string, v *version) error {
 	if claimed.Use != envelope.UseAuth || claimed.Key != name || claimed.Version != v.Number {
 		return fmt.Errorf("%w: its authentication envelope belongs to something else", ErrRecordMalformed)
 	}
-	if len(auth.Recipients()) != len(seen) {
+	if !sealedToAll(auth, v) {
 		return fmt.Errorf("%w: its authentication envelope is for other recipients", ErrRecordMalformed)
 	}
-	for _, rcpt := range auth.Recipients() {
-		if !seen[rcpt.KID] {
-			return fmt.Errorf("%w: its authentication envelope is for other recipients", ErrRecordMalformed)
-		}
+	v.authSum = sha256.Sum256(v.AuthEnvelope)
+	return v.validateKEK(name)
+}
+
+// validateKEK checks that the version's key encryption key, where it has one, is for its recipients and nobody else.
+func (v *version) validateKEK(name string) error {
+	if v.KEKEnvelope == nil {
+		v.kek = nil
+		return nil
 	}
+	kek, err := envelope.ParseKEK(v.KEKEnvelope)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrRecordMalformed, err)
+	}
+	if claimed := kek.Envelope().Context(); claimed.Key != name || claimed.Version != v.Number {
+		return fmt.Errorf("%w: its key encryption key belongs to something else", ErrRecordMalformed)
+	}
+	if !sealedToAll(kek.Envelope(), v) {
+		return fmt.Errorf("%w: its key encryption key is for other recipients", ErrRecordMalformed)
+	}
+	v.kek = kek
 	return nil
 }
 

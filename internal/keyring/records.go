@@ -151,18 +151,38 @@ func (k *Keyring) Lives(ctx context.Context, name string) error {
 }
 
 // Invalidate forgets what is cached of a key because somebody else wrote its record; an empty name forgets all keys.
+//
+// A lease that it has no more ends.
 func (k *Keyring) Invalidate(name string) {
 	if name == "" {
 		k.cache.clear()
-		return
+	} else {
+		k.cache.drop(name)
 	}
-	k.cache.drop(name)
+	if leased := k.leased(name); len(leased) > 0 {
+		k.background(func(ctx context.Context) { k.shortenAll(ctx, leased) })
+	}
+}
+
+// shortenAll makes the leases of some keys no longer than their settings are in the store.
+func (k *Keyring) shortenAll(ctx context.Context, names []string) {
+	for _, name := range names {
+		rec, err := k.lookup(ctx, name)
+		switch {
+		case errors.Is(err, ErrKeyNotFound):
+			k.shorten(name, 0)
+		case err != nil: // they end by themselves, and every use looks again
+			k.logger.Warn("reading the lease of a key that somebody changed failed", "key", name, "error", err)
+		default:
+			k.shorten(name, rec.lease())
+		}
+	}
 }
 
 // recordCache holds parsed records. Off by default, and then all its methods do nothing.
 type recordCache struct {
 	on      bool
-	mu      sync.Mutex
+	mu      sync.RWMutex
 	count   uint64 // of writes and invalidations
 	records map[string]*record
 }
@@ -171,8 +191,8 @@ func (c *recordCache) get(name string) *record {
 	if !c.on {
 		return nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
 	return c.records[name]
 }
 

@@ -9,7 +9,8 @@ import (
 
 // Seal makes an envelope with the newest version of a key, or with c.Version where that is set. It fills c.Key and
 // c.Version. No HSM is touched, but for a restored version whose authentication key none of its devices has opened yet.
-// Use transit is sealed with the newest version that is ready for it, see [Keyring.Ready].
+// Uses transit and seal are sealed with the newest version that is ready for it, see [Keyring.Ready]; transit to the
+// version's key encryption key where a lease of it is open, see [Keyring.OpenLease].
 func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, payload []byte) (Sealed, error) {
 	rec, err := k.lookup(ctx, name)
 	if err != nil {
@@ -25,7 +26,7 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 		}
 	}
 	purpose := PurposeWrap
-	if c.Use == envelope.UseTransit {
+	if sealsOthers(c.Use) {
 		purpose = PurposeEncrypt
 	}
 	if err := rec.ready(v, purpose); err != nil {
@@ -34,7 +35,7 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 	if c.Use == envelope.UseAuth {
 		return Sealed{}, fmt.Errorf("%w: envelopes of use %q are the keyring's own", ErrInvalid, c.Use)
 	}
-	if c.Use == envelope.UseTransit && !v.ServedEncrypt {
+	if sealsOthers(c.Use) && !v.ServedEncrypt {
 		if err := k.noteServed(ctx, name, v.Number); err != nil {
 			return Sealed{}, err
 		}
@@ -45,14 +46,22 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 	}
 	defer clear(auth[:])
 	c.Key, c.Version = name, v.Number
-	sealed, err := envelope.Seal(c, v.sealTo(), auth, payload)
+	sealed, leased, err := k.sealLeased(rec, v, c, auth, payload)
+	if !leased {
+		sealed, err = envelope.Seal(c, v.sealTo(), auth, payload)
+	}
 	if err != nil {
 		return Sealed{}, fmt.Errorf("key %q: %w", name, err)
 	}
-	return Sealed{Envelope: sealed, Version: v.Number, Recipients: len(v.Recipients)}, nil
+	return Sealed{Envelope: sealed, Version: v.Number, Recipients: len(v.Recipients), Leased: leased}, nil
 }
 
-// Wrap seals for the entrances wrap/ (UseWrap) and encrypt/ (UseTransit), bound to the caller's own context.
+// sealsOthers tells whether envelopes of that use are what other Vaults and OpenBaos are sealed with. They cannot be made
+// anew, so they want a version that is ready, and its HSM keys stay.
+func sealsOthers(use envelope.Use) bool { return use == envelope.UseTransit || use == envelope.UseSeal }
+
+// Wrap seals for the entrances wrap/ (UseWrap) and encrypt/ (UseTransit) and for OpenBao's seal plugin (UseSeal), bound to
+// the caller's own context.
 func (k *Keyring) Wrap(ctx context.Context, name string, use envelope.Use, plaintext, caller []byte) (Sealed, error) {
 	if err := checkEntrance(use); err != nil {
 		return Sealed{}, err
@@ -60,15 +69,15 @@ func (k *Keyring) Wrap(ctx context.Context, name string, use envelope.Use, plain
 	return k.Seal(ctx, name, envelope.Context{Use: use, Caller: caller}, plaintext)
 }
 
-// checkEntrance returns ErrInvalid for a use that is not one of the two that Wrap and Unwrap serve.
+// checkEntrance returns ErrInvalid for a use that is not one of those that Wrap and Unwrap serve.
 func checkEntrance(use envelope.Use) error {
-	if use != envelope.UseWrap && use != envelope.UseTransit {
+	if use != envelope.UseWrap && !sealsOthers(use) {
 		return fmt.Errorf("%w: use %q has an entrance of its own", ErrInvalid, use)
 	}
 	return nil
 }
 
-// noteServed records that a version serves encrypt/, before the first envelope leaves: afterwards its HSM keys must not
+// noteServed records that a version serves encrypt/ or a seal, before the first envelope leaves: afterwards its HSM keys must not
 // be deleted.
 func (k *Keyring) noteServed(ctx context.Context, name string, number int) error {
 	_, err := k.update(ctx, name, func(rec *record) error {

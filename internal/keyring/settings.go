@@ -4,12 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // Configure changes the settings of a key. Taking an acknowledgement back is setting it to false.
 func (k *Keyring) Configure(ctx context.Context, name string, settings Settings) (*Key, error) {
+	if err := settings.checkLease(name); err != nil {
+		return nil, err
+	}
+	if err := k.prepareKEKs(ctx, name, settings); err != nil {
+		return nil, err
+	}
 	rec, err := k.update(ctx, name, func(rec *record) error {
 		if rec.Deleting != nil {
 			return rec.settled()
@@ -44,14 +52,57 @@ func (k *Keyring) Configure(ctx context.Context, name string, settings Settings)
 			return fmt.Errorf("key %q: %w (%s): it is still served by version %d, below min_decryption_version %d; first %s", name,
 				ErrNotReady, PurposeEncrypt, served, rec.MinDecryptionVersion, rec.lacks(rec.newest()))
 		}
+		if settings.Lease != nil {
+			rec.LeaseSeconds = int64(*settings.Lease / time.Second)
+			if err := k.giveKEKs(rec); err != nil {
+				return err
+			}
+			if len(rec.wantsKEK()) > 0 {
+				return fmt.Errorf("key %q changed meanwhile: %w: send the request again", name, store.ErrConflict)
+			}
+		}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
+	k.shorten(name, rec.lease())
 	k.logger.Info("wrapping key configured", "key", name, "min_decryption_version", rec.MinDecryptionVersion, "deletion_allowed",
-		rec.DeletionAllowed, "by", settings.By)
+		rec.DeletionAllowed, "lease", rec.lease(), "by", settings.By)
 	return describe(rec), nil
+}
+
+// checkLease returns ErrInvalid for a lease that no key can have.
+func (s Settings) checkLease(name string) error {
+	if s.Lease == nil || *s.Lease == 0 {
+		return nil
+	}
+	if lease := *s.Lease; lease < MinLease || lease > MaxLease || lease%time.Second != 0 {
+		return fmt.Errorf("key %q: %w: a lease of %v; it lasts whole seconds from %v to %v, or is 0 for strict mode, where every opening is an "+
+			"HSM operation", name, ErrInvalid, lease, MinLease, MaxLease)
+	}
+	return nil
+}
+
+// prepareKEKs opens the authentication keys under which the KEKs are made that a lease will want.
+func (k *Keyring) prepareKEKs(ctx context.Context, name string, settings Settings) error {
+	if settings.Lease == nil || *settings.Lease == 0 {
+		return nil
+	}
+	rec, _, err := k.load(ctx, name)
+	if err != nil {
+		return err
+	}
+	leased := rec.clone()
+	leased.LeaseSeconds = int64(*settings.Lease / time.Second)
+	for _, number := range leased.wantsKEK() {
+		auth, err := k.authKey(ctx, rec, number)
+		if err != nil {
+			return fmt.Errorf("giving key %q a lease: %w", name, err)
+		}
+		clear(auth[:])
+	}
+	return nil
 }
 
 // acknowledge sets or takes back one acknowledgement. One that stands keeps its first date and name.
@@ -127,6 +178,7 @@ func (k *Keyring) Delete(ctx context.Context, name string, request DeleteRequest
 	if err := k.remove(ctx, name, revision); err != nil {
 		return err
 	}
+	k.shorten(name, 0)
 	k.logger.Info("wrapping key deleted", "key", name, "versions", len(current.Versions), "hsm_keys_deleted", current.Deleting != nil,
 		"by", request.By)
 	return nil
