@@ -17,6 +17,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/daemon"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -46,8 +47,10 @@ type app struct {
 	kept          *custody.Keeper
 	acts          *audit.Log
 	custody       *cluster.Custodian
-	hooks         *daemon.Hooks // what devices and stores report to; nil but in the daemon
-	closing       sync.Mutex    // guards closers
+	hooks         *daemon.Hooks   // what stores and critical work report to; nil but in the daemon
+	observer      device.Observer // what devices report to; nil for nobody
+	cacheRecords  bool            // whoever asks the keyring tells it when another process wrote
+	closing       sync.Mutex      // guards closers
 	closers       []func() error
 	begun         bool          // a verb began its work
 	limit         time.Duration // that within gave it, 0 for none

@@ -46,6 +46,9 @@ name are read as well, and not shown. No HSM, store or Vault is touched: "nitros
 				for _, known := range view.Clusters {
 					t.row("cluster", known.Name, known.OpensWith+", in store "+known.Store+": "+strings.Join(known.Nodes, ", "))
 				}
+				if s := view.Serve; s != nil {
+					t.row("serve", s.Listen+"/v1/"+s.Mount, "tokens in "+s.tokens())
+				}
 				for _, kind := range view.Audit {
 					t.row("audit", kind)
 				}
@@ -63,7 +66,24 @@ type configView struct {
 	Vault    string              `json:"vault"` // its address; empty for none
 	Clusters []clusterConfigView `json:"clusters"`
 	Listen   string              `json:"listen"` // of "nitroseal run"
+	Serve    *serveConfigView    `json:"serve"`  // null for no seal server
 	Audit    []string            `json:"audit"`  // where acts are written to
+}
+
+// serveConfigView is the seal server of the configuration.
+type serveConfigView struct {
+	Listen  string   `json:"listen"`
+	Mount   string   `json:"mount"`
+	Keys    []string `json:"keys"`   // empty for those that tokens name
+	Tokens  string   `json:"tokens"` // their store; empty for a folder of state_dir
+	Metrics string   `json:"metrics_listen"`
+}
+
+func (v *serveConfigView) tokens() string {
+	if v.Tokens == "" {
+		return "state_dir"
+	}
+	return "store " + v.Tokens
 }
 
 // clusterConfigView is a cluster of the configuration.
@@ -92,6 +112,9 @@ func showConfig(c *config.Config) configView {
 	}
 	if c.Vault != nil {
 		view.Vault = c.Vault.Address
+	}
+	if s := c.Serve; s != nil {
+		view.Serve = &serveConfigView{Listen: s.Listen, Mount: s.Mount, Keys: list(s.Keys), Tokens: s.Tokens, Metrics: s.MetricsListen}
 	}
 	view.Listen, view.Clusters, view.Audit = c.Run.Listen, []clusterConfigView{}, []string{}
 	for i := range c.Clusters {

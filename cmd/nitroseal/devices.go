@@ -59,10 +59,7 @@ func (a *app) devices() (*deviceSet, error) {
 	options := device.Options{
 		Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens), device.TypeNetHSM: device.NetHSM(netHSMs)},
 		Secrets: c.SecretFiles(),
-		Logger:  a.logger(),
-	}
-	if a.hooks != nil {
-		options.Observer = a.hooks
+		Logger:  a.logger(), Observer: a.observer,
 	}
 	a.set = &deviceSet{app: a, handles: map[string]*device.Handle{}, registry: device.New(options)}
 	return a.set, nil
@@ -156,6 +153,9 @@ func (a *app) checkSecrets(c *config.Config) error {
 	}
 	_, err = runCertificate(c)
 	complain(err)
+	for _, err := range sealListenerProblems(c) {
+		complain(err)
+	}
 	token, err := vaultToken(c)
 	clear(token)
 	complain(err)

@@ -16,7 +16,9 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/daemon"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/server"
 	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
@@ -36,7 +38,7 @@ const exitCodesHelp = `Exit codes:
   1    failed, and the message says why
   2    wrong usage or configuration
   3    an HSM, a store or a node is unavailable, or busy: trying again may help
-  4    there is no device, key, store, cluster or item of that name, or nothing is kept of the cluster
+  4    there is no device, key, store, cluster, token or item of that name, or nothing is kept of the cluster
   5    refused: a PIN, a password, a role, a locked HSM, an unsafe key, or a node that is not what it should be; a person has to act
   130  interrupted`
 
@@ -69,9 +71,9 @@ var exitCodes = []struct {
 	}},
 	{exitNotFound, []error{
 		keyring.ErrKeyNotFound, keyring.ErrNoDevice, hsm.ErrNotFound, store.ErrNotFound, errNotFound,
-		cluster.ErrNoMaterial, cluster.ErrNotInitialized, custody.ErrNotFound,
+		cluster.ErrNoMaterial, cluster.ErrNotInitialized, custody.ErrNotFound, token.ErrUnknown,
 	}},
-	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, cluster.ErrPGPKey, custody.ErrInvalid, daemon.ErrConfig}},
+	{exitUsage, []error{keyring.ErrInvalid, cluster.ErrInvalid, cluster.ErrPGPKey, custody.ErrInvalid, daemon.ErrConfig, server.ErrConfig, token.ErrInvalid}},
 	{exitUnavailable, []error{daemon.ErrSealed}}, // and nothing is known to be wrong
 }
 

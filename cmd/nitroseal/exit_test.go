@@ -19,7 +19,9 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/server"
 	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/nethsm"
 )
 
@@ -84,6 +86,10 @@ func TestErrorsHaveExitCodes(t *testing.T) {
 		"a cluster whose keys nobody has":                {cluster.ErrEmpty, 1},
 		"an envelope that is older than expected":        {custody.ErrStale, 1},
 		"a daemon that is configured wrong":              {daemon.ErrConfig, 2},
+		"a seal server that is configured wrong":         {server.ErrConfig, 2},
+		"a token that cannot be":                         {token.ErrInvalid, 2},
+		"a token that is not there":                      {token.ErrUnknown, 4},
+		"a token in a store that is away":                {fmt.Errorf("storing the token: %w", store.ErrUnavailable), 3},
 		"nodes that are sealed when the time is up":      {daemon.ErrSealed, 3},
 		"a sealed node whose keys are not here":          {errors.Join(daemon.ErrSealed, cluster.ErrNoMaterial), 4},
 		"a sealed node that the shares do not open":      {errors.Join(daemon.ErrSealed, cluster.ErrWrongShares), 5},

@@ -47,9 +47,10 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	a.onClose(records.Close)
 	a.keys = keyring.New(keyring.Config{
 		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
-		Words: &words,
-		Lock:  func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
+		Words: &words, CacheRecords: a.cacheRecords,
+		Lock: func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
 	})
+	a.onClose(a.keys.Close)
 	return a.keys, nil
 }
 

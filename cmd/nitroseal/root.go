@@ -74,6 +74,7 @@ var nouns = []func(*app) *cobra.Command{
 	newInitCommand,
 	newUnsealCommand,
 	newRunCommand,
+	newServeCommand,
 	newStatusCommand,
 	newVerifyCommand,
 	newDrillCommand,

@@ -53,7 +53,7 @@ Each unsealing is written to the audit log before it is done. The daemon's own l
 // use as it is.
 func (a *app) buildSite(ctx context.Context, hooks *daemon.Hooks) (*daemon.Site, error) {
 	inner := newApp(a.stdin, a.stdout, a.stderr)
-	inner.configPath, inner.log, inner.hooks = a.configPath, a.log, hooks
+	inner.configPath, inner.log, inner.hooks, inner.observer = a.configPath, a.log, hooks, hooks
 	inner.critical.reloads = true
 	site, err := inner.site(ctx, nil)
 	if err != nil {

@@ -262,6 +262,8 @@ var varying = []struct {
 	{regexp.MustCompile(`"[A-Za-z0-9_-]{43}"`), `"KID"`},
 	{regexp.MustCompile(`\b[0-9a-f]{32}\b`), "ID"},
 	{regexp.MustCompile(`\b[0-9a-f]{16}\b`), "SERIAL"},
+	{regexp.MustCompile(`ns\.[a-z2-7]{10}\.[A-Za-z0-9_-]{43}`), "TOKEN"},
+	{regexp.MustCompile(`"id": "[a-z2-7]{10}"`), `"id": "TOKENID"`},
 	{regexp.MustCompile(`https://127\.0\.0\.1:\d+`), "URL"},
 }
 

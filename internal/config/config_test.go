@@ -144,7 +144,7 @@ func TestTheExampleIsReadWhole(t *testing.T) {
 		Serve: &Serve{
 			Listen: "0.0.0.0:8210", TLSCertFile: filepath.Join(dir, "serve.pem"), TLSKeyFile: "credential:serve.key",
 			ClientCAFile: filepath.Join(dir, "ca.pem"), ClientCertificates: CertificatesOptional, Mount: "transit", Keys: []string{"prod", "stage"},
-			Tokens: "cluster", Rate: 100, Burst: 1000, MaxBody: 1 << 20, MaxConnections: 4096, MetricsListen: "127.0.0.1:9109", MLock: true,
+			Tokens: "cluster", Rate: 100, Burst: 1000, MaxBody: 256 << 10, MaxConnections: 4096, MetricsListen: "127.0.0.1:9109", MLock: true,
 		},
 		Audits: []Audit{
 			{Kind: AuditFile, Path: "/var/log/nitroseal/audit.log"},

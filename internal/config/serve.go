@@ -18,7 +18,7 @@ const (
 	DefaultServeMount         = "transit"
 	DefaultServeRate          = 100     // requests of a token in a second
 	DefaultServeBurst         = 1000    // and at once, after a pause
-	DefaultServeMaxBody       = 1 << 20 // bytes
+	DefaultServeMaxBody       = 256 << 10 // bytes: a ciphertext of the largest payload with the most recipients fits
 	DefaultServeConnections   = 4096
 )
 

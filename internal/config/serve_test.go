@@ -34,7 +34,7 @@ func TestAServerIsWhatItsBlockSays(t *testing.T) {
 		return func(dir string) *Serve {
 			s := &Serve{
 				Listen: "0.0.0.0:8210", TLSCertFile: filepath.Join(dir, "a.pem"), TLSKeyFile: filepath.Join(dir, "a.key"), Mount: "transit", Rate: 100, Burst: 1000,
-				MaxBody: 1 << 20, MaxConnections: 4096, MetricsListen: "127.0.0.1:9109",
+				MaxBody: 256 << 10, MaxConnections: 4096, MetricsListen: "127.0.0.1:9109",
 			}
 			if change != nil {
 				change(s)

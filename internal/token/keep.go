@@ -61,18 +61,27 @@ func remove(ctx context.Context, from store.Store, id string) error {
 	return from.Delete(ctx, folder+id, entry.Revision)
 }
 
-// Revoke takes tokens out of the store. Servers do not know them any more within seconds. Ids that are none, or that are not there, are
-// told together, when the others are gone; the result is what was revoked.
-func Revoke(ctx context.Context, in store.Store, ids ...string) (revoked []string, err error) {
+// CheckIDs returns [ErrInvalid] where one of these is no id of a token. What may be a token itself is not repeated.
+func CheckIDs(ids ...string) error {
 	for _, id := range ids {
-		if !isID(id) {
-			text := "is no id of a token; \"nitroseal serve token list\" shows them"
-			if split(id) != "" { // never repeated: it is a secret
-				return nil, fmt.Errorf("%w: this is a token itself, which now stands where it should not; its id is %s, the part after %q", ErrInvalid,
-					split(id), prefix)
-			}
-			return nil, fmt.Errorf("%w: %q %s", ErrInvalid, id, text)
+		switch of := split(id); {
+		case isID(id):
+		case of != "":
+			return fmt.Errorf("%w: this is a token itself, which now stands where it should not; its id is %s, the part after %q", ErrInvalid, of, prefix)
+		case strings.HasPrefix(id, prefix) || len(id) > 2*idLength:
+			return fmt.Errorf("%w: this is no id, and may be a part of a token; \"nitroseal serve token list\" shows the ids", ErrInvalid)
+		default:
+			return fmt.Errorf("%w: %q is no id; \"nitroseal serve token list\" shows the ids", ErrInvalid, id)
 		}
+	}
+	return nil
+}
+
+// Revoke takes tokens out of the store. Servers do not know them any more within seconds. Ids that are not there are told together, when
+// the others are gone; the result is what was revoked.
+func Revoke(ctx context.Context, in store.Store, ids ...string) (revoked []string, err error) {
+	if err := CheckIDs(ids...); err != nil {
+		return nil, err
 	}
 	var errs []error
 	for i, id := range ids {

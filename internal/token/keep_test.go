@@ -76,6 +76,11 @@ func TestATokenPastedInPlaceOfItsIDIsNotRepeated(t *testing.T) {
 	if !errors.Is(err, ErrInvalid) || strings.Contains(err.Error(), text[len(text)-secretChars:]) || !strings.Contains(err.Error(), made.ID) {
 		t.Errorf("error %v", err)
 	}
+	for _, part := range []string{text[:len(text)-3], text + "x", text[3:]} {
+		if _, err := Revoke(t.Context(), shelf, part); !errors.Is(err, ErrInvalid) || strings.Contains(err.Error(), part[14:]) {
+			t.Errorf("a part of it: %v", err)
+		}
+	}
 	if _, err := Revoke(t.Context(), shelf, "prod"); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "token list") {
 		t.Errorf("error %v", err)
 	}

@@ -235,8 +235,8 @@ serve {
   # limit. Defaults 100, and ten times the rate.
   rate  = 100
   burst = 1000
-  # The size of the largest request in bytes, and how many connections are served at one time. Defaults 1048576 and 4096.
-  max_body        = 1048576
+  # The size of the largest request in bytes, and how many connections are served at one time. Defaults 262144 and 4096.
+  max_body        = 262144
   max_connections = 4096
   # Where it answers /healthz, /readyz and /metrics, without TLS and to this machine alone; "" for nowhere. Default "127.0.0.1:9109".
   metrics_listen = "127.0.0.1:9109"

@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+func newServeStatusCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Ask the seal server of this machine how it is, and for how many Vaults it suffices",
+		Long: `Ask the running seal server of this machine which wrapping keys it serves, whether their HSMs answer, and for how many Vaults that suffices: in
+strict mode each Vault costs two operations of an HSM to come up, one every ten minutes after that, and one a minute while its seal is unhealthy. The
+capacity is how many come up within three minutes of a power cut. No HSM is asked.
+
+The exit code is that of a health check: 0 where all is well, 1 where a served key cannot open, 3 where the server does not answer.`,
+		Example: "  nitroseal serve status -o json",
+		Args:    noArguments,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if _, err := a.serve(); err != nil {
+				return err
+			}
+			ctx, cancel := a.within(cmd.Context(), ordinaryTimeout)
+			defer cancel()
+			view := a.sealServer(ctx)
+			if err := ctx.Err(); errors.Is(err, context.Canceled) {
+				return err
+			}
+			v := view.judge()
+			return errors.Join(a.print(view, view.rows), verdictOf([]verdict{v}))
+		},
+	}
+}
+
+// sealServerView is the seal server of this machine as JSON.
+type sealServerView struct {
+	Listen  string          `json:"listen"`
+	Healthy bool            `json:"healthy"`
+	Version string          `json:"version"`
+	Keys    []servedKeyView `json:"keys"`
+	Error   string          `json:"error"`
+
+	err error
+}
+
+// sealServer asks the seal server of this machine.
+func (a *app) sealServer(ctx context.Context) *sealServerView {
+	health, at, err := sealHealth(ctx, a.configuration)
+	view := &sealServerView{Listen: at, Version: health.Version, Keys: []servedKeyView{}, Error: text(err), err: err}
+	if health.Nitroseal != nil {
+		view.Keys = list(health.Nitroseal.Keys)
+	}
+	v := view.judge()
+	view.Healthy = v.wrong == nil && v.silent == nil
+	return view
+}
+
+// judge says what is wrong with the server.
+func (v *sealServerView) judge() verdict {
+	var found verdict
+	switch {
+	case errors.Is(v.err, errSilent):
+		found.silent = append(found.silent, strings.TrimPrefix(v.Error, errSilent.Error()+": "))
+	case v.err != nil:
+		found.wrong = append(found.wrong, v.Error)
+	}
+	for i := range v.Keys {
+		if k := &v.Keys[i]; !k.Open {
+			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q cannot open: %d of %d HSMs answer; what is sealed with it goes on, and a Vault that starts waits",
+				k.Name, k.RecipientsUp, k.Recipients))
+		}
+	}
+	return found
+}
+
+func (v *sealServerView) rows(t *table) {
+	if v.err != nil {
+		t.row("seal server " + v.Listen)
+		t.row("  error", v.Error)
+		return
+	}
+	t.row("seal server "+v.Listen, v.Version)
+	if len(v.Keys) == 0 {
+		t.row("  serves no key", "a token names the first one: nitroseal serve token create NAME --key KEY")
+	}
+	for i := range v.Keys {
+		t.row("  key "+v.Keys[i].Name, v.Keys[i].sentence())
+	}
+}
+
+// sentence says how a served key is.
+func (k *servedKeyView) sentence() string {
+	parts := []string{fmt.Sprintf("version %d", k.Version), fmt.Sprintf("%d of %s answer", k.RecipientsUp, countHSMs(k.Recipients))}
+	if !k.Open {
+		parts = append(parts, "CANNOT OPEN")
+	}
+	mode := k.Mode
+	if k.LeaseUntil != "" {
+		mode += " until " + k.LeaseUntil
+	}
+	parts = append(parts, mode)
+	if k.OperationSeconds > 0 {
+		parts = append(parts, fmt.Sprintf("%.3g s an operation", k.OperationSeconds))
+	}
+	if k.Capacity > 0 {
+		parts = append(parts, fmt.Sprintf("suffices for %d Vaults", k.Capacity))
+	}
+	return strings.Join(parts, ", ")
+}
