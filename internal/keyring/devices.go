@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -138,10 +139,28 @@ func sameInstance(a, b hsm.Device) bool {
 const unhealthyFor = 30 * time.Second
 
 // deviceHealth remembers which devices failed lately, so that an absent one costs its time-out once and not at every
-// opening. The zero value is ready.
+// opening, and how many openings each is busy with, so that several share a storm. The zero value is ready.
 type deviceHealth struct {
 	mu     sync.Mutex
 	failed map[string]time.Time
+	busy   map[string]int
+}
+
+// begin notes that a device opens something until the caller calls done.
+func (h *deviceHealth) begin(device string) (done func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy == nil {
+		h.busy = map[string]int{}
+	}
+	h.busy[device]++
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.busy[device]--; h.busy[device] == 0 {
+			delete(h.busy, device)
+		}
+	}
 }
 
 func (h *deviceHealth) note(device string, ok bool, now time.Time) {
@@ -157,17 +176,20 @@ func (h *deviceHealth) note(device string, ok bool, now time.Time) {
 	h.failed[device] = now
 }
 
-// order returns the recipients in the order in which they are tried: healthy devices first, else as recorded.
+// order returns the recipients in the order in which they are tried: healthy devices first, then the least busy, else as
+// recorded.
 func (h *deviceHealth) order(recipients []*recipient, now time.Time) []*recipient {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	rank := func(r *recipient) int {
+	unhealthy := func(r *recipient) int {
 		if at, failed := h.failed[r.Device]; failed && now.Sub(at) < unhealthyFor {
 			return 1
 		}
 		return 0
 	}
 	ordered := slices.Clone(recipients)
-	slices.SortStableFunc(ordered, func(a, b *recipient) int { return rank(a) - rank(b) })
+	slices.SortStableFunc(ordered, func(a, b *recipient) int {
+		return cmp.Or(unhealthy(a)-unhealthy(b), h.busy[a.Device]-h.busy[b.Device])
+	})
 	return ordered
 }

@@ -141,7 +141,7 @@ func parseFor(name string, raw []byte, want envelope.Context) (*envelope.Envelop
 	if want.Key != "" && want.Key != name {
 		return nil, want, fmt.Errorf("%w: the context names key %q, the request names %q", ErrInvalid, want.Key, name)
 	}
-	if want.Use == envelope.UseAuth { // its payload is the authentication key, which nobody else needs
+	if isOwnUse(want.Use) { // what they hold is a key, which nobody else needs
 		return nil, want, fmt.Errorf("%w: envelopes of use %q are the keyring's own", ErrInvalid, want.Use)
 	}
 	want.Key = name
@@ -181,8 +181,8 @@ func sealedToAll(parsed *envelope.Envelope, v *version) bool {
 	return true
 }
 
-// openAnywhere opens an envelope with the first of the version's recipients that can, healthy devices first, and
-// returns which one did. The caller wipes the payload.
+// openAnywhere opens an envelope with the first of the version's recipients that can, healthy devices first and of these the
+// least busy, and returns which one did. The caller wipes the payload.
 func (k *Keyring) openAnywhere(
 	ctx context.Context, parsed *envelope.Envelope, want envelope.Context, v *version, auth *envelope.AuthKey,
 ) ([]byte, *recipient, error) {
@@ -235,6 +235,8 @@ func (k *Keyring) openAt(
 		attempt, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(shares))
 		defer cancel()
 	}
+	done := k.health.begin(rcpt.Device)
+	defer done()
 	key, err := k.hsmKey(attempt, rcpt)
 	var payload []byte
 	if err == nil {

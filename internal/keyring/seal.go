@@ -32,7 +32,7 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 	if err := rec.ready(v, purpose); err != nil {
 		return Sealed{}, err
 	}
-	if c.Use == envelope.UseAuth {
+	if isOwnUse(c.Use) {
 		return Sealed{}, fmt.Errorf("%w: envelopes of use %q are the keyring's own", ErrInvalid, c.Use)
 	}
 	if sealsOthers(c.Use) && !v.ServedEncrypt {
@@ -59,6 +59,9 @@ func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, pay
 // sealsOthers tells whether envelopes of that use are what other Vaults and OpenBaos are sealed with. They cannot be made
 // anew, so they want a version that is ready, and its HSM keys stay.
 func sealsOthers(use envelope.Use) bool { return use == envelope.UseTransit || use == envelope.UseSeal }
+
+// isOwnUse tells whether envelopes of that use are made and opened by the keyring for itself alone.
+func isOwnUse(use envelope.Use) bool { return use == envelope.UseAuth || use == envelope.UseKEK }
 
 // Wrap seals for the entrances wrap/ (UseWrap) and encrypt/ (UseTransit) and for OpenBao's seal plugin (UseSeal), bound to
 // the caller's own context.
