@@ -3,7 +3,6 @@ package autounseal
 import (
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -20,10 +19,6 @@ import (
 	"vault-plugin-secrets-nitrokey/test/sealtest"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
-
-func TestServeUnsealsByASoftHSM(t *testing.T) { tell(t, newServe(t, newSoftHSM(t))) }
-
-func TestServeUnsealsByANetHSM(t *testing.T) { tell(t, newServe(t, newNetHSM(t))) }
 
 // serve is a machine that runs `nitroseal serve`.
 type serve struct {
@@ -302,12 +297,4 @@ func (s *serve) double(t testing.TB, seal vaulttest.Seal, tally *sealtest.Tally)
 	made := sealtest.New(config)
 	t.Cleanup(made.Close)
 	return made
-}
-
-// status is the part of sys/health that is not Vault's.
-type status struct {
-	Sealed    bool `json:"sealed"`
-	Nitroseal struct {
-		Keys json.RawMessage `json:"keys"`
-	} `json:"nitroseal"`
 }
