@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -30,7 +31,8 @@ type keyView struct {
 	LatestVersion        int              `json:"latest_version"`
 	MinDecryptionVersion int              `json:"min_decryption_version"`
 	DeletionAllowed      bool             `json:"deletion_allowed"`
-	HSMs                 int              `json:"hsms"` // on how many the newest version opens
+	Lease                int64            `json:"lease"` // in seconds; 0: every decrypt is an HSM operation
+	HSMs                 int              `json:"hsms"`  // on how many the newest version opens
 	Versions             []keyVersionView `json:"versions"`
 	RecordSHA256         string           `json:"record_sha256"`
 	RecordRead           *acknowledgment  `json:"record_read"`
@@ -54,6 +56,7 @@ type keyVersionView struct {
 	Recipients      []recipientView `json:"recipients"`
 	RecordRead      *acknowledgment `json:"record_read"`
 	BackupConfirmed *acknowledgment `json:"backup_confirmed"`
+	KEK             string          `json:"kek"` // kid of the key encryption key; empty where there is none
 }
 
 type recipientView struct {
@@ -87,6 +90,7 @@ func showKey(key *keyring.Key) (keyView, error) {
 	view := keyView{
 		Name: key.Name, State: string(key.State), Created: stamp(key.Created), CreatedBy: key.CreatedBy, LatestVersion: key.LatestVersion,
 		MinDecryptionVersion: key.MinDecryptionVersion, DeletionAllowed: key.DeletionAllowed, Versions: []keyVersionView{},
+		Lease:        int64(key.Lease / time.Second),
 		RecordSHA256: key.RecordSHA256, RecordRead: acknowledged(key.RecordRead), BackupConfirmed: acknowledged(key.BackupConfirmed),
 		AcceptSingleHSM: acknowledged(key.AcceptSingleHSM), AcceptWeakKey: acknowledged(key.AcceptWeakKey), Warnings: list(key.Warnings),
 	}
@@ -99,7 +103,7 @@ func showKey(key *keyring.Key) (keyView, error) {
 	for _, v := range key.Versions {
 		shown := keyVersionView{
 			Version: v.Number, Created: stamp(v.Created), CreatedBy: v.CreatedBy, Recipients: []recipientView{},
-			RecordRead: acknowledged(v.RecordRead), BackupConfirmed: acknowledged(v.BackupConfirmed),
+			RecordRead: acknowledged(v.RecordRead), BackupConfirmed: acknowledged(v.BackupConfirmed), KEK: v.KEK,
 		}
 		for _, r := range v.Recipients {
 			public, err := encodePEM(r)
@@ -157,9 +161,13 @@ func (a *app) printKey(key *keyring.Key) error {
 				t.row("    device "+r.Device, strings.Join([]string{r.Kind, r.Algorithm, "label " + r.KeyLabel, "id " + r.KeyID, origin}, ", "))
 				t.row("      kid", r.KID)
 			}
+			t.field("    kek", v.KEK)
 		}
 		if view.MinDecryptionVersion > 1 {
 			t.row("  opens from", fmt.Sprintf("version %d", view.MinDecryptionVersion))
+		}
+		if key.Lease > 0 {
+			t.row("  lease", key.Lease.String())
 		}
 		for _, note := range []struct {
 			what string

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/aes"
 	"errors"
 	"fmt"
 
@@ -105,11 +106,7 @@ func (r *recovery) run(ctx context.Context, a *app) error {
 	if err != nil {
 		return err
 	}
-	key, recipient, err := r.hsm.findKey(ctx, device, sealed)
-	if err != nil {
-		return err
-	}
-	payload, err := openRecovered(ctx, sealed, recipient, key, auth)
+	payload, err := r.open(ctx, device, sealed, auth)
 	if err != nil {
 		return err
 	}
@@ -162,27 +159,90 @@ func (r *recovery) authEnvelope(ctx context.Context, a *app, made envelope.Conte
 	return auth, nil
 }
 
-// openRecovered opens an envelope with one private-key operation, or two where the authentication key has to be opened
-// first. The caller wipes the payload.
-func openRecovered(ctx context.Context, sealed *envelope.Envelope, to envelope.Recipient, key hsm.Key, auth *envelope.Envelope) ([]byte, error) {
-	made := sealed.Context()
-	if auth == nil {
-		return sealed.OpenUnauthenticated(ctx, made, to, key)
+// open opens an envelope with one private-key operation, or two where the authentication key has to be opened first. One
+// that was sealed in a lease carries a key encryption key, and that is what the HSM opens. The caller wipes the payload.
+func (r *recovery) open(ctx context.Context, device hsm.Device, sealed, auth *envelope.Envelope) ([]byte, error) {
+	forHSM := sealed
+	var kek *envelope.KEK
+	if _, leased := sealed.KEKID(); leased {
+		var err error
+		if kek, err = sealed.KEK(); err != nil {
+			return nil, fmt.Errorf("reading the envelope: %w", err)
+		}
+		forHSM = kek.Envelope()
 	}
-	if to, known := recipientOf(auth, key); known {
-		opened, err := auth.Open(ctx, auth.Context(), to, key, nil)
-		if err != nil {
-			return nil, fmt.Errorf("opening the authentication key: %w", err)
-		}
-		defer clear(opened)
-		var authKey envelope.AuthKey
+	key, recipient, err := r.hsm.findKey(ctx, device, forHSM)
+	if err != nil {
+		return nil, err
+	}
+	authKey, err := openAuthKey(ctx, key, auth, sealed.Context().Version)
+	if err != nil {
+		return nil, err
+	}
+	if authKey != nil {
 		defer clear(authKey[:])
-		copy(authKey[:], opened)
-		payload, err := sealed.Open(ctx, made, to, key, &authKey)
-		if errors.Is(err, envelope.ErrNotAuthentic) {
-			return nil, fmt.Errorf("FORGED, or made with another wrapping key of that name: %w", err)
-		}
+	}
+	payload, err := openRecovered(ctx, forHSM, recipient, key, authKey)
+	if err != nil || kek == nil {
 		return payload, err
 	}
-	return nil, usage("the key record's version %d is not sealed to the key %q on this HSM; give a newer record, or another HSM", made.Version, key.Ref().Label)
+	defer clear(payload)
+	return openLeased(sealed, kek, payload, authKey)
+}
+
+// openAuthKey opens the authentication key with one private-key operation; nil where nothing is to be authenticated. The
+// caller wipes it.
+func openAuthKey(ctx context.Context, key hsm.Key, auth *envelope.Envelope, version int) (*envelope.AuthKey, error) {
+	if auth == nil {
+		return nil, nil //nolint:nilnil // documented
+	}
+	to, known := recipientOf(auth, key)
+	if !known {
+		return nil, usage("the key record's version %d is not sealed to the key %q on this HSM; give a newer record, or another HSM", version,
+			key.Ref().Label)
+	}
+	opened, err := auth.Open(ctx, auth.Context(), to, key, nil)
+	if err != nil {
+		return nil, fmt.Errorf("opening the authentication key: %w", err)
+	}
+	defer clear(opened)
+	var authKey envelope.AuthKey
+	copy(authKey[:], opened)
+	return &authKey, nil
+}
+
+// openRecovered opens an envelope with one private-key operation, whoever made it where authKey is nil. The caller wipes the
+// payload.
+func openRecovered(
+	ctx context.Context, sealed *envelope.Envelope, to envelope.Recipient, key hsm.Key, authKey *envelope.AuthKey,
+) ([]byte, error) {
+	if authKey == nil {
+		return sealed.OpenUnauthenticated(ctx, sealed.Context(), to, key)
+	}
+	payload, err := sealed.Open(ctx, sealed.Context(), to, key, authKey)
+	return payload, forged(err)
+}
+
+// openLeased opens an envelope with the key encryption key that it carries, which the HSM opened. The caller wipes both.
+func openLeased(sealed *envelope.Envelope, kek *envelope.KEK, key []byte, authKey *envelope.AuthKey) ([]byte, error) {
+	if err := kek.Check(key); err != nil {
+		return nil, forged(err)
+	}
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("preparing the key encryption key: %w", err)
+	}
+	if authKey == nil {
+		return sealed.OpenLeasedUnauthenticated(sealed.Context(), block)
+	}
+	payload, err := sealed.OpenLeased(sealed.Context(), block, authKey)
+	return payload, forged(err)
+}
+
+// forged says in a word that people do not overlook what an envelope that is not authentic is.
+func forged(err error) error {
+	if errors.Is(err, envelope.ErrNotAuthentic) {
+		return fmt.Errorf("FORGED, or made with another wrapping key of that name: %w", err)
+	}
+	return err
 }
