@@ -35,6 +35,7 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11"
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/modhost"
+	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
@@ -176,25 +177,33 @@ type rawLoop struct {
 	ciphertext []byte
 }
 
-// startRaw builds and starts rawdecrypt on the key of the wrapping key "bench".
+// startRaw lets rawdecrypt work on the key of the wrapping key "bench".
 func startRaw(b *testing.B, site *vaulttest.Site) *rawLoop {
+	version := site.Read(b, "nitrokey/keys/bench")["versions"].([]any)[0].(map[string]any)
+	recipient := version["recipients"].([]any)[0].(map[string]any)
+	return startRawOn(b, site.Token, recipient["key_id"].(string), recipient["public_key"].(string))
+}
+
+// startRawOn builds and starts rawdecrypt on a key of a token, given by its id in hexadecimal and its public key in PEM.
+func startRawOn(b *testing.B, token *pkcs11test.Token, keyID, publicKey string) *rawLoop {
 	program := filepath.Join(b.TempDir(), "rawdecrypt")
 	build := exec.CommandContext(b.Context(), "go", "build", "-o", program, "./rawdecrypt")
 	if text, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("building rawdecrypt: %v\n%s", err, text)
 	}
-	version := site.Read(b, "nitrokey/keys/bench")["versions"].([]any)[0].(map[string]any)
-	recipient := version["recipients"].([]any)[0].(map[string]any)
-	id, err := hex.DecodeString(recipient["key_id"].(string))
+	id, err := hex.DecodeString(keyID)
 	must(b, err)
-	block, _ := pem.Decode([]byte(recipient["public_key"].(string)))
+	block, _ := pem.Decode([]byte(publicKey))
 	public, err := x509.ParsePKIXPublicKey(block.Bytes)
 	must(b, err)
 	ciphertext, err := rsa.EncryptOAEP(sha1.New(), rand.Reader, public.(*rsa.PublicKey), make([]byte, 32), nil)
 	must(b, err)
 
 	command := exec.CommandContext(b.Context(), program) // ends with the benchmark
-	command.Env, command.Stderr = site.Env, os.Stderr
+	command.Stderr = os.Stderr
+	for _, name := range token.Env {
+		command.Env = append(command.Env, name+"="+os.Getenv(name))
+	}
 	in, err := command.StdinPipe()
 	must(b, err)
 	answers, err := command.StdoutPipe()
@@ -202,7 +211,7 @@ func startRaw(b *testing.B, site *vaulttest.Site) *rawLoop {
 	must(b, command.Start())
 	b.Cleanup(func() { _ = command.Wait() })
 	setup, err := json.Marshal(map[string]any{
-		"module": site.Token.Module, "slot": site.Token.Slot(b), "pin": site.Token.PIN, "key_id": id, "ciphertext": ciphertext,
+		"module": token.Module, "slot": token.Slot(b), "pin": token.PIN, "key_id": id, "ciphertext": ciphertext,
 	})
 	must(b, err)
 	_, err = in.Write(append(setup, '\n'))

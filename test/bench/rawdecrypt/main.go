@@ -14,6 +14,7 @@ package main
 typedef unsigned long ulong_t;
 typedef struct { ulong_t type; void *value; ulong_t len; } attribute;
 typedef struct { ulong_t mechanism; void *parameter; ulong_t len; } mechanism;
+struct list { unsigned char version[2]; void *function[68]; }; // CK_FUNCTION_LIST, in the order of the standard
 typedef struct { ulong_t hash, mgf, source; void *data; ulong_t len; } oaep;
 
 static ulong_t key;
@@ -27,16 +28,18 @@ static ulong_t open_key(const char *path, ulong_t slot, char *pin, ulong_t pin_l
 	void *module = dlopen(path, RTLD_NOW);
 	if (module == NULL)
 		return ~0UL;
-	ulong_t (*initialize)(void *) = dlsym(module, "C_Initialize");
-	open_session = dlsym(module, "C_OpenSession");
-	ulong_t (*login)(ulong_t, ulong_t, char *, ulong_t) = dlsym(module, "C_Login");
-	ulong_t (*find_init)(ulong_t, attribute *, ulong_t) = dlsym(module, "C_FindObjectsInit");
-	ulong_t (*find)(ulong_t, ulong_t *, ulong_t, ulong_t *) = dlsym(module, "C_FindObjects");
-	ulong_t (*find_final)(ulong_t) = dlsym(module, "C_FindObjectsFinal");
-	decrypt_init = dlsym(module, "C_DecryptInit");
-	decrypt = dlsym(module, "C_Decrypt");
-	if (!initialize || !open_session || !login || !find_init || !find || !find_final || !decrypt_init || !decrypt)
+	ulong_t (*get_list)(struct list **) = dlsym(module, "C_GetFunctionList");
+	struct list *list;
+	if (get_list == NULL || get_list(&list) != 0)
 		return ~0UL;
+	ulong_t (*initialize)(void *) = list->function[0];
+	open_session = list->function[12];
+	ulong_t (*login)(ulong_t, ulong_t, char *, ulong_t) = list->function[18];
+	ulong_t (*find_init)(ulong_t, attribute *, ulong_t) = list->function[26];
+	ulong_t (*find)(ulong_t, ulong_t *, ulong_t, ulong_t *) = list->function[27];
+	ulong_t (*find_final)(ulong_t) = list->function[28];
+	decrypt_init = list->function[33];
+	decrypt = list->function[34];
 
 	ulong_t rv, found = 0, private_key = 3; // CKO_PRIVATE_KEY
 	attribute query[] = {{0x000, &private_key, sizeof private_key}, {0x102, id, id_len}}; // CKA_CLASS, CKA_ID
