@@ -10,8 +10,9 @@ import (
 	"vault-plugin-secrets-nitrokey/backend"
 )
 
-const explanation = `This is a plugin for HashiCorp Vault and OpenBao, %[1]s: a secrets engine that keeps unseal keys under an HSM. Vault
-starts it; there is nothing to run by hand. To register this very file:
+const explanation = `This is a plugin for HashiCorp Vault and OpenBao, %[1]s: a secrets engine that keeps unseal keys under an HSM, and for OpenBao
+2.6 and later a seal. Vault or OpenBao starts it; there is nothing to run by hand. To register this very file as a secrets
+engine:
 
   1. Copy it into the plugin_directory of Vault's configuration:
 
@@ -31,10 +32,20 @@ starts it; there is nothing to run by hand. To register this very file:
 
   3. vault path-help nitrokey   explains the rest.
 
+With OpenBao say bao for vault. As the seal of OpenBao, declare it in the server's configuration (docs/openbao.md says what
+the seal stanza holds):
+
+       plugin "kms" "nitrokey" {
+         command   = "%[3]s"
+         sha256sum = "%[4]s"
+         args      = ["-pkcs11-module=/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so",
+                      "-secrets-dir=/etc/nitroseal", "-state-dir=/var/lib/nitroseal"]
+       }
+
 -help lists the arguments.
 `
 
-// explain tells a person who started the plugin by hand what it is and how to register it.
+// explain tells a person who started the plugin by hand what it is and how to register it, or to declare it as a seal.
 func explain(w io.Writer) {
 	path, sum := "vault-plugin-secrets-nitrokey", "SHA256_OF_THIS_FILE"
 	if own, err := os.Executable(); err == nil {

@@ -3,6 +3,7 @@ package kmsplugin
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 
 	"vault-plugin-secrets-nitrokey/internal/kmsplugin/pb"
@@ -16,15 +17,22 @@ func (s *Server) SetConfig(ctx context.Context, request *pb.SetConfigRequest) (*
 		return nil, s.fail(ctx, "SetConfig", err)
 	}
 	id := rand.Text()
+	if !s.keep(id, made) {
+		return nil, s.fail(ctx, "SetConfig", errors.Join(errFinalized, made.close()))
+	}
+	return &pb.SetConfigResponse{WrapperId: id, WrapperConfig: &pb.WrapperConfig{Metadata: made.metadata}}, nil
+}
+
+// keep takes a wrapper in and begins it, unless the process ends.
+func (s *Server) keep(id string, made *seal) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		_ = made.close() // the process ends
-		return nil, s.fail(ctx, "SetConfig", errFinalized)
+		return false
 	}
 	s.seals[id] = made
 	made.begin()
-	return &pb.SetConfigResponse{WrapperId: id, WrapperConfig: &pb.WrapperConfig{Metadata: made.metadata}}, nil
+	return true
 }
 
 // configure makes a wrapper from settings.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"google.golang.org/grpc/codes"
@@ -70,15 +71,26 @@ func code(err error) codes.Code {
 	return codes.Internal
 }
 
-// fail logs the error of a call and turns it into what OpenBao gets. The log says more often what happened than OpenBao's
-// own, which has some of its calls repeated in silence.
+// fail logs the error of a call and turns it into what OpenBao gets. OpenBao asks every few seconds while it is sealed: what it
+// heard before is a detail the second time.
 func (s *Server) fail(ctx context.Context, call string, err error) error {
-	if ctx.Err() != nil { // the caller's own impatience
-		err = fmt.Errorf("%w: %w", ctx.Err(), err)
-		s.options.Logger.Warn("a call was given up by OpenBao", "call", call, "error", err)
-		return status.FromContextError(ctx.Err()).Err()
+	answer := status.New(code(err), err.Error())
+	if ctx.Err() != nil { // the caller's own impatience, whatever came of it
+		answer = status.New(status.FromContextError(ctx.Err()).Code(), fmt.Sprintf("%v: %v", ctx.Err(), err))
 	}
-	answer := code(err)
-	s.options.Logger.Warn("a call failed", "call", call, "code", answer.String(), "error", err)
-	return status.Error(answer, err.Error())
+	level := slog.LevelWarn
+	if !s.news(call + ": " + err.Error()) {
+		level = slog.LevelDebug
+	}
+	s.options.Logger.Log(ctx, level, "a call failed", "call", call, "code", answer.Code().String(), "error", err)
+	return answer.Err()
+}
+
+// news tells whether this was not said just before.
+func (s *Server) news(text string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := s.said
+	s.said = text
+	return text != before
 }

@@ -114,6 +114,7 @@ type Server struct {
 	mu     sync.Mutex // guards what follows
 	seals  map[string]*seal
 	closed bool
+	said   string // the newest error in the log
 }
 
 // New returns a server without wrappers.

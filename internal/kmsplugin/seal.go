@@ -119,7 +119,7 @@ func namesOf(key *keyring.Key) []string {
 func (s *seal) encrypt(ctx context.Context, plaintext, aad []byte) (sealed []byte, version int, err error) {
 	made, err := s.keys.Seal(ctx, s.key, envelope.Context{Use: envelope.UseSeal, Caller: aad}, plaintext)
 	if err != nil {
-		return nil, 0, fmt.Errorf("sealing: %w", err)
+		return nil, 0, err
 	}
 	return made.Envelope, made.Version, nil
 }
@@ -128,10 +128,10 @@ func (s *seal) encrypt(ctx context.Context, plaintext, aad []byte) (sealed []byt
 func (s *seal) decrypt(ctx context.Context, sealed, aad []byte) ([]byte, error) {
 	opened, err := s.keys.Open(ctx, s.key, sealed, envelope.Context{Use: envelope.UseSeal, Caller: aad})
 	if errors.Is(err, keyring.ErrVersionUnknown) {
-		return nil, fmt.Errorf("opening: %w; name the newest key record in key_record_file, with its SHA-256", err)
+		return nil, fmt.Errorf("%w; name the newest key record in key_record_file, with its SHA-256", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("opening: %w", err)
+		return nil, err
 	}
 	return opened.Payload, nil
 }
