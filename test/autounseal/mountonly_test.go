@@ -1,6 +1,7 @@
 package autounseal
 
 import (
+	"net/http"
 	"strings"
 	"testing"
 
@@ -19,6 +20,26 @@ func TestTheMountAsASeal(t *testing.T) {
 		vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
 		vault.Restart(t)
 		must(t, vault.SealHealthy(t))
+	})
+	t.Run("a Vault starts while the HSM is away, and is unsealed when that is back", func(t *testing.T) {
+		m.AddKey(t, "away")
+		seal := m.Seal(t, "away")
+		vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
+		remember(t, vault, "secret", "kept")
+		m.hsm.Away(t)
+		vault.Stop(t)
+		vault.Up(t) // it exits where it cannot seal
+		ciphertext := encrypts(t, seal, "x")
+		got := call(t, seal, http.MethodPut, path(seal, "decrypt"), vaulttest.Fields{"ciphertext": ciphertext})
+		if got.Code != http.StatusServiceUnavailable || len(got.Errors) == 0 {
+			t.Errorf("decrypt without an HSM: %d %s", got.Code, got.Raw)
+		}
+		if status, err := vault.Anonymous(t).Sys().SealStatus(); err != nil || !status.Sealed {
+			t.Errorf("without an HSM it is %+v, %v", status, err)
+		}
+		m.hsm.Back(t)
+		vault.WaitActive(t)
+		recalls(t, vault, "secret", "kept")
 	})
 	t.Run("a version seals when its key record was read, and not before", func(t *testing.T) {
 		m.AddKey(t, "unread")

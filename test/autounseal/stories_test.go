@@ -30,6 +30,7 @@ var stories = []story{
 	{"three nodes join and come back after a power cut", powerCut},
 	{"snapshots are saved and restored, those from before a rotation too", snapshots},
 	{"Shamir's seal becomes an HSM's and is Shamir's again", shamirAndBack},
+	{"three nodes go from Shamir's seal to an HSM's one by one, and never all rest", clusterFromShamir},
 	{"another transit's seal becomes ours, and one key gives way to another", transitToTransit},
 	{"vault operator diagnose finds nothing wrong", diagnose},
 }
@@ -158,14 +159,18 @@ func powerCut(t *testing.T, server SealServer, key string) {
 	// Who was a standby does the active node's work as well, with what another node has sealed.
 	before := cluster.Active(t)
 	before.StepDown(t)
-	vaulttest.Eventually(t, vaulttest.Patience, "another node to be active", func() error {
-		now, err := cluster.Leader(t)
-		if now == before {
-			err = errors.New("it is the same one still")
-		}
-		return err
-	})
+	vaulttest.Eventually(t, vaulttest.Patience, "another node to be active", func() error { return isAnother(t, cluster, before) })
 	recalls(t, cluster.Active(t), "secret", "kept")
+}
+
+// isAnother tells whether another node than that one is active.
+func isAnother(t testing.TB, cluster *vaulttest.Cluster, before *vaulttest.Server) error {
+	t.Helper()
+	now, err := cluster.Leader(t)
+	if now == before {
+		err = errors.New("it is the same one still")
+	}
+	return err
 }
 
 func snapshots(t *testing.T, server SealServer, key string) {
@@ -209,6 +214,38 @@ func shamirAndBack(t *testing.T, server SealServer, key string) {
 	vault.SetSeals()
 	vault.Restart(t) // with what was the recovery key
 	recalls(t, vault, "secret", "kept")
+}
+
+// clusterFromShamir: the standbys first, the active node last.
+func clusterFromShamir(t *testing.T, server SealServer, key string) {
+	cluster := vaulttest.StartCluster(t, 3, true)
+	first := cluster.Servers[0]
+	first.Init(t)
+	for _, s := range cluster.Servers[1:] {
+		s.RootToken, s.UnsealKey = first.RootToken, first.UnsealKey
+		s.UnsealStandby(t)
+	}
+	cluster.WaitVoters(t)
+	remember(t, first, "secret", "kept")
+	seal := server.Seal(t, key)
+
+	for _, standby := range cluster.Servers[1:] {
+		standby.Stop(t)
+		standby.Migrate(t, seal)
+		recalls(t, cluster.Active(t), "secret", "kept")
+	}
+	// The first of them to become active migrates the cluster. Who was active then needs no key any more.
+	first.StepDown(t)
+	vaulttest.Eventually(t, vaulttest.Patience, "another node to be active", func() error { return isAnother(t, cluster, first) })
+	first.Stop(t)
+	first.SetSeals(seal)
+	first.Up(t)
+	cluster.WaitUnsealed(t, vaulttest.Patience)
+	recalls(t, cluster.Active(t), "secret", "kept")
+	cluster.Kill(t)
+	cluster.Up(t)
+	cluster.WaitUnsealed(t, vaulttest.Patience)
+	recalls(t, cluster.Active(t), "secret", "kept")
 }
 
 func transitToTransit(t *testing.T, server SealServer, key string) {

@@ -191,9 +191,11 @@ func (s *Server) StepDown(t testing.TB) {
 	must(t, s.Client(t).Sys().StepDown())
 }
 
-// WaitVoters waits until any of the nodes could become the active one.
+// WaitVoters waits until any of the nodes could become the active one: one second after it is well, not ten.
 func (c *Cluster) WaitVoters(t testing.TB) {
 	t.Helper()
+	_, err := c.Active(t).Client(t).Logical().Write("sys/storage/raft/autopilot/configuration", map[string]any{"server_stabilization_time": "1s"})
+	must(t, err)
 	Eventually(t, time.Minute, "all nodes to have a vote", func() error {
 		leader, err := c.Leader(t)
 		if err != nil {

@@ -66,7 +66,8 @@ func (s *Server) Init(t testing.TB) {
 }
 
 // Migrate starts a server that Stop or Kill ended with other seals, and does what `vault operator unseal -migrate` does with
-// the one key that it has: its share where its seal was Shamir's, else its recovery key. One turns into the other.
+// the one key that it has: its share where its seal was Shamir's, else its recovery key. One turns into the other. It is unsealed
+// then, and need not be active.
 func (s *Server) Migrate(t testing.TB, seals ...Seal) {
 	t.Helper()
 	s.SetSeals(seals...)
@@ -88,7 +89,13 @@ func (s *Server) Migrate(t testing.TB, seals ...Seal) {
 	} else {
 		s.UnsealKey = key
 	}
-	s.WaitActive(t)
+}
+
+// UnsealStandby gives a node of a cluster its share. It may become a standby.
+func (s *Server) UnsealStandby(t testing.TB) {
+	t.Helper()
+	s.post(t)
+	s.WaitUnsealed(t, Patience)
 }
 
 // MustNotStart starts a server that Stop or Kill ended, which must end by itself and say each of the words: Vault does where its
