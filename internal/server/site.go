@@ -1,35 +1,49 @@
+// Package server is "nitroseal serve": the wire of `seal "transit"` over TLS, for Vaults and OpenBaos that unseal themselves by an
+// HSM without another Vault between.
+//
+// A [Site] is what was made of the configuration: keys, tokens, devices, where to listen. Encrypting needs no HSM. Decrypting is
+// one operation in an HSM, which does few at a time: a gate lets in twice as many openings as the HSMs do at once, so that none
+// idles, and puts the others in order. An unseal goes before the health check of a Vault that runs (what this server sealed in the
+// last minute), nobody waits for ever, and whoever would wait longer than a client does is told so at once, with 503 and when
+// to come again. A key with a lease opens in memory while that lasts, and passes no gate.
+//
+// What was read once stays in memory: records of keys, tokens, authentication keys. So an HSM or a store that goes away takes nothing
+// from encrypting, and its return is found by itself. The server calls itself ready when its keys can seal, because a Vault that
+// starts earlier than that would end. Several servers share nothing but HSMs, the store of tokens and the keys' records.
+//
+// SIGHUP reads the configuration anew, SIGUSR1 wipes all leases, and a clean stop lets end what runs.
 package server
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
-	"time"
 
-	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
+	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/internal/transit"
 )
 
 // ErrConfig is wrapped by every complaint about options and sites: somebody can mend it, trying again does not help.
 var ErrConfig = errors.New("invalid configuration of the seal server")
 
-// Keys are the wrapping keys of a site. *keyring.Keyring is one.
+// Keys are the wrapping keys of a site. *keyring.Keyring is one; it caches records.
 type Keys interface {
 	transit.Keys
 	// OpenLeased opens an envelope whose KEK is in memory. It returns false where an HSM or the store would have to be asked.
 	OpenLeased(name string, raw []byte, want envelope.Context) (opened keyring.Opened, ok bool, err error)
-	// List returns the names of all keys, Get describes one. Neither touches an HSM.
-	List(ctx context.Context) ([]string, error)
+	// Get describes a key, and Ready tells whether it may seal. Neither touches an HSM.
 	Get(ctx context.Context, name string) (*keyring.Key, error)
 	Ready(ctx context.Context, name string, purpose keyring.Purpose) error
-	// Warm opens what a key needs before it can seal and open with one operation: authentication keys, and the KEK of a key with
-	// a lease.
+	// Warm opens the authentication keys that a key needs to seal, and to open with one operation. OpenLease opens its KEK, where it
+	// has a lease.
 	Warm(ctx context.Context, name string) error
+	OpenLease(ctx context.Context, name string) error
 	// Invalidate forgets what is cached of a key's record, of all with "".
 	Invalidate(name string)
 	Leases() []keyring.Lease
@@ -44,52 +58,35 @@ type Tokens interface {
 	Keys() []string
 	// IDs returns the ids of all tokens, sorted.
 	IDs() []string
-	// Refresh reads the list of tokens anew. The server calls it at the start and every few seconds, one call at a time. Where it
-	// fails the list in memory stays in use.
+	// Refresh reads the list of tokens now, and Run every few seconds until ctx ends. Where that fails the list in memory stays in
+	// use, and it is they who say so.
 	Refresh(ctx context.Context) error
+	Run(ctx context.Context)
 }
 
 // Device is an HSM of a site.
 type Device struct {
-	// Device is what opens it; *device.Handle does.
-	Device interface {
-		Name() string
-		Device(ctx context.Context) (hsm.Device, error)
-	}
+	HSM monitor.Device // what opens it; *device.Handle does
 	// Parallel is how many operations it takes at a time, 0 for 1.
 	Parallel int
 }
-
-// ClientCertificates says whether clients must show a certificate.
-type ClientCertificates string
-
-// The rules about client certificates.
-const (
-	ClientCertificatesOptional ClientCertificates = "optional" // who shows one shows a good one; a token may want one
-	ClientCertificatesRequired ClientCertificates = "required"
-)
 
 // Listen is where seals ask.
 type Listen struct {
 	// Address is host and port.
 	Address string
-	// CertFile and KeyFile hold the server's certificate chain and key, in PEM. They are read anew when they change.
-	CertFile, KeyFile string
-	// ClientCAFile holds the CAs of client certificates; "" where none are asked for.
-	ClientCAFile       string
-	ClientCertificates ClientCertificates // "" for optional
+	// Certificate reads the server's certificate chain and key, in PEM; the server wipes the key. It is called every few seconds, so
+	// that a renewed one comes into use. Nil for a plain listener.
+	Certificate func() (chain, key []byte, err error)
+	// ClientCA reads the CAs of client certificates, in PEM, in the same way; nil where none are asked for. Who shows one shows a
+	// good one.
+	ClientCA func() ([]byte, error)
+	// Required refuses who shows no certificate, to ask how the server fares as well.
+	Required bool
 	// Plain serves without TLS. Only an address of this machine itself (loopback) may be plain.
 	Plain bool
 	// MaxConnections are served at one time, 0 for 4096.
 	MaxConnections int
-}
-
-// Monitor is where the server answers /healthz, /readyz and /metrics.
-type Monitor struct {
-	// Address is host and port, "" for nowhere. One that other machines reach needs Certificate, or Plain.
-	Address     string
-	Certificate *tls.Certificate
-	Plain       bool
 }
 
 // Site is what was made of one configuration.
@@ -103,13 +100,11 @@ type Site struct {
 	Records string
 	Audit   *audit.Log // nil for none
 	Listen  Listen
-	Monitor Monitor
-	Mount   string // "" for transit.DefaultMount
-	MaxBody int    // in bytes, 0 for transit.DefaultMaxBody
-	// Rate is how many requests a second each token is good for, Burst how many at once, where it has no rate of its own.
-	// Rate 0 is no limit.
-	Rate  float64
-	Burst int
+	Monitor monitor.Listen // of /healthz, /readyz and /metrics, and of /v1/sys/health as well
+	Mount   string         // "" for transit.DefaultMount
+	MaxBody int            // in bytes, 0 for transit.DefaultMaxBody
+	// Limit is how often each token may ask that has no limit of its own; a Rate of 0 is no limit.
+	Limit token.Limit
 	// Close gives back all of it. It is called once, after everything that used the site has ended. Nil for nothing.
 	Close func() error
 }
@@ -127,14 +122,36 @@ type Options struct {
 	Listening func(what, address string)
 	// Ready, where set, is called once: the served keys can seal.
 	Ready func()
+
+	notify *monitor.Notifier // set by tests
 }
 
-// Hooks are what the parts of a site report to. It is a device.Observer.
-type Hooks struct{}
+// check says what is wrong with a site.
+func (s *Site) check() error {
+	var problem error
+	switch {
+	case s.Keys == nil, s.Tokens == nil:
+		problem = errors.New("it needs keys and tokens")
+	default:
+		problem = errors.Join(s.Listen.check(), s.Monitor.Check())
+	}
+	if problem != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, problem)
+	}
+	return nil
+}
 
-// DeviceOperation implements device.Observer.
-func (h *Hooks) DeviceOperation(device, operation string, took time.Duration, err error) {}
+// served are the names of the wrapping keys.
+func (s *Site) served() []string {
+	if s.Names != nil {
+		return s.Names
+	}
+	return s.Tokens.Keys()
+}
 
-// Run serves until ctx ends, and returns nil after a clean stop. It fails where the first site cannot be built, or its address not
-// be had.
-func Run(ctx context.Context, options Options) error { return errors.ErrUnsupported }
+func (s *Site) close() error {
+	if s.Close == nil {
+		return nil
+	}
+	return s.Close()
+}

@@ -37,6 +37,7 @@ func mistake(format string, args ...any) error {
 var passing = []error{
 	context.DeadlineExceeded, context.Canceled,
 	hsm.ErrUnavailable, hsm.ErrMayHaveHappened, store.ErrUnavailable, keyring.ErrGenerating,
+	keyring.ErrVersionUnknown, // of several servers, one has the newer record already, and the client's next try may reach it
 	audit.ErrNoSink, audit.ErrClosed,
 }
 
@@ -44,7 +45,7 @@ var passing = []error{
 var mistaken = []error{
 	ErrMalformed, envelope.ErrMalformed, envelope.ErrContext, envelope.ErrNotAuthentic, envelope.ErrDecrypt, envelope.ErrNotRecipient,
 	envelope.ErrTooLarge, envelope.ErrInvalid, hsm.ErrCiphertext,
-	keyring.ErrInvalid, keyring.ErrKeyNotFound, keyring.ErrVersionTooOld, keyring.ErrVersionUnknown, keyring.ErrNotReady, keyring.ErrDeleting,
+	keyring.ErrInvalid, keyring.ErrKeyNotFound, keyring.ErrVersionTooOld, keyring.ErrNotReady, keyring.ErrDeleting,
 }
 
 // stuck is nobody's mistake in the request, and no repeat mends it: an HSM lost its key, is locked or refuses us; a record is

@@ -1,0 +1,136 @@
+package server
+
+import (
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// certificateInterval is how often the files of the certificate are read.
+const certificateInterval = 5 * time.Second
+
+// armour is what makes a connection TLS at one time. It is never changed.
+type armour struct {
+	config *tls.Config
+	ends   time.Time // of the certificate
+	digest [sha256.Size]byte
+	// clients counts the sets of CAs that client certificates were checked against: a connection of an older one is not kept.
+	clients uint64
+	caSum   [sha256.Size]byte
+}
+
+// wardrobe keeps the armour of a listener and looks for a newer one.
+type wardrobe struct {
+	logger  *slog.Logger
+	metrics *metrics
+	current atomic.Pointer[armour] // nil for a plain listener
+
+	mu        sync.Mutex // one look at a time; guards what follows
+	complaint string     // what the log was last told
+}
+
+// load reads what a listener is to wear, without wearing it.
+func load(l Listen, before *armour) (*armour, error) {
+	if l.Certificate == nil {
+		return nil, nil //nolint:nilnil // a plain listener wears nothing
+	}
+	chain, key, err := l.Certificate()
+	defer clear(key)
+	if err != nil {
+		return nil, fmt.Errorf("reading the server's certificate: %w", err)
+	}
+	var ca []byte
+	if l.ClientCA != nil {
+		if ca, err = l.ClientCA(); err != nil {
+			return nil, fmt.Errorf("reading the CA of client certificates: %w", err)
+		}
+	}
+	new := &armour{digest: digest(chain, key, ca), caSum: digest(ca, []byte{flag(l.Required)}), clients: 1}
+	if before != nil {
+		if new.digest == before.digest && new.caSum == before.caSum {
+			return before, nil
+		}
+		new.clients = before.clients
+		if new.caSum != before.caSum {
+			new.clients++
+		}
+	}
+	pair, err := tls.X509KeyPair(chain, key)
+	if err != nil {
+		return nil, fmt.Errorf("the server's certificate and key: %w", err)
+	}
+	new.ends = pair.Leaf.NotAfter
+	if now := time.Now(); now.After(new.ends) {
+		return nil, fmt.Errorf("the server's certificate ended on %s", new.ends.UTC().Format(time.DateTime))
+	}
+	new.config = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{pair}}
+	if l.ClientCA == nil {
+		return new, nil
+	}
+	new.config.ClientCAs = x509.NewCertPool()
+	if !new.config.ClientCAs.AppendCertsFromPEM(ca) {
+		return nil, errors.New("the CA of client certificates: there is no certificate in PEM in it")
+	}
+	new.config.ClientAuth = tls.VerifyClientCertIfGiven
+	if l.Required {
+		new.config.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	return new, nil
+}
+
+// digest is a hash of several texts that says where each of them ends.
+func digest(texts ...[]byte) (sum [sha256.Size]byte) {
+	hash := sha256.New()
+	for _, text := range texts {
+		one := sha256.Sum256(text)
+		_, _ = hash.Write(one[:]) // a hash does not fail
+	}
+	hash.Sum(sum[:0])
+	return sum
+}
+
+func flag(set bool) byte {
+	if set {
+		return 1
+	}
+	return 0
+}
+
+// look takes a changed certificate into use, or says why the one in use stays.
+func (w *wardrobe) look(l Listen) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := w.current.Load()
+	found, err := load(l, before)
+	switch {
+	case err != nil:
+		if err.Error() != w.complaint {
+			w.complaint = err.Error()
+			w.metrics.certificate(err)
+			w.logger.Warn("the certificate in use stays: the new one is not good", "cause", err)
+		}
+	case found != before:
+		w.complaint = ""
+		w.metrics.certificate(nil)
+		w.current.Store(found)
+		w.logger.Info("a new certificate is in use", "ends", found.ends)
+	case w.complaint != "": // what it was before came back
+		w.complaint = ""
+		w.metrics.certificateReloaded.Set(1)
+	}
+}
+
+// wear takes what was loaded into use.
+func (w *wardrobe) wear(a *armour) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.complaint = ""
+	w.current.Store(a)
+	w.metrics.certificateReloaded.Set(1)
+}

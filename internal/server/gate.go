@@ -1,0 +1,187 @@
+package server
+
+import (
+	"container/list"
+	"context"
+	"math"
+	"sync"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/transit"
+)
+
+// The rules of a gate.
+const (
+	// openLimit is how long an opening may take in all. A seal's client gives up after 60 s.
+	openLimit = 45 * time.Second
+	// maxWaiting is how many openings wait at one gate.
+	maxWaiting = 8192
+	// aged is how long an opening that yields to all others does so. Then every fourth place is for those.
+	aged      = 15 * time.Second
+	agedShare = 4
+	// shortest and longest bound the pause that is asked of those who are turned away.
+	shortestPause = time.Second
+	longestPause  = 20 * time.Second
+)
+
+// gate lets a bounded number of openings to the HSMs of a set of keys. It lets in twice what they do at one time, so that an
+// HSM finds the next one waiting when it is done; the others wait here, where they can be put in order and turned away in time:
+// an unseal goes before what only tells a Vault that its seal is well.
+type gate struct {
+	width func() int                     // how many are let in
+	pace  func() (opening time.Duration) // between the ends of two openings when all HSMs are busy; 0 where nobody knows
+	now   func() time.Time
+
+	mu      sync.Mutex // guards what follows
+	inside  int
+	urgent  list.List // of *waiter: those who have come first are first
+	patient list.List // those who yield
+	turn    int       // of places given while aged ones waited
+	closed  bool
+}
+
+// waiter is an opening that waits.
+type waiter struct {
+	since   time.Time
+	in      chan error // one value: nil for "you are in"
+	patient bool
+}
+
+// enter waits for a place and returns what gives it back. A patient opening yields to those that are not. Where the wait
+// would be longer than ctx allows, that is said at once, with a [*transit.BusyError].
+func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error) {
+	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		return nil, closing()
+	}
+	if g.inside < max(1, g.width()) {
+		g.inside++
+		g.mu.Unlock()
+		return g.leave, nil
+	}
+	if err := g.hopeless(ctx, patient); err != nil {
+		g.mu.Unlock()
+		return nil, err
+	}
+	w := &waiter{since: g.now(), in: make(chan error, 1), patient: patient}
+	queue := &g.urgent
+	if patient {
+		queue = &g.patient
+	}
+	place := queue.PushBack(w)
+	g.mu.Unlock()
+
+	select {
+	case err := <-w.in:
+		if err != nil {
+			return nil, err
+		}
+		return g.leave, nil
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	select {
+	case err := <-w.in: // the place was given meanwhile, and is not wanted any more
+		if err == nil {
+			g.give()
+		}
+	default:
+		queue.Remove(place)
+	}
+	return nil, &transit.BusyError{After: g.after(0), Cause: "waiting for an HSM took too long"}
+}
+
+// hopeless returns why an opening need not begin to wait; nil where its turn may come in time.
+func (g *gate) hopeless(ctx context.Context, patient bool) error {
+	before := g.inside + g.urgent.Len()
+	if patient {
+		before += g.patient.Len()
+	}
+	wait := time.Duration(before) * g.pace()
+	deadline, bounded := ctx.Deadline()
+	if g.urgent.Len()+g.patient.Len() < maxWaiting && (!bounded || wait < deadline.Sub(g.now())) {
+		return nil
+	}
+	return &transit.BusyError{After: g.after(wait - openLimit/2), Cause: "too many openings wait for an HSM"}
+}
+
+// after bounds a pause.
+func (g *gate) after(pause time.Duration) time.Duration {
+	return min(max(pause, shortestPause), longestPause)
+}
+
+// leave gives a place back.
+func (g *gate) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.give()
+}
+
+// give gives the place that somebody left to whoever is next, unless there are too many inside.
+func (g *gate) give() {
+	g.inside--
+	for g.inside < max(1, g.width()) {
+		w := g.next()
+		if w == nil {
+			return
+		}
+		g.inside++
+		w.in <- nil
+	}
+}
+
+// next takes the one out of the queues who is next.
+func (g *gate) next() *waiter {
+	queue := &g.urgent
+	if first := g.patient.Front(); first != nil {
+		old := g.now().Sub(first.Value.(*waiter).since) >= aged //nolint:forcetypeassert // nothing else is in it
+		if old {
+			g.turn++
+		}
+		if g.urgent.Len() == 0 || old && g.turn%agedShare == 0 {
+			queue = &g.patient
+		}
+	}
+	first := queue.Front()
+	if first == nil {
+		return nil
+	}
+	w, _ := queue.Remove(first).(*waiter) // nothing else is in it
+	return w
+}
+
+// close turns away all who wait and all who come.
+func (g *gate) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+	for _, queue := range []*list.List{&g.urgent, &g.patient} {
+		for first := queue.Front(); first != nil; first = queue.Front() {
+			w, _ := queue.Remove(first).(*waiter) // nothing else is in it
+			w.in <- closing()
+		}
+	}
+}
+
+// waiting tells how many are inside, and how many wait.
+func (g *gate) load() (inside, urgent, patient int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.inside, g.urgent.Len(), g.patient.Len()
+}
+
+func closing() error {
+	return &transit.BusyError{After: shortestPause, Cause: "the server is stopping"}
+}
+
+// capacity is how many sealed Vaults come up within three minutes, where they all begin at one time: each needs two openings,
+// and an HSM takes operation seconds for each of parallel ones.
+func capacity(operation time.Duration, parallel int) int {
+	if operation <= 0 {
+		return 0
+	}
+	const window = 3 * time.Minute
+	return int(math.Floor(window.Seconds() / 2 * float64(parallel) / operation.Seconds()))
+}

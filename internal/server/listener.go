@@ -1,0 +1,155 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/monitor"
+)
+
+// Bounds of a connection. A seal's requests are small, and nobody has a reason to be slow; an answer may wait for an HSM.
+const (
+	headerLimit = 10 * time.Second
+	readLimit   = 30 * time.Second // of headers and body
+	writeLimit  = openLimit + 2*readLimit
+	// idleLimit is longer than what Go's clients keep idle connections for, 90 s: so it is they who end them, and no request
+	// meets a connection that is just being closed.
+	idleLimit     = 3 * time.Minute
+	maxHeader     = 16 << 10
+	maxStreams    = 100 // of one HTTP/2 connection
+	defaultConns  = 4096
+	shutdownLimit = openLimit + 5*time.Second
+)
+
+// check says what is wrong with a listener.
+func (l *Listen) check() error {
+	switch {
+	case l.Address == "":
+		return errors.New("the server has no address to listen on")
+	case l.Plain == (l.Certificate != nil):
+		return errors.New("the listener is either plain, or has a certificate")
+	case l.ClientCA != nil && l.Plain:
+		return errors.New("client certificates need TLS")
+	case l.Required && l.ClientCA == nil:
+		return errors.New("client certificates that are required need a CA")
+	}
+	if l.Plain {
+		host, _, err := net.SplitHostPort(l.Address)
+		address, bad := netip.ParseAddr(host)
+		if err != nil || host != "localhost" && (bad != nil || !address.Unmap().IsLoopback()) {
+			return fmt.Errorf("other machines can reach the listener at %s: without TLS, tokens and keys of Vaults would pass in the clear", l.Address)
+		}
+	}
+	if err := (monitor.Listen{Address: l.Address, Plain: true}).Check(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// front is what listens for seals at one address.
+type front struct {
+	http     *http.Server
+	listener net.Listener
+	ended    chan struct{} // closed when Serve has returned
+}
+
+// gatekeeper accepts connections, not more than a number of them, and makes them TLS with what is in use at that moment.
+type gatekeeper struct {
+	net.Listener
+
+	wardrobe *wardrobe
+	most     *atomic.Int64
+	open     *atomic.Int64
+	refused  func()
+}
+
+// Accept implements [net.Listener].
+func (g *gatekeeper) Accept() (net.Conn, error) {
+	raw, err := g.Listener.Accept()
+	for err == nil && g.open.Load() >= g.most.Load() {
+		g.refused()
+		_ = raw.Close() // it has nothing to lose
+		raw, err = g.Listener.Accept()
+	}
+	if err != nil {
+		return nil, err
+	}
+	g.open.Add(1)
+	worn := g.wardrobe.current.Load()
+	conn := &visit{Conn: raw, gone: sync.OnceFunc(func() { g.open.Add(-1) })}
+	if worn == nil {
+		return conn, nil
+	}
+	conn.clients = worn.clients
+	return tls.Server(conn, worn.config), nil
+}
+
+// visit is a connection that tells when it is closed.
+type visit struct {
+	net.Conn
+
+	gone    func()
+	clients uint64 // see armour
+}
+
+// Close implements [net.Conn].
+func (v *visit) Close() error {
+	v.gone()
+	return v.Conn.Close()
+}
+
+// visitKey is where the context of a request keeps its connection.
+type visitKey struct{}
+
+// withVisit is what http.Server asks of each new connection.
+func withVisit(ctx context.Context, conn net.Conn) context.Context {
+	if secure, ok := conn.(*tls.Conn); ok {
+		conn = secure.NetConn()
+	}
+	return context.WithValue(ctx, visitKey{}, conn)
+}
+
+// stale tells whether a request came over a connection whose client certificate was checked against CAs of before.
+func stale(r *http.Request, worn *armour) bool {
+	if worn == nil {
+		return false
+	}
+	v, ok := r.Context().Value(visitKey{}).(*visit)
+	return ok && v.clients != worn.clients
+}
+
+// newFront begins to listen. Nobody is answered before serve.
+func newFront(ctx context.Context, address string, handler http.Handler, logger *slog.Logger) (*front, error) {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listening on %s: %w", address, err)
+	}
+	return &front{
+		listener: listener, ended: make(chan struct{}),
+		http: &http.Server{
+			Handler: handler, ReadHeaderTimeout: headerLimit, ReadTimeout: readLimit, WriteTimeout: writeLimit, IdleTimeout: idleLimit,
+			MaxHeaderBytes: maxHeader, ConnContext: withVisit, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
+		},
+	}, nil
+}
+
+// stop ends a front: no new connections and requests, and what runs gets the time that it may take.
+func (f *front) stop() {
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
+	defer cancel()
+	if f.http.Shutdown(ctx) != nil {
+		_ = f.http.Close() // it is of no use any more
+	}
+	_ = f.listener.Close() // closed already, unless its goroutine had no turn yet
+	<-f.ended
+}

@@ -1,0 +1,251 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
+	"vault-plugin-secrets-nitrokey/internal/token"
+	"vault-plugin-secrets-nitrokey/internal/transit"
+)
+
+// The pace of a service.
+const (
+	lookInterval  = time.Second      // between two looks at records, keys and leases
+	lookLimit     = 10 * time.Second // of one
+	auditInterval = 30 * time.Second
+	turnSlack     = time.Minute // by which a loop may be late before it counts as stuck
+)
+
+// service is everything that works for one site.
+type service struct {
+	site     *Site
+	hooks    *Hooks
+	logger   *slog.Logger
+	handler  http.Handler
+	desk     *desk
+	probes   map[string]*monitor.Probe
+	parallel map[string]int // operations at one time, by device
+
+	current  atomic.Pointer[[]*view]
+	gates    map[string]*gate         // by devices; of the loop of looks alone
+	leases   map[string]keyring.Lease // by kid, as the log was told; of the loop of looks alone
+	records  uint64                   // fingerprint; of the loop of looks alone
+	up       map[string]bool          // devices, as they were last seen; of the loop of looks alone
+	blind    bool                     // the log was told that records cannot be looked at; of the loop of looks alone
+	deadline atomic.Int64             // when the loop of looks must have turned, Unix seconds
+	again    chan struct{}            // "look now"
+	wake     chan struct{}            // "see whether there is something to warm"
+	audit    atomic.Pointer[error]
+
+	warmMu  sync.Mutex
+	warmths map[string]*warmth // by key
+
+	requests requests
+	stop     context.CancelFunc
+	running  sync.WaitGroup
+}
+
+// newService makes a service and begins its work; it serves as soon as somebody gives it requests.
+func newService(site *Site, s *server) (*service, error) {
+	w := &service{
+		site: site, hooks: s.hooks, logger: s.logger, desk: newDesk(site.Keys, site.Names, s.metrics, s.logger),
+		probes: map[string]*monitor.Probe{}, parallel: map[string]int{}, gates: map[string]*gate{}, leases: map[string]keyring.Lease{},
+		up: map[string]bool{}, again: make(chan struct{}, 1), wake: make(chan struct{}, 1), warmths: map[string]*warmth{},
+	}
+	w.current.Store(&[]*view{})
+	options := transit.HandlerOptions{
+		Keys: w.desk, Tokens: site.Tokens, Mount: site.Mount, MaxBody: site.MaxBody, Logger: s.logger, Observe: s.metrics.request,
+		Health: http.HandlerFunc(s.health),
+		Limit:  func(grant *token.Grant) time.Duration { return s.holders.ask(grant, site.Limit, time.Now()) },
+	}
+	if site.Audit != nil {
+		options.Auditor = site.Audit
+	}
+	handler, err := transit.NewHandler(options)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	w.handler = handler
+	for _, d := range site.Devices {
+		w.probes[d.HSM.Name()] = &monitor.Probe{Device: d.HSM, Last: s.hooks.lastOfDevice, Logger: s.logger}
+		w.parallel[d.HSM.Name()] = max(1, d.Parallel)
+	}
+	s.hooks.operations.configure(w.parallel)
+	return w, nil
+}
+
+// begin starts what a service does by itself. The tokens are known and the keys were looked at when it returns.
+func (s *service) begin(ctx context.Context) {
+	running, stop := context.WithCancel(context.Background())
+	s.stop = stop
+	_ = s.site.Tokens.Refresh(ctx) // they say so themselves where it fails
+	s.look()
+	s.running.Go(func() { s.site.Tokens.Run(running) })
+	s.running.Go(func() { s.lookOnAndOn(running) })
+	s.running.Go(func() { s.warm(running) })
+	for _, p := range s.probes {
+		s.running.Go(func() { p.Run(running) })
+	}
+	if s.site.Audit != nil {
+		s.running.Go(func() { s.checkAudit(running) })
+	}
+}
+
+// end stops what a service does by itself, wipes its leases and closes its site. Nobody gives it requests any more.
+func (s *service) end() error {
+	s.stop()
+	s.running.Wait()
+	s.site.Keys.EndLeases()
+	return s.site.close()
+}
+
+// lookOnAndOn looks at records, keys and leases every second.
+func (s *service) lookOnAndOn(ctx context.Context) {
+	tick := time.NewTicker(lookInterval)
+	defer tick.Stop()
+	for {
+		s.deadline.Store(time.Now().Add(lookLimit + turnSlack).Unix())
+		s.look()
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+		select {
+		case <-tick.C:
+		case <-s.again:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// nudge has the keys looked at now.
+func (s *service) nudge() {
+	select {
+	case s.again <- struct{}{}:
+	default:
+	}
+}
+
+// look takes in what changed.
+func (s *service) look() {
+	ctx, cancel := context.WithTimeout(context.Background(), lookLimit)
+	defer cancel()
+	s.lookAtRecords()
+	for name, p := range s.probes {
+		if state, known := p.State(); known {
+			if state.Up && !s.up[name] {
+				s.hurry()
+			}
+			s.up[name] = state.Up
+		}
+	}
+	s.refresh(ctx)
+}
+
+// lookAtRecords has the keyring read its records anew where somebody wrote one.
+func (s *service) lookAtRecords() {
+	if s.site.Records == "" {
+		return
+	}
+	found, err := fingerprint(s.site.Records)
+	if err != nil {
+		if !s.blind {
+			s.logger.Warn("the keys' records in use stay, because changes cannot be seen", "cause", err)
+		}
+		s.blind = true
+		return
+	}
+	s.blind = false
+	if found != s.records {
+		s.site.Keys.Invalidate("")
+		s.records = found
+	}
+}
+
+// checkAudit finds out now and then whether a request could be announced: not only when one is.
+func (s *service) checkAudit(ctx context.Context) {
+	for {
+		limited, cancel := context.WithTimeout(ctx, lookLimit)
+		err := s.site.Audit.Check(limited)
+		cancel()
+		if ctx.Err() == nil {
+			s.audit.Store(&err)
+		}
+		if !monitor.Sleep(ctx, monitor.Jittered(auditInterval)) {
+			return
+		}
+	}
+}
+
+// views tells how the served keys fare.
+func (s *service) views() []*view { return *s.current.Load() }
+
+// settled tells whether every key that can be ready without a person is.
+func (s *service) settled() bool {
+	for _, v := range s.views() {
+		if !v.health.Seals && v.patience {
+			return false
+		}
+	}
+	return true
+}
+
+// stuck tells whether a loop does not turn.
+func (s *service) stuck(now time.Time) string {
+	if due := s.deadline.Load(); due != 0 && now.Unix() > due {
+		return "the look at the keys"
+	}
+	for name, p := range s.probes {
+		if p.Stuck(now) {
+			return fmt.Sprintf("the probe of device %q", name)
+		}
+	}
+	return ""
+}
+
+// requests counts those that a service answers, so that it ends after the last of them.
+type requests struct {
+	mu     sync.Mutex
+	under  int
+	closed bool
+	calm   chan struct{} // closed when the last one has ended
+}
+
+// begin counts a request; false where the service takes none any more.
+func (r *requests) begin() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false
+	}
+	r.under++
+	return true
+}
+
+func (r *requests) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.under--
+	if r.closed && r.under == 0 {
+		close(r.calm)
+	}
+}
+
+// close lets no more requests begin, and returns what is closed when the last one has ended.
+func (r *requests) close() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.closed, r.calm = true, make(chan struct{})
+	if r.under == 0 {
+		close(r.calm)
+	}
+	return r.calm
+}
