@@ -87,6 +87,13 @@ func (m *mount) Rotate(t testing.TB, key string) {
 	m.site.Write(t, "nitrokey/keys/"+key, vaulttest.Fields{"accept_single_hsm": true})
 }
 
+// Lease implements [SealServer].
+func (m *mount) Lease(t testing.TB, key, lease string) {
+	t.Helper()
+	m.site.Write(t, "nitrokey/keys/"+key, vaulttest.Fields{"lease": lease})
+	m.site.Read(t, "nitrokey/keys/"+key+"/backup")
+}
+
 // Minimum implements [SealServer].
 func (m *mount) Minimum(t testing.TB, key string, version int) {
 	t.Helper()

@@ -57,3 +57,58 @@ func TestTheMountAsASeal(t *testing.T) {
 		}
 	})
 }
+
+// Vault seals its root key anew where the version of the wrapping key has changed, and not where its lease has. So a lease serves
+// the Vaults that are initialised, or follow a rotation, after it was set.
+func TestALeaseOfTheMount(t *testing.T) {
+	m := newMount(t, newNetHSM(t))
+	const key = "leased"
+	m.AddKey(t, key)
+	seal := m.Seal(t, key)
+	vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
+	remember(t, vault, "secret", "kept")
+	restartCosts := func() int {
+		t.Helper()
+		before := m.hsm.NetHSM.DecryptCount()
+		vault.Restart(t)
+		recalls(t, vault, "secret", "kept")
+		vaulttest.Eventually(t, vaulttest.Patience, "the look at the seal", func() error { return vault.SealHealthy(t) })
+		return m.hsm.NetHSM.DecryptCount() - before
+	}
+	if cost := restartCosts(); cost != 2 {
+		t.Errorf("a restart in strict mode cost %d operations, want 2: the root key, and the look at the seal", cost)
+	}
+
+	m.Lease(t, key, "10m")
+	sealsLeased(t, seal, true)
+	if cost := restartCosts(); cost != 1 {
+		t.Errorf("a restart cost %d operations, want 1: the root key is sealed strictly as yet", cost)
+	}
+	m.Rotate(t, key)
+	sealsLeased(t, seal, true)
+	restartCosts() // seals the root key anew
+	if cost := restartCosts(); cost != 0 {
+		t.Errorf("a restart in the lease cost %d operations", cost)
+	}
+
+	t.Run("the HSM is away, and the lease is open", func(t *testing.T) {
+		m.hsm.Away(t)
+		restartCosts()
+	})
+	t.Run("the plugin is reloaded, and the lease has ended", func(t *testing.T) {
+		_, err := m.site.Client(t).Sys().ReloadPluginWithContext(t.Context(), &api.ReloadPluginInput{Plugin: vaulttest.Name})
+		must(t, err)
+		vault.Stop(t)
+		vault.Up(t)
+		got := call(t, seal, http.MethodPut, path(seal, "decrypt"), vaulttest.Fields{"ciphertext": encrypts(t, seal, "x")})
+		if got.Code != http.StatusServiceUnavailable {
+			t.Errorf("decrypt: %d %s", got.Code, got.Raw)
+		}
+		if status, err := vault.Anonymous(t).Sys().SealStatus(); err != nil || !status.Sealed {
+			t.Errorf("it is %+v, %v", status, err)
+		}
+		m.hsm.Back(t)
+		vault.WaitActive(t)
+		recalls(t, vault, "secret", "kept")
+	})
+}

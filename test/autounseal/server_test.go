@@ -17,6 +17,8 @@ type SealServer interface {
 	Seal(t testing.TB, key string) vaulttest.Seal
 	// Rotate makes the next version of the key with a new HSM key. It seals from then on.
 	Rotate(t testing.TB, key string)
+	// Lease makes the key have a lease, "0" for none.
+	Lease(t testing.TB, key, lease string)
 	// Minimum makes versions of the key that are older not open any more.
 	Minimum(t testing.TB, key string, version int)
 	// Lose takes everything from the server but its HSM and the tokens, and brings the keys back from their key records,

@@ -32,6 +32,7 @@ var stories = []story{
 	{"Shamir's seal becomes an HSM's and is Shamir's again", shamirAndBack},
 	{"three nodes go from Shamir's seal to an HSM's one by one, and never all rest", clusterFromShamir},
 	{"another transit's seal becomes ours, and one key gives way to another", transitToTransit},
+	{"a lease comes and goes, and what was sealed opens", leaseComesAndGoes},
 	{"vault operator diagnose finds nothing wrong", diagnose},
 }
 
@@ -280,6 +281,27 @@ func vaultsOwnTransit(t testing.TB) vaulttest.Seal {
 	}
 }
 
+// leaseComesAndGoes: what is leased opens without a lease, and what is not opens with one.
+func leaseComesAndGoes(t *testing.T, server SealServer, key string) {
+	seal := server.Seal(t, key)
+	strict := encrypts(t, seal, "strict")
+	server.Lease(t, key, "10m")
+	leased := sealsLeased(t, seal, true)
+	vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
+	remember(t, vault, "secret", "kept")
+	must(t, opens(t, seal, strict, "strict"))
+	must(t, opens(t, seal, leased, "x"))
+	vault.Restart(t)
+	recalls(t, vault, "secret", "kept")
+
+	server.Lease(t, key, "0")
+	sealsLeased(t, seal, false)
+	must(t, opens(t, seal, leased, "x"))
+	vault.Restart(t)
+	recalls(t, vault, "secret", "kept")
+	must(t, vault.SealHealthy(t))
+}
+
 // diagnose: with Vault stopped. The command tries the seal with a value of its own.
 func diagnose(t *testing.T, server SealServer, key string) {
 	vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{server.Seal(t, key)}})
@@ -320,10 +342,15 @@ func everythingIsDown(t *testing.T, server SealServer, key string) {
 	recalls(t, vault, "secret", "kept")
 }
 
+// serverIsLost: also what was sealed in a lease, whose key the server had made, opens with the HSM and the key record alone.
 func serverIsLost(t *testing.T, server SealServer, key string) {
-	vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{server.Seal(t, key)}})
+	seal := server.Seal(t, key)
+	vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{seal}})
 	remember(t, vault, "secret", "kept")
+	server.Lease(t, key, "10m")
 	server.Rotate(t, key)
+	sealsLeased(t, seal, true)
+	vault.Restart(t) // seals its root key anew, in the lease
 	vault.Stop(t)
 	server.Lose(t, key)
 	vault.Resume(t)

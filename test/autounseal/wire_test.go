@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -86,6 +88,34 @@ func opens(t testing.TB, seal vaulttest.Seal, ciphertext, text string) error {
 		return fmt.Errorf("decrypt with %s: %d %s", seal.Key, got.Code, got.Raw)
 	}
 	return nil
+}
+
+// isLeased tells whether an envelope was sealed to a key encryption key, which it carries.
+func isLeased(t testing.TB, ciphertext string) bool {
+	t.Helper()
+	parts := strings.Split(ciphertext, ":")
+	raw, err := base64.StdEncoding.DecodeString(parts[len(parts)-1])
+	must(t, err)
+	var envelope struct{ Protected string }
+	must(t, json.Unmarshal(raw, &envelope))
+	protected, err := base64.RawURLEncoding.DecodeString(envelope.Protected)
+	must(t, err)
+	var header struct{ KEK string }
+	must(t, json.Unmarshal(protected, &header))
+	return header.KEK != ""
+}
+
+// sealsLeased waits until what is sealed is leased, or is not.
+func sealsLeased(t testing.TB, seal vaulttest.Seal, want bool) (ciphertext string) {
+	t.Helper()
+	vaulttest.Eventually(t, vaulttest.Patience, fmt.Sprintf("leased to be %t", want), func() error {
+		ciphertext = encrypts(t, seal, "x")
+		if isLeased(t, ciphertext) != want {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	return ciphertext
 }
 
 // path is the endpoint of a verb, encrypt or decrypt.
