@@ -30,6 +30,7 @@ type house struct {
 	units map[string]*unit
 	vault string // host:port of Vault
 	seal  string // host:port of the server
+	sum   string // of the key record that was kept last
 }
 
 // newHouse makes one in which nothing runs.

@@ -1,16 +1,190 @@
 package test
 
 import (
+	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
+	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-// TestAutoUnsealByTheMountDoesWhatItsPageSays walks from Shamir to the plugin's mount, to another transit and back to Shamir, by
-// the commands of docs/auto-unseal.md.
+// TestAutoUnsealByTheServerDoesWhatItsPageSays walks through docs/auto-unseal.md from nothing to a Vault that unseals itself by
+// `nitroseal serve`, and through its rehearsal, by its own commands.
+func TestAutoUnsealByTheServerDoesWhatItsPageSays(t *testing.T) {
+	h := newHouse(t)
+	write(t, h.dir, "etc/nitroseal.hcl", h.page["hcl serve"])
+	h.must(t, "serve-key")
+	h.must(t, "serve-confirm")
+	h.must(t, "serve-token")
+	must(t, os.Rename(h.file("seal.token"), h.file("vault.d/seal.token")))
+	if said := h.must(t, "serve-start"); !strings.Contains(said, "prod") {
+		t.Errorf("the server says of itself\n%s", said)
+	}
+	h.stanzas(t, "seal-serve")
+	if said := h.must(t, "serve-init"); !regexp.MustCompile(`(?s)Seal Type +transit.*Recovery Seal Type +shamir.*Sealed +false`).MatchString(said) {
+		t.Errorf("vault status says\n%s", said)
+	}
+	h.keys(t, "recovery-keys.json")
+	h.fill(t)
+
+	h.must(t, "second-cluster")
+	h.must(t, "tokens")
+	h.must(t, "rehearse-power")
+	h.holds(t)
+	h.must(t, "rehearse-server")
+	h.must(t, "rehearse-diagnose")
+	h.holds(t)
+	t.Run("the HSM is away", h.theHSMIsAway)
+
+	h.noteSum(h.must(t, "rotate"))
+	h.must(t, "rotate-vault")
+	h.holds(t)
+	if version := h.status(t).version(t, "prod"); version != 2 {
+		t.Errorf("it seals with version %d after the rotation", version)
+	}
+	t.Run("a second server", h.aSecondServer)
+	h.lease(t)
+	t.Run("the server is lost", h.theServerIsLost)
+	h.must(t, "rehearse-snapshot")
+	h.holds(t)
+	t.Run("its recovery keys are in custody", h.recoveryKeys)
+	t.Run("the token is revoked", h.theTokenIsRevoked)
+
+	h.page["hcl disabled"] = disabled(h.page["hcl seal-serve"])
+	h.stanzas(t, "disabled")
+	h.must(t, "to-shamir")
+	h.holds(t)
+}
+
+// disabled is a stanza of a seal that is left.
+func disabled(stanza string) string {
+	return strings.Replace(stanza, "\n}", "\n  disabled = \"true\"\n}", 1)
+}
+
+// theHSMIsAway is the third point of the rehearsal.
+func (h *house) theHSMIsAway(t *testing.T) {
+	h.plug.Unplug(t)
+	h.shell(t, "systemctl stop vault\nsystemctl start vault\n")
+	answers := func(query string) string {
+		return h.shell(t, "curl --silent --output /dev/null --write-out '%{http_code}' --cacert seal-ca.pem 'https://"+h.seal+"/v1/sys/health"+query+"'\n")
+	}
+	vaulttest.Eventually(t, limit, "the server to say that it cannot open", func() error { return differs(answers(""), "503") })
+	if code := answers("?sealedcode=200"); code != "200" {
+		t.Errorf("without the HSM a balancer hears %s", code)
+	}
+	if said := h.shell(t, "vault status || test $? = 2\n"); !regexp.MustCompile(`Sealed +true`).MatchString(said) {
+		t.Errorf("without the HSM vault status says\n%s", said)
+	}
+	h.plug.Replug(t)
+	h.holds(t)
+}
+
+// aSecondServer gets the key from its record, and shares nothing with the first but the HSM.
+func (h *house) aSecondServer(t *testing.T) {
+	must(t, errors.Join(os.Mkdir(h.file("etc2"), 0o700), os.Mkdir(h.file("state2"), 0o700)))
+	write(t, h.dir, "etc2/nitroseal.hcl", strings.ReplaceAll(h.page["hcl serve"], h.file("state")+`"`, h.file("state2")+`"`))
+	own, page := h.env, h.page["sh second-server"]
+	h.env = append(slices.Clone(own), "NITROSEAL_CONFIG="+h.file("etc2/nitroseal.hcl"))
+	h.page["sh second-server"] = strings.ReplaceAll(page, "SHA256", h.sum)
+	h.must(t, "second-server")
+	shown := h.shell(t, "nitroseal key show prod\n")
+	h.env = own
+	if want := h.shell(t, "nitroseal key show prod\n"); !strings.Contains(shown, h.sum) || !strings.Contains(want, h.sum) {
+		t.Errorf("the record of %s is on one server\n%s\nand on the other\n%s", h.sum, want, shown)
+	}
+}
+
+// lease goes through the section about leases.
+func (h *house) lease(t *testing.T) {
+	t.Helper()
+	h.noteSum(h.must(t, "lease"))
+	h.must(t, "rotate-vault")
+	h.holds(t)
+	vaulttest.Eventually(t, limit, "a lease to be open", func() error {
+		return contains(h.shell(t, "nitroseal serve status -o json"), `"until"`)
+	})
+	h.must(t, "end-lease")
+	vaulttest.Eventually(t, limit, "the lease to be ended", func() error {
+		return contains(read(t, h.dir, "nitroseal-serve.log"), "all leases were ended")
+	})
+}
+
+// noteSum notes down the SHA-256 of a key record that a command has printed.
+func (h *house) noteSum(said string) { h.sum = regexp.MustCompile(`\b[0-9a-f]{64}\b`).FindString(said) }
+
+// theServerIsLost is the fourth point of the rehearsal.
+func (h *house) theServerIsLost(t *testing.T) {
+	h.shell(t, "systemctl stop nitroseal-serve\n")
+	must(t, os.Rename(h.file("state"), h.file("state.lost")))
+	h.change("SHA256", h.sum)
+	h.must(t, "rehearse-restore")
+	must(t, os.Rename(h.file("seal.token"), h.file("vault.d/seal.token")))
+	h.shell(t, "systemctl start nitroseal-serve\n")
+	h.must(t, "rotate-vault")
+	h.holds(t)
+}
+
+// recoveryKeys puts them into custody.
+func (h *house) recoveryKeys(t *testing.T) {
+	must(t, os.Mkdir(h.file("state/store"), 0o700))
+	write(t, h.dir, "etc/vault-ca.pem", read(t, h.dir, "vault.d/ca.pem"))
+	_, cluster, _ := strings.Cut(guideBase, "store \"here\"")
+	config := h.page["hcl serve"] + strings.NewReplacer("https://vault.example.org:8200", "https://"+h.vault,
+		"/etc/nitroseal", h.file("etc"), "/var/lib/nitroseal", h.file("state")).Replace("store \"here\""+cluster)
+	write(t, h.dir, "etc/nitroseal.hcl", config)
+	if said := h.must(t, "recovery-custody"); !strings.Contains(said, "root") {
+		t.Errorf("the root token says of itself\n%s", said)
+	}
+}
+
+// theTokenIsRevoked is the seventh point of the rehearsal.
+func (h *house) theTokenIsRevoked(t *testing.T) {
+	id := strings.Split(read(t, h.dir, "vault.d/seal.token"), ".")[1]
+	h.change("token revoke ID", "token revoke "+id)
+	h.must(t, "revoke")
+	if listed := h.shell(t, "nitroseal serve token list\n"); strings.Contains(listed, id) {
+		t.Errorf("a revoked token is listed:\n%s", listed)
+	}
+	vault := h.units["vault"]
+	vault.stop()
+	before := len(read(t, h.dir, "vault.log"))
+	_, err := vault.begin()
+	must(t, err)
+	vaulttest.Eventually(t, limit, "Vault to be refused", func() error {
+		return contains(read(t, h.dir, "vault.log")[before:], "permission denied")
+	})
+	vault.stop()
+	h.shell(t, "nitroseal serve token create prod --key prod --out vault.d/next.token\nmv vault.d/next.token vault.d/seal.token\nsleep 5; systemctl start vault\n")
+	h.holds(t)
+}
+
+// contains and differs say what is wrong with a text, for who waits.
+func contains(text, want string) error {
+	if strings.Contains(text, want) {
+		return nil
+	}
+	return &unlike{text, want}
+}
+
+func differs(text, want string) error {
+	if text == want {
+		return nil
+	}
+	return &unlike{text, want}
+}
+
+type unlike struct{ text, want string }
+
+func (e *unlike) Error() string { return "it says " + e.text + ", want " + e.want }
+
+// TestAutoUnsealByTheMountDoesWhatItsPageSays walks from Shamir to the plugin's mount, through a new root key, to another transit
+// and back to Shamir, by the commands of docs/auto-unseal.md.
 func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 	h := newHouse(t)
 	site, _ := newSite(t, vaulttest.SiteOptions{})
@@ -19,13 +193,13 @@ func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 	h.change("https://seal-vault.example.org:8200", site.Address, "https://old.example.org:8200", site.Address)
 
 	own := h.env
-	h.env = append(h.env, "VAULT_ADDR="+site.Address, "VAULT_CACERT="+site.CAFile, "VAULT_TOKEN="+site.RootToken)
+	h.env = append(slices.Clone(own), "VAULT_ADDR="+site.Address, "VAULT_CACERT="+site.CAFile, "VAULT_TOKEN="+site.RootToken)
 	h.must(t, "mount")
 	must(t, os.Rename(h.file("seal.token"), h.file("vault.d/seal.token")))
 	h.env = own
 
 	h.stanzas(t)
-	h.shell(t, "systemctl start vault\nvault operator init -format=json > keys || true\n")
+	h.shell(t, "systemctl start vault\nvault operator init -format=json > keys\n")
 	h.keys(t, "keys")
 	h.shell(t, "for key in $KEY_1 $KEY_2 $KEY_3; do vault operator unseal $key; done\n")
 	h.fill(t)
@@ -35,9 +209,6 @@ func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 		t.Errorf("vault status says\n%s", said)
 	}
 	h.holds(t)
-	h.must(t, "rehearse-power")
-	h.holds(t)
-
 	h.must(t, "new-root-key")
 	if !strings.Contains(read(t, h.dir, "vault.log"), "security barrier rekeyed: stored=1") {
 		t.Error("there is no new root key")
@@ -55,11 +226,119 @@ func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 	h.must(t, "from-transit")
 	h.holds(t)
 
-	write(t, h.dir, "disabled", strings.ReplaceAll(h.page["hcl seal-mount"], `"prod"`, `"old"`))
-	h.page["hcl disabled"] = strings.Replace(read(t, h.dir, "disabled"), "\n}", "\n  disabled = \"true\"\n}", 1)
+	h.page["hcl disabled"] = disabled(strings.ReplaceAll(h.page["hcl seal-mount"], `"prod"`, `"old"`))
 	h.stanzas(t, "disabled")
 	if said := h.must(t, "to-shamir"); !strings.Contains(said, "shamir") {
 		t.Errorf("vault status says\n%s", said)
 	}
 	h.holds(t)
+}
+
+// TestEveryCommandOfTheAutoUnsealGuideExists looks up each command of nitroseal and each path of the mount that the page shows.
+func TestEveryCommandOfTheAutoUnsealGuideExists(t *testing.T) {
+	root := readHelp(t, buildCommand(t))
+	found := map[string]bool{}
+	for _, page := range []string{"docs/auto-unseal.md", "scripts/demo-seal", "README.md", "deploy/kubernetes/README.md", "deploy/systemd/README.md"} {
+		text := readFile(t, vaulttest.Root(), page)
+		if strings.HasSuffix(page, ".md") {
+			text = strings.Join(codeOf(text), "\n") + "\n" + strings.Join(namedBlocks(text), "\n")
+		}
+		for _, given := range commandsIn(text, root) {
+			verb, err := root.check(given)
+			if err != nil {
+				t.Errorf("%s: nitroseal %s: %v", page, strings.Join(given, " "), err)
+			}
+			found[verb] = true
+		}
+	}
+	for _, verb := range []string{"serve", "serve token create", "serve token list", "serve token revoke", "serve status", "key configure", "key restore", "key rotate"} {
+		if !found[verb] {
+			t.Errorf("no page shows nitroseal %s", verb)
+		}
+	}
+}
+
+// namedBlocks are the blocks of a page that a shell reads and that have a name.
+func namedBlocks(page string) (blocks []string) {
+	for _, match := range regexp.MustCompile("(?ms)^```sh [a-z-]+\n(.*?)^```$").FindAllStringSubmatch(page, -1) {
+		blocks = append(blocks, match[1])
+	}
+	return blocks
+}
+
+// TestTheAutoUnsealGuideTellsEveryAttribute wants each attribute of the block serve in its table, and no other one.
+func TestTheAutoUnsealGuideTellsEveryAttribute(t *testing.T) {
+	page := readFile(t, vaulttest.Root(), "docs/auto-unseal.md")
+	_, section, _ := strings.Cut(page, "\n### The block serve\n")
+	section, _, _ = strings.Cut(section, "\n#")
+	known := attributesOf(t, "serveAttributes")
+	var told []string
+	for _, row := range regexp.MustCompile(`(?m)^\| ([^|]+) \|`).FindAllStringSubmatch(section, -1) {
+		for _, name := range regexp.MustCompile("`([a-z_]+)`").FindAllStringSubmatch(row[1], -1) {
+			told = append(told, name[1])
+		}
+	}
+	slices.Sort(known)
+	slices.Sort(told)
+	if !slices.Equal(known, told) {
+		t.Errorf("the block serve has %v, and the page tells of %v", known, told)
+	}
+}
+
+// TestTheConfigurationsOfTheAutoUnsealGuideAreRead loads those that its walk does not use.
+func TestTheConfigurationsOfTheAutoUnsealGuideAreRead(t *testing.T) {
+	dir := t.TempDir()
+	writeTrust(t, dir)
+	authority := vaulttest.NewAuthority(t)
+	certificate, key := authority.Issue(t)
+	write(t, dir, "serve.pem", string(certificate))
+	write(t, dir, "serve.key", string(key))
+	page := readPage(t, "auto-unseal.md")
+	beginning, _, _ := strings.Cut(page["hcl serve"], "serve {")
+	readme := regexp.MustCompile("(?ms)^```hcl serve-block\n(.*?)^```$").FindStringSubmatch(readFile(t, vaulttest.Root(), "README.md"))
+	if page["hcl servers"] == "" || readme == nil {
+		t.Fatal("a configuration is gone: do the pages look different now?")
+	}
+	for name, text := range map[string]string{"one server": page["hcl serve"], "two servers": beginning + page["hcl servers"], "the README": beginning + readme[1]} {
+		write(t, dir, "nitroseal.hcl", strings.ReplaceAll(text, "/etc/nitroseal/", dir+"/"))
+		if read, err := config.Load(filepath.Join(dir, "nitroseal.hcl")); err != nil || read.Serve == nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestTheDropInOfTheGuideIsTheOneThatIsShipped compares what the page shows with what it is about.
+func TestTheDropInOfTheGuideIsTheOneThatIsShipped(t *testing.T) {
+	shown := readPage(t, "auto-unseal.md")["ini"]
+	for _, unit := range []string{"vault", "openbao"} {
+		shipped := readFile(t, vaulttest.Root(), "deploy/systemd/"+unit+".service.d/nitroseal.conf")
+		if shipped = regexp.MustCompile(`(?m)^#.*\n`).ReplaceAllString(shipped, ""); strings.TrimSpace(shipped) != strings.TrimSpace(shown) {
+			t.Errorf("%s: shipped is\n%s", unit, shipped)
+		}
+	}
+}
+
+// served is what `nitroseal serve status` tells, as JSON.
+type served struct {
+	Keys []struct {
+		Name    string `json:"name"`
+		Version int    `json:"version"`
+	} `json:"keys"`
+}
+
+func (h *house) status(t *testing.T) (s served) {
+	t.Helper()
+	must(t, json.Unmarshal([]byte(h.shell(t, "nitroseal serve status -o json")), &s))
+	return s
+}
+
+func (s served) version(t *testing.T, key string) int {
+	t.Helper()
+	for _, k := range s.Keys {
+		if k.Name == key {
+			return k.Version
+		}
+	}
+	t.Errorf("key %s is not served: %+v", key, s)
+	return 0
 }

@@ -130,7 +130,7 @@ func TestFromNothingToABackupThatWasRestored(t *testing.T) {
 // TestDocumentedFlagsExist compares every nitroseal command that a page or the demo shows with the command's own help.
 func TestDocumentedFlagsExist(t *testing.T) {
 	program, found := buildCommand(t), 0
-	command := regexp.MustCompile("(?m)(?:^\\s*|`|show |fails )nitroseal (import bank-vaults|(?:(?:nethsm|device|key|config) )?[a-z][-a-z]+)([^\n`|]*)")
+	command := regexp.MustCompile("(?m)(?:^\\s*|`|show |fails )nitroseal (import bank-vaults|serve (?:status|token [a-z]+)|(?:(?:nethsm|device|key|config) )?[a-z][-a-z]+)([^\n`|]*)")
 	for _, page := range []string{
 		"README.md", "docs/nethsm.md", "docs/operations.md", "docs/recovery.md", "docs/bank-vaults.md", "docs/threat-model.md",
 		"deploy/nethsm/README.md", "scripts/demo-nethsm",
