@@ -169,6 +169,8 @@ func TestEveryPodOfOursIsUnprivileged(t *testing.T) {
 				SecurityContext: s.StatefulSet.SecurityContext.Pod, InitContainers: s.ExtraInitContainers, Containers: s.ExtraContainers,
 				Volumes: append(s.Volumes, corev1.Volume{Name: "data"}), // the chart makes that one
 			}
+		case filepath.Base(name) == "statefulset.yaml":
+			pods[name] = serversPod(t)
 		case filepath.Base(name) == "deployment.yaml":
 			var deployment appsv1.Deployment
 			decodeStrictly(t, path, &deployment)
@@ -184,7 +186,7 @@ func TestEveryPodOfOursIsUnprivileged(t *testing.T) {
 			pods[name] = job.Spec.Template.Spec
 		}
 	}
-	if len(pods) != 5 {
+	if len(pods) != 6 {
 		t.Fatalf("%d pods were found", len(pods))
 	}
 	daemons := 0
@@ -200,6 +202,18 @@ func TestEveryPodOfOursIsUnprivileged(t *testing.T) {
 	if daemons != 3 {
 		t.Errorf("%d containers run pcscd", daemons)
 	}
+}
+
+// serversPod is the pod of `nitroseal serve`, with the volumes that are made for it.
+func serversPod(t *testing.T) corev1.PodSpec {
+	t.Helper()
+	var set appsv1.StatefulSet
+	decodeStrictly(t, filepath.Join(manifests, "serve/statefulset.yaml"), &set)
+	pod := set.Spec.Template.Spec
+	for _, claim := range set.Spec.VolumeClaimTemplates {
+		pod.Volumes = append(pod.Volumes, corev1.Volume{Name: claim.Name})
+	}
+	return pod
 }
 
 // startPCSCD is how pcscd starts in a container, where it is always process 1: what an earlier one left, that was killed, says that
@@ -283,11 +297,14 @@ func checkPod(t *testing.T, name string, pod corev1.PodSpec) {
 func mountsOf(t *testing.T, variant string) (folders []string) {
 	t.Helper()
 	var containers []corev1.Container
-	if variant == "helm" {
+	switch variant {
+	case "helm":
 		var values helmValues
 		decodeStrictly(t, filepath.Join(manifests, "helm/values-nitrokey.yaml"), &values)
 		containers = values.Server.ExtraContainers
-	} else {
+	case "serve":
+		containers = serversPod(t).Containers
+	default:
 		var deployment appsv1.Deployment
 		decodeStrictly(t, filepath.Join(manifests, "base/deployment.yaml"), &deployment)
 		containers = deployment.Spec.Template.Spec.Containers
@@ -306,7 +323,7 @@ var (
 
 func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
 	paths, err := filepath.Glob(filepath.Join(manifests, "*/nitroseal.hcl"))
-	if err != nil || len(paths) != 3 {
+	if err != nil || len(paths) != 4 {
 		t.Fatalf("configurations: %q, %v", paths, err)
 	}
 	for _, path := range paths {
@@ -335,7 +352,7 @@ func TestEveryConfigurationForKubernetesLoads(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if len(loaded.Clusters) != 1 || len(loaded.Clusters[0].Nodes) != 3 {
+			if loaded.Serve == nil && (len(loaded.Clusters) != 1 || len(loaded.Clusters[0].Nodes) != 3) {
 				t.Errorf("the clusters are %+v", loaded.Clusters)
 			}
 			secrets := secretFile.FindAllStringSubmatch(text, -1)
