@@ -34,6 +34,11 @@ demo-custody: ## see three Vaults initialised, cut off from power and unsealed a
 	@scripts/setup demo
 	@scripts/demo-custody
 
+.PHONY: demo-seal
+demo-seal: ## see a Vault that unseals itself by an HSM: power cut, rotation, a lease, a stolen token
+	@scripts/setup demo
+	@scripts/demo-seal
+
 .PHONY: dev
 dev: ## the same, left running for you to play with; prints how to talk to it
 	@scripts/setup demo
