@@ -49,7 +49,7 @@ type app struct {
 	custody       *cluster.Custodian
 	hooks         *daemon.Hooks   // what stores and critical work report to; nil but in the daemon
 	observer      device.Observer // what devices report to; nil for nobody
-	cacheRecords  bool            // whoever asks the keyring tells it when another process wrote
+	serving       bool            // it is the seal server's, which tells the keyring when another process wrote
 	closing       sync.Mutex      // guards closers
 	closers       []func() error
 	begun         bool          // a verb began its work

@@ -76,7 +76,11 @@ func (a *app) audit() (*audit.Log, error) {
 		}
 		return errors.Join(errs...)
 	}
-	for _, one := range auditsOf(c) {
+	configured := auditsOf(c)
+	if a.serving {
+		configured = a.auditsOfServer(c)
+	}
+	for _, one := range configured {
 		sink, err := openSink(one)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("%w: audit %q: %w", config.ErrInvalid, one.Kind, err), closeAll())
@@ -99,6 +103,24 @@ func auditsOf(c *config.Config) []config.Audit {
 		return c.Audits
 	}
 	return []config.Audit{{Kind: config.AuditFile, Path: filepath.Join(c.StateDir, defaultAudit)}}
+}
+
+// journalSocket is where systemd's journal takes lines.
+const journalSocket = "/run/systemd/journal/socket"
+
+// auditsOfServer are the sinks of the seal server. Unlike clusters in custody it writes lines all day, and nobody rotates a file that
+// nobody asked for; systemd's journal bounds itself.
+func (a *app) auditsOfServer(c *config.Config) []config.Audit {
+	if len(c.Audits) > 0 {
+		return c.Audits
+	}
+	if _, err := os.Stat(journalSocket); err == nil {
+		return []config.Audit{{Kind: config.AuditJournal}}
+	}
+	usual := auditsOf(c)
+	a.logger().Warn("every opening is written to a file in the state directory, which grows: have it rotated, or name another place by a block audit",
+		"file", usual[0].Path)
+	return usual
 }
 
 func openSink(configured config.Audit) (audit.Sink, error) {

@@ -47,7 +47,7 @@ func (a *app) keyring() (*keyring.Keyring, error) {
 	a.onClose(records.Close)
 	a.keys = keyring.New(keyring.Config{
 		Records: records, Devices: set, Logger: a.logger(), SealAuthKeys: true,
-		Words: &words, CacheRecords: a.cacheRecords,
+		Words: &words, CacheRecords: a.serving,
 		Lock: func(ctx context.Context, name string) (func(), error) { return records.Lock(ctx, name) },
 	})
 	a.onClose(a.keys.Close)

@@ -24,7 +24,13 @@ type running struct {
 
 func startRun(t *testing.T, configuration string, env []string, args ...string) *running {
 	t.Helper()
-	r := &running{cmd: command(t, configuration, append([]string{"run"}, args...)...), said: &transcript{}}
+	return startDaemon(t, configuration, env, append([]string{"run"}, args...)...)
+}
+
+// startDaemon starts a verb that stays.
+func startDaemon(t *testing.T, configuration string, env []string, args ...string) *running {
+	t.Helper()
+	r := &running{cmd: command(t, configuration, args...), said: &transcript{}}
 	r.cmd.Env = append(r.cmd.Env, env...)
 	r.cmd.Stderr = r.said
 	if err := r.cmd.Start(); err != nil {

@@ -52,7 +52,7 @@ What is opened is written to the audit log before it is done. The server's own l
 // use as it is.
 func (a *app) buildSealSite(ctx context.Context, hooks *server.Hooks) (*server.Site, error) {
 	inner := newApp(a.stdin, a.stdout, a.stderr)
-	inner.configPath, inner.log, inner.observer, inner.cacheRecords = a.configPath, a.log, hooks, true
+	inner.configPath, inner.log, inner.observer, inner.serving = a.configPath, a.log, hooks, true
 	site, err := inner.sealSite(ctx)
 	if err != nil {
 		if closing := inner.close(); closing != nil {

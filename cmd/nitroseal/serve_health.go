@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/config"
+	"vault-plugin-secrets-nitrokey/internal/server"
 )
 
 // healthTimeout is how long the seal server of this machine has to answer; maxHealth the size of its answer, in bytes.
@@ -28,33 +29,32 @@ var errStranger = errors.New("does not answer as a seal server")
 
 // sealHealth asks the seal server of this machine how it is: over the listener that nobody else reaches, where there is one, else over the
 // one of the seals.
-func sealHealth(ctx context.Context, c *config.Config) (health serverHealth, at string, err error) {
+func sealHealth(ctx context.Context, c *config.Config) (health server.Health, at string, err error) {
+	at = c.Serve.Listen
 	url, client, err := healthClient(c)
 	if err != nil {
-		return serverHealth{}, "", err
+		return server.Health{}, at, err
 	}
-	defer client.CloseIdleConnections()
-	at = c.Serve.Listen
 	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return serverHealth{}, at, fmt.Errorf("asking the seal server: %w", err)
+		return server.Health{}, at, fmt.Errorf("asking the seal server: %w", err)
 	}
 	response, err := client.Do(request)
 	if errors.Is(err, errStranger) {
-		return serverHealth{}, at, err
+		return server.Health{}, at, err
 	}
 	if err != nil {
-		return serverHealth{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
+		return server.Health{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxHealth))
 	if err != nil {
-		return serverHealth{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
+		return server.Health{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
 	}
-	if err := json.Unmarshal(body, &health); err != nil || health.Nitroseal == nil {
-		return serverHealth{}, at, fmt.Errorf("what answers at %s (status %d) %w; is it another program?", url, response.StatusCode, errStranger)
+	if err := json.Unmarshal(body, &health); err != nil || health.Nitroseal.Keys == nil {
+		return server.Health{}, at, fmt.Errorf("what answers at %s (status %d) %w; is it another program?", url, response.StatusCode, errStranger)
 	}
 	return health, at, nil
 }
@@ -107,29 +107,4 @@ func dialable(listen string) string {
 		host = "::1"
 	}
 	return net.JoinHostPort(host, port)
-}
-
-// serverHealth is what a seal server tells of itself.
-type serverHealth struct {
-	Sealed    bool             `json:"sealed"` // it cannot open all that it serves
-	Version   string           `json:"version"`
-	Nitroseal *nitrosealHealth `json:"nitroseal"`
-}
-
-// nitrosealHealth is what no Vault tells.
-type nitrosealHealth struct {
-	Keys []servedKeyView `json:"keys"`
-}
-
-// servedKeyView is a wrapping key that is served.
-type servedKeyView struct {
-	Name             string  `json:"name"`
-	Mode             string  `json:"mode"` // strict or leased
-	Version          int     `json:"version"`
-	Open             bool    `json:"open"`
-	Recipients       int     `json:"recipients"`
-	RecipientsUp     int     `json:"recipients_up"`
-	LeaseUntil       string  `json:"lease_until"`
-	OperationSeconds float64 `json:"operation_seconds"`
-	Capacity         int     `json:"capacity"`
 }

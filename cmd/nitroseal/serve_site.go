@@ -11,7 +11,9 @@ import (
 
 	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/memory"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/server"
+	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
 // sealSite is what the seal server serves: wrapping keys, tokens and devices of the configuration. It stays open until the app is
@@ -43,8 +45,8 @@ func (a *app) sealSite(ctx context.Context) (*server.Site, error) {
 	site := &server.Site{
 		Keys: keys, Names: settings.Keys, Tokens: tokens, Records: filepath.Join(c.StateDir, keyringDir), Audit: log,
 		Listen:  sealListener(c),
-		Monitor: server.Monitor{Address: settings.MetricsListen},
-		Mount:   settings.Mount, MaxBody: int(settings.MaxBody), Rate: float64(settings.Rate), Burst: settings.Burst,
+		Monitor: monitor.Listen{Address: settings.MetricsListen},
+		Mount:   settings.Mount, MaxBody: int(settings.MaxBody), Limit: token.Limit{Rate: settings.Rate, Burst: settings.Burst},
 	}
 	if err := errors.Join(sealListenerProblems(c)...); err != nil {
 		return nil, err
@@ -61,19 +63,23 @@ func (a *app) sealSite(ctx context.Context) (*server.Site, error) {
 		if err != nil {
 			return nil, err
 		}
-		site.Devices = append(site.Devices, server.Device{Device: handle, Parallel: c.Devices[i].Parallel})
+		site.Devices = append(site.Devices, server.Device{HSM: handle, Parallel: c.Devices[i].Parallel})
 	}
 	return site, nil
 }
 
-// sealListener is where seals ask.
+// sealListener is where seals ask. What it is made of is read anew each time, for certificates are renewed while it listens.
 func sealListener(c *config.Config) server.Listen {
 	settings := c.Serve
-	return server.Listen{
-		Address: settings.Listen, Plain: settings.PlainHTTP, MaxConnections: settings.MaxConnections,
-		CertFile: settings.TLSCertFile, KeyFile: settings.TLSKeyFile, ClientCAFile: settings.ClientCAFile,
-		ClientCertificates: server.ClientCertificates(settings.ClientCertificates),
+	listen := server.Listen{Address: settings.Listen, Plain: settings.PlainHTTP, MaxConnections: settings.MaxConnections}
+	if settings.Secure() {
+		listen.Certificate = func() (chain, key []byte, err error) { return sealCertificate(c) }
 	}
+	if settings.ClientCAFile != "" {
+		listen.ClientCA = func() ([]byte, error) { return clientCA(c) }
+		listen.Required = settings.ClientCertificates == config.CertificatesRequired
+	}
+	return listen
 }
 
 // sealCertificate reads the server's certificate and its key, which the caller wipes.

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"vault-plugin-secrets-nitrokey/internal/server"
 )
 
 func newServeStatusCommand(a *app) *cobra.Command {
@@ -38,11 +40,11 @@ The exit code is that of a health check: 0 where all is well, 1 where a served k
 
 // sealServerView is the seal server of this machine as JSON.
 type sealServerView struct {
-	Listen  string          `json:"listen"`
-	Healthy bool            `json:"healthy"`
-	Version string          `json:"version"`
-	Keys    []servedKeyView `json:"keys"`
-	Error   string          `json:"error"`
+	Listen  string             `json:"listen"`
+	Healthy bool               `json:"healthy"`
+	Version string             `json:"version"`
+	Keys    []server.KeyHealth `json:"keys"`
+	Error   string             `json:"error"`
 
 	err error
 }
@@ -50,10 +52,8 @@ type sealServerView struct {
 // sealServer asks the seal server of this machine.
 func (a *app) sealServer(ctx context.Context) *sealServerView {
 	health, at, err := sealHealth(ctx, a.configuration)
-	view := &sealServerView{Listen: at, Version: health.Version, Keys: []servedKeyView{}, Error: text(err), err: err}
-	if health.Nitroseal != nil {
-		view.Keys = list(health.Nitroseal.Keys)
-	}
+	view := &sealServerView{Listen: at, Version: health.Version, Error: text(err), err: err}
+	view.Keys = list(health.Nitroseal.Keys)
 	v := view.judge()
 	view.Healthy = v.wrong == nil && v.silent == nil
 	return view
@@ -69,9 +69,13 @@ func (v *sealServerView) judge() verdict {
 		found.wrong = append(found.wrong, v.Error)
 	}
 	for i := range v.Keys {
-		if k := &v.Keys[i]; !k.Open {
-			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q cannot open: %d of %d HSMs answer; what is sealed with it goes on, and a Vault that starts waits",
-				k.Name, k.RecipientsUp, k.Recipients))
+		switch k := &v.Keys[i]; {
+		case k.Version == 0:
+			found.wrong = append(found.wrong, fmt.Sprintf("seal server: it does not seal with key %q, which is not there or not ready; nitroseal key show %s says what it needs",
+				k.Name, k.Name))
+		case !k.Opens || !k.Seals:
+			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q %s: %d of %s answer; a Vault that starts waits, nitroseal device status says for what",
+				k.Name, troubleOf(k), k.RecipientsUp, countHSMs(k.Recipients)))
 		}
 	}
 	return found
@@ -88,21 +92,37 @@ func (v *sealServerView) rows(t *table) {
 		t.row("  serves no key", "a token names the first one: nitroseal serve token create NAME --key KEY")
 	}
 	for i := range v.Keys {
-		t.row("  key "+v.Keys[i].Name, v.Keys[i].sentence())
+		t.row("  key "+v.Keys[i].Name, servedKey(&v.Keys[i]))
 	}
 }
 
-// sentence says how a served key is.
-func (k *servedKeyView) sentence() string {
-	parts := []string{fmt.Sprintf("version %d", k.Version), fmt.Sprintf("%d of %s answer", k.RecipientsUp, countHSMs(k.Recipients))}
-	if !k.Open {
-		parts = append(parts, "CANNOT OPEN")
+// troubleOf says what a served key cannot do; "" for nothing.
+func troubleOf(k *server.KeyHealth) string {
+	switch {
+	case !k.Seals && !k.Opens:
+		return "NEITHER SEALS NOR OPENS"
+	case !k.Seals:
+		return "DOES NOT SEAL"
+	case !k.Opens:
+		return "DOES NOT OPEN"
+	}
+	return ""
+}
+
+// servedKey says how a served key is.
+func servedKey(k *server.KeyHealth) string {
+	var parts []string
+	if trouble := troubleOf(k); trouble != "" {
+		parts = append(parts, trouble)
 	}
 	mode := k.Mode
-	if k.LeaseUntil != "" {
-		mode += " until " + k.LeaseUntil
+	if k.LeaseUntil != nil {
+		mode += " until " + stamp(*k.LeaseUntil)
 	}
-	parts = append(parts, mode)
+	if k.LeaseLocked != nil && !*k.LeaseLocked {
+		mode += " (its memory may be swapped)"
+	}
+	parts = append(parts, fmt.Sprintf("version %d", k.Version), fmt.Sprintf("%d of %s answer", k.RecipientsUp, countHSMs(k.Recipients)), mode)
 	if k.OperationSeconds > 0 {
 		parts = append(parts, fmt.Sprintf("%.3g s an operation", k.OperationSeconds))
 	}

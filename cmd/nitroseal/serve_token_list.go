@@ -14,7 +14,7 @@ func newServeTokenListCommand(a *app) *cobra.Command {
 		Short: "List the tokens, and what each is good for",
 		Long: `List the tokens of all servers that share the store: what each is for, where it is taken from, who made it and when. What keeps one from
 being of use on this machine, a wrapping key that is not there for example, is told below the list. When a token was last used is a metric
-of each server, nitroseal_serve_token_last_used_seconds.`,
+of each server, nitroseal_serve_token_last_use_timestamp_seconds.`,
 		Example: "  nitroseal serve token list -o json",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {

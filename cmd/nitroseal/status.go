@@ -25,39 +25,62 @@ func newStatusCommand(a *app) *cobra.Command {
 		Long: `Ask every node of the named clusters, or of all of the configuration, how it is, and look up how the cluster's keys are kept: which
 generation, sealed with which version of which wrapping key, and how many HSMs open it. No HSM is asked, and nothing is changed.
 
+Where the configuration has a block serve, and no cluster is named, the seal server of this machine is asked as well: what it serves, and for
+how many Vaults that suffices ("nitroseal serve status").
+
 The exit code is that of a health check: 0 where every node is unsealed and the keys are in order, 1 where a node is sealed or not
-initialised, none is active, or something is wrong with the keys, 3 where nothing is wrong but a node or a store does not answer. What was found is
+initialised, none is active, or something is wrong with the keys, 3 where nothing is wrong but a node, a store or the seal server does not answer. What was found is
 printed in either case.`,
 		Example: `  nitroseal status
   nitroseal status prod -o json`,
 		ValidArgsFunction: a.completeClusters,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			clusters, err := a.clusters(args)
-			if err != nil {
-				return err
-			}
-			custodian, err := a.custodian()
-			if err != nil {
-				return err
-			}
 			ctx, cancel := a.within(cmd.Context(), ordinaryTimeout)
 			defer cancel()
-			view := clustersView{Clusters: make([]clusterView, len(clusters))}
-			verdicts := make([]verdict, len(clusters))
-			var asked sync.WaitGroup
-			for i, c := range clusters {
-				asked.Go(func() {
-					status, err := custodian.Status(ctx, c)
-					view.Clusters[i], verdicts[i] = newClusterView(c, &status, err), judge(c, &status, err)
-				})
+			view := clustersView{Clusters: []clusterView{}}
+			var verdicts []verdict
+			c, err := a.config()
+			if err != nil {
+				return err
 			}
-			asked.Wait()
+			serves := c.Serve != nil && len(args) == 0
+			if !serves || len(c.Clusters) > 0 {
+				if view.Clusters, verdicts, err = a.statusOfClusters(ctx, args); err != nil {
+					return err
+				}
+			}
+			if serves {
+				view.SealServer = a.sealServer(ctx)
+				verdicts = append(verdicts, view.SealServer.judge())
+			}
 			if err := ctx.Err(); errors.Is(err, context.Canceled) {
 				return err
 			}
 			return errors.Join(a.print(view, view.rows), verdictOf(verdicts))
 		},
 	}
+}
+
+// statusOfClusters asks all at one time.
+func (a *app) statusOfClusters(ctx context.Context, wanted []string) ([]clusterView, []verdict, error) {
+	clusters, err := a.clusters(wanted)
+	if err != nil {
+		return nil, nil, err
+	}
+	custodian, err := a.custodian()
+	if err != nil {
+		return nil, nil, err
+	}
+	views, verdicts := make([]clusterView, len(clusters)), make([]verdict, len(clusters))
+	var asked sync.WaitGroup
+	for i, c := range clusters {
+		asked.Go(func() {
+			status, err := custodian.Status(ctx, c)
+			views[i], verdicts[i] = newClusterView(c, &status, err), judge(c, &status, err)
+		})
+	}
+	asked.Wait()
+	return views, verdicts, nil
 }
 
 // verdict is what a health check makes of a cluster: sentences about what is wrong and about what does not answer.
@@ -193,7 +216,8 @@ func unanswered(err error) bool {
 
 // clustersView is the status of clusters as JSON.
 type clustersView struct {
-	Clusters []clusterView `json:"clusters"`
+	Clusters   []clusterView   `json:"clusters"`
+	SealServer *sealServerView `json:"seal_server"` // null where none is configured, or clusters were named
 }
 
 // clusterView is the status of one.
@@ -318,6 +342,22 @@ func newClusterView(c *cluster.Cluster, s *cluster.Status, err error) clusterVie
 }
 
 func (v *clustersView) rows(t *table) {
+	if len(v.Clusters) > 0 {
+		v.nodeRows(t)
+	}
+	for i := range v.Clusters {
+		t.row("")
+		v.Clusters[i].rows(t)
+	}
+	if v.SealServer != nil {
+		if len(v.Clusters) > 0 {
+			t.row("")
+		}
+		v.SealServer.rows(t)
+	}
+}
+
+func (v *clustersView) nodeRows(t *table) {
 	t.row("CLUSTER", "NODE", "REACHABLE", "INITIALISED", "SEALED", "ROLE", "VERSION")
 	for i := range v.Clusters {
 		for j := range v.Clusters[i].Nodes {
@@ -332,10 +372,6 @@ func (v *clustersView) rows(t *table) {
 			}
 			t.row(v.Clusters[i].Cluster, n.Address, "yes", yes(n.Initialized), sealed, cmp.Or(n.Role, "-"), n.Version)
 		}
-	}
-	for i := range v.Clusters {
-		t.row("")
-		v.Clusters[i].rows(t)
 	}
 }
 
