@@ -22,10 +22,25 @@ var _ store.Store = (*records)(nil)
 
 func newRecords() *records { return &records{entries: map[string]store.Entry{}} }
 
-// Get implements [store.Store].
-func (r *records) Get(_ context.Context, name string) (store.Entry, error) {
+// enter begins what is done with a name, unless the name is none or the caller has gone. leave ends it.
+func (r *records) enter(ctx context.Context, name string) (leave func(), err error) {
+	if err := store.CheckName(name); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	return r.mu.Unlock, nil
+}
+
+// Get implements [store.Store].
+func (r *records) Get(ctx context.Context, name string) (store.Entry, error) {
+	leave, err := r.enter(ctx, name)
+	if err != nil {
+		return store.Entry{}, err
+	}
+	defer leave()
 	entry, known := r.entries[name]
 	if !known {
 		return store.Entry{}, fmt.Errorf("%q: %w", name, store.ErrNotFound)
@@ -35,15 +50,15 @@ func (r *records) Get(_ context.Context, name string) (store.Entry, error) {
 }
 
 // Put implements [store.Store].
-func (r *records) Put(_ context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
-	if err := store.CheckName(name); err != nil {
-		return "", err
-	}
+func (r *records) Put(ctx context.Context, name string, value []byte, expected store.Revision) (store.Revision, error) {
 	if err := store.CheckValue(value, store.MaxValueSize); err != nil {
 		return "", err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	leave, err := r.enter(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
 	if r.entries[name].Revision != expected {
 		return "", fmt.Errorf("%q: %w", name, store.ErrConflict)
 	}
@@ -54,8 +69,11 @@ func (r *records) Put(_ context.Context, name string, value []byte, expected sto
 }
 
 // List implements [store.Store].
-func (r *records) List(_ context.Context, prefix string) ([]string, error) {
+func (r *records) List(ctx context.Context, prefix string) ([]string, error) {
 	if err := store.CheckPrefix(prefix); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	r.mu.Lock()
@@ -71,9 +89,12 @@ func (r *records) List(_ context.Context, prefix string) ([]string, error) {
 }
 
 // Delete implements [store.Store].
-func (r *records) Delete(_ context.Context, name string, expected store.Revision) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+func (r *records) Delete(ctx context.Context, name string, expected store.Revision) error {
+	leave, err := r.enter(ctx, name)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	entry, known := r.entries[name]
 	switch {
 	case !known:

@@ -26,7 +26,7 @@ func TestRotatedAndForeignKeys(t *testing.T) {
 	first := bao.configured(t, s.stanza(t, "prod"))
 	old := first.mustEncrypt(t, rootKey, aad)
 
-	h.Must(t, "key", "rotate", "prod", "--device", "hsm", "--generate", "--algorithm", "p256")
+	h.Must(t, "key", "rotate", "prod", "--device", "hsm", "--generate", "--algorithm", "ecdh-p256")
 	h.Must(t, "key", "backup", "prod", "--out", h.File("prod-2.record"))
 	rotated := s.stanza(t, "prod", map[string]string{"key_record_file": h.File("prod-2.record")})
 	second := bao.configured(t, rotated)
