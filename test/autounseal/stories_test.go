@@ -205,6 +205,7 @@ func shamirAndBack(t *testing.T, server SealServer, key string) {
 
 	vault.Stop(t)
 	vault.Migrate(t, seal)
+	vault.WaitActive(t) // it is becoming active that migrates
 	recalls(t, vault, "secret", "kept")
 	vault.Restart(t)
 	recalls(t, vault, "secret", "kept")
@@ -212,6 +213,7 @@ func shamirAndBack(t *testing.T, server SealServer, key string) {
 	seal.Disabled = true
 	vault.Stop(t)
 	vault.Migrate(t, seal)
+	vault.WaitActive(t)
 	vault.SetSeals()
 	vault.Restart(t) // with what was the recovery key
 	recalls(t, vault, "secret", "kept")
@@ -261,6 +263,7 @@ func transitToTransit(t *testing.T, server SealServer, key string) {
 		step.from.Disabled = true
 		vault.Stop(t)
 		vault.Migrate(t, step.to, step.from)
+		vault.WaitActive(t)
 		vault.SetSeals(step.to)
 		vault.Restart(t)
 		recalls(t, vault, "secret", "kept")

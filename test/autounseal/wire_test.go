@@ -90,8 +90,8 @@ func opens(t testing.TB, seal vaulttest.Seal, ciphertext, text string) error {
 	return nil
 }
 
-// isLeased tells whether an envelope was sealed to a key encryption key, which it carries.
-func isLeased(t testing.TB, ciphertext string) bool {
+// carriesKEK tells whether an envelope was sealed to a key encryption key, which it carries.
+func carriesKEK(t testing.TB, ciphertext string) bool {
 	t.Helper()
 	parts := strings.Split(ciphertext, ":")
 	raw, err := base64.StdEncoding.DecodeString(parts[len(parts)-1])
@@ -110,7 +110,7 @@ func sealsLeased(t testing.TB, seal vaulttest.Seal, want bool) (ciphertext strin
 	t.Helper()
 	vaulttest.Eventually(t, vaulttest.Patience, fmt.Sprintf("leased to be %t", want), func() error {
 		ciphertext = encrypts(t, seal, "x")
-		if isLeased(t, ciphertext) != want {
+		if carriesKEK(t, ciphertext) != want {
 			return errors.New("it is not")
 		}
 		return nil
