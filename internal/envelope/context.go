@@ -176,7 +176,10 @@ func (c Context) macInto(b []byte, key *AuthKey, payload []byte) []byte {
 	mac := hmac.New(sha256.New, key[:])
 	_, _ = mac.Write(input) // a hash does not fail
 	_, _ = mac.Write(payload)
-	return mac.Sum(b)
+	b = mac.Sum(b)
+	var zeros [sha256.BlockSize]byte
+	_, _ = mac.Write(zeros[:]) // the hash keeps its last block, which is the end of the payload
+	return b
 }
 
 // appendField appends a field and its length before it.

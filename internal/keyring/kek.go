@@ -191,7 +191,10 @@ func (k *Keyring) openKEK(
 		}
 		k.leave(f)
 		// The leader's time was over, or it had gone. Whoever has time left goes on.
-		if leads || ctx.Err() != nil || !errors.Is(f.err, context.Canceled) && !errors.Is(f.err, context.DeadlineExceeded) {
+		if gone := ctx.Err(); gone != nil && !errors.Is(f.err, gone) {
+			return nil, nil, fmt.Errorf("%w: %w", gone, f.err)
+		}
+		if leads || !errors.Is(f.err, context.Canceled) && !errors.Is(f.err, context.DeadlineExceeded) {
 			return nil, nil, f.err
 		}
 	}

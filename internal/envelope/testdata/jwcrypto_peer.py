@@ -3,7 +3,7 @@
 
 Reads a list of jobs as JSON from stdin, writes the list of their results to stdout.
 
-    {"do": "open", "jwe": TEXT, "key": PEM of the private key}
+    {"do": "open", "jwe": TEXT, "key": PEM of the private key, or a symmetric one as a JWK}
         -> {"plaintext": HEX, "protected": TEXT, "thumbprint": kid of the key}
     {"do": "seal", "plaintext": HEX, "protected": TEXT, "recipients": [{"key": PEM, "header": {…} or null}, …]}
         -> {"own": what the library writes, "canonical": the same as docs/envelope.md wants it}
@@ -19,8 +19,12 @@ except ImportError as error:
     sys.exit(3)
 
 
+def read_key(text):
+    return jwk.JWK.from_json(text) if text.startswith("{") else jwk.JWK.from_pem(text.encode())
+
+
 def open_jwe(job):
-    key = jwk.JWK.from_pem(job["key"].encode())
+    key = read_key(job["key"])
     token = jwe.JWE()
     token.deserialize(job["jwe"], key=key)
     return {
@@ -35,7 +39,7 @@ def seal_jwe(job):
     for recipient in job["recipients"]:
         header = recipient["header"]
         token.add_recipient(
-            jwk.JWK.from_pem(recipient["key"].encode()),
+            read_key(recipient["key"]),
             header=json.dumps(header) if header else None,
         )
     own = token.serialize()

@@ -1,0 +1,996 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"crypto/cipher"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+)
+
+const testLease = 10 * time.Minute
+
+// newLeased is a fixture whose key "prod" serves encrypt/ and has a lease.
+func newLeased(t testing.TB) *fixture {
+	t.Helper()
+	f := newFixture(t)
+	f.server()
+	f.adopt()
+	f.backup()
+	f.configure(Settings{AcceptSingleHSM: ptr(true), Lease: ptr(testLease)})
+	return f
+}
+
+// server makes the fixture's keyring one of a process that was just started, on the bubble's clock.
+func (f *fixture) server() {
+	f.t.Helper()
+	f.process()
+	if key, err := f.Get(f.t.Context(), "prod"); err == nil && key.LatestVersion > 0 {
+		if err := f.Warm(f.t.Context(), "prod"); err != nil {
+			f.t.Fatalf("warming: %v", err)
+		}
+	}
+}
+
+func (f *fixture) openLease() {
+	f.t.Helper()
+	if err := f.OpenLease(f.t.Context(), "prod"); err != nil {
+		f.t.Fatalf("opening a lease: %v", err)
+	}
+}
+
+func (f *fixture) encrypt(payload string) Sealed {
+	f.t.Helper()
+	sealed, err := f.Wrap(f.t.Context(), "prod", envelope.UseTransit, []byte(payload), nil)
+	if err != nil {
+		f.t.Fatalf("encrypting: %v", err)
+	}
+	return sealed
+}
+
+func (f *fixture) decrypt(raw []byte) (string, error) {
+	f.t.Helper()
+	opened, err := f.Unwrap(f.t.Context(), "prod", envelope.UseTransit, raw, nil)
+	return string(opened.Payload), err
+}
+
+// decrypts fails the test unless the envelope opens to that.
+func (f *fixture) decrypts(raw []byte, want string) {
+	f.t.Helper()
+	if got, err := f.decrypt(raw); err != nil || got != want {
+		f.t.Errorf("decrypted %q, %v; want %q", got, err, want)
+	}
+}
+
+// spends fails the test unless do costs so many operations in both HSMs.
+func (f *fixture) spends(want int, what string, do func()) {
+	f.t.Helper()
+	spent := f.operations()
+	do()
+	if got := spent(); got[0]+got[1] != want {
+		f.t.Errorf("%s: %d HSM operations, want %d", what, got[0]+got[1], want)
+	}
+}
+
+func TestALeaseCostsOneOperationHoweverOftenItIsUsed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.server()
+		var first Sealed
+		f.spends(1, "the first envelope, and opening the lease in the background", func() {
+			if first = f.encrypt("strict"); first.Leased {
+				t.Error("the first envelope waited for the HSM")
+			}
+			synctest.Wait()
+		})
+		var raws [][]byte
+		f.spends(0, "100 envelopes and their openings", func() {
+			for i := range 100 {
+				sealed := f.encrypt(fmt.Sprint(i))
+				if !sealed.Leased || sealed.Recipients != 1 {
+					t.Fatalf("sealed %+v", sealed)
+				}
+				f.decrypts(sealed.Envelope, fmt.Sprint(i))
+				raws = append(raws, sealed.Envelope)
+			}
+		})
+		f.spends(1, "the envelope that was sealed before the lease was open", func() { f.decrypts(first.Envelope, "strict") })
+		f.server()
+		f.spends(1, "all of them in another process", func() {
+			for i, raw := range raws {
+				f.decrypts(raw, fmt.Sprint(i))
+			}
+		})
+		leases := f.Leases()
+		key, err := f.Get(t.Context(), "prod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(leases) != 1 || leases[0].Key != "prod" || leases[0].Version != 1 || leases[0].KID != key.Versions[0].KEK ||
+			!leases[0].Until.Equal(time.Now().Add(testLease)) {
+			t.Errorf("the leases are %+v", leases)
+		}
+		if key.Lease != testLease || key.Versions[0].KEK == "" {
+			t.Errorf("the key is %+v", key)
+		}
+	})
+}
+
+func TestOpeningTellsWhetherALeaseDidIt(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	sealed := f.encrypt("x")
+	key, err := f.Get(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Opened{Context: envelope.Context{Use: envelope.UseTransit, Key: "prod", Version: 1}, Version: 1, LatestVersion: 1, KID: key.Versions[0].KEK, Recipients: 1, Leased: true}
+	check := func(what string, opened Opened, err error, device string) {
+		t.Helper()
+		want.Device, want.Payload = device, opened.Payload
+		if err != nil || fmt.Sprint(opened) != fmt.Sprint(want) || string(opened.Payload) != "x" {
+			t.Errorf("%s: %+v, %v", what, opened, err)
+		}
+	}
+	opened, err := f.Unwrap(t.Context(), "prod", envelope.UseTransit, sealed.Envelope, nil)
+	check("with the lease", opened, err, "")
+	opened, ok, err := f.OpenLeased("prod", sealed.Envelope, envelope.Context{Use: envelope.UseTransit})
+	if !ok {
+		t.Error("OpenLeased did not open it")
+	}
+	check("by OpenLeased", opened, err, "")
+	f.EndLeases()
+	if _, ok, err := f.OpenLeased("prod", sealed.Envelope, envelope.Context{Use: envelope.UseTransit}); ok || err != nil {
+		t.Errorf("OpenLeased without a lease: %v, %v", ok, err)
+	}
+	opened, err = f.Unwrap(t.Context(), "prod", envelope.UseTransit, sealed.Envelope, nil)
+	check("with the HSM", opened, err, "one")
+}
+
+func TestOpenLeasedNeverAsksAnHSMOrAStore(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	sealed := f.encrypt("x").Envelope
+	transit := envelope.Context{Use: envelope.UseTransit}
+	strict := func() []byte {
+		raw, err := f.Wrap(t.Context(), "prod", envelope.UseWrap, []byte("x"), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw.Envelope
+	}()
+	f.devices.set("one", nil)
+	damaged := bytes.Clone(sealed)
+	damaged[len(damaged)-5] ^= 1
+	for _, test := range []struct {
+		name  string
+		raw   []byte
+		want  envelope.Context
+		ready func()
+		ok    bool
+		err   error
+	}{
+		{"no envelope", []byte("x"), transit, nil, true, envelope.ErrMalformed},
+		{"another entrance", sealed, envelope.Context{Use: envelope.UseWrap}, nil, true, envelope.ErrContext},
+		{"another caller's context", sealed, envelope.Context{Use: envelope.UseTransit, Caller: []byte("x")}, nil, true, envelope.ErrContext},
+		{"a strict envelope", strict, envelope.Context{Use: envelope.UseWrap}, nil, false, nil},
+		{"a damaged one", damaged, transit, nil, true, envelope.ErrDecrypt},
+		{"a record that is not cached", sealed, transit, func() { f.Invalidate("prod") }, false, nil},
+	} {
+		if test.ready != nil {
+			test.ready()
+		}
+		if _, ok, err := f.OpenLeased("prod", test.raw, test.want); ok != test.ok || !errors.Is(err, test.err) {
+			t.Errorf("%s: %v, %v", test.name, ok, err)
+		}
+	}
+	f.process()
+	f.lookedUp()
+	if _, ok, err := f.OpenLeased("prod", sealed, transit); ok || err != nil {
+		t.Errorf("an authentication key that is not open: %v, %v", ok, err)
+	}
+}
+
+// process is server without warming.
+func (f *fixture) process() {
+	f.Keyring = New(Config{Records: f.store, Devices: f.devices, CacheRecords: true, SealAuthKeys: true})
+	keys := f.Keyring
+	f.t.Cleanup(func() { _ = keys.Close() })
+}
+
+// lookedUp has the record cached.
+func (f *fixture) lookedUp() {
+	f.t.Helper()
+	if _, err := f.Get(f.t.Context(), "prod"); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+func TestSixtyFourWhoWaitForAKEKCostOneOperation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		for name, lease := range map[string]time.Duration{"with a lease": testLease, "where the lease was taken away meanwhile": 0} {
+			f.server()
+			f.configure(Settings{Lease: &lease})
+			f.one.Delay(time.Second)
+			f.spends(1, name, func() {
+				var all sync.WaitGroup
+				for range 64 {
+					all.Go(func() { f.decrypts(raw, "x") })
+				}
+				all.Wait()
+			})
+			f.one.Delay(0)
+			if held := len(f.Leases()); held != map[bool]int{true: 1, false: 0}[lease > 0] {
+				t.Errorf("%s: %d leases are held", name, held)
+			}
+		}
+	})
+}
+
+func TestALeasedEnvelopeOpensWhateverTheLeaseSaysNow(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	raw := f.encrypt("x").Envelope
+	f.configure(Settings{Lease: ptr(time.Duration(0))})
+	if leases := f.Leases(); len(leases) != 0 {
+		t.Fatalf("without a lease there are %v", leases)
+	}
+	f.spends(2, "two openings in strict mode", func() {
+		f.decrypts(raw, "x")
+		f.decrypts(raw, "x")
+	})
+	if leases := f.Leases(); len(leases) != 0 {
+		t.Errorf("opening held %v", leases)
+	}
+	if f.encrypt("y").Leased {
+		t.Error("in strict mode it sealed to the KEK")
+	}
+	f.configure(Settings{Lease: ptr(testLease)})
+	key, err := f.Get(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.spends(1, "the lease given again, to the same KEK", func() {
+		f.decrypts(raw, "x")
+		f.decrypts(raw, "x")
+	})
+	if leases := f.Leases(); len(leases) != 1 || leases[0].KID != key.Versions[0].KEK {
+		t.Errorf("held %+v, the key is %+v", leases, key)
+	}
+}
+
+func TestOnlyTransitUpTo16KiBIsLeased(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	for _, test := range []struct {
+		use    envelope.Use
+		size   int
+		leased bool
+	}{
+		{envelope.UseTransit, 0, true},
+		{envelope.UseTransit, envelope.MaxLeasedPayload, true},
+		{envelope.UseTransit, envelope.MaxLeasedPayload + 1, false},
+		{envelope.UseWrap, 10, false},
+		{envelope.UseSeal, 10, false},
+	} {
+		payload := bytes.Repeat([]byte("x"), test.size)
+		sealed, err := f.Wrap(t.Context(), "prod", test.use, payload, []byte("context"))
+		if err != nil || sealed.Leased != test.leased {
+			t.Errorf("%s, %d bytes: leased %v, %v", test.use, test.size, sealed.Leased, err)
+		}
+		opened, err := f.Unwrap(t.Context(), "prod", test.use, sealed.Envelope, []byte("context"))
+		if err != nil || !bytes.Equal(opened.Payload, payload) || opened.Leased != test.leased {
+			t.Errorf("%s, %d bytes: opened %d, %v", test.use, test.size, len(opened.Payload), err)
+		}
+	}
+}
+
+func TestWithTheHSMAwaySealingGoesOnAndOpeningUntilTheLeaseEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		leased := f.encrypt("leased").Envelope
+		f.one.SetError(fmt.Errorf("unplugged: %w", hsm.ErrUnavailable))
+		time.Sleep(testLease - time.Second)
+		if !f.encrypt("y").Leased {
+			t.Error("sealing did not use the lease")
+		}
+		f.decrypts(leased, "leased")
+		synctest.Wait() // the lease was to be opened anew, which failed
+		time.Sleep(time.Second)
+		begun := time.Now()
+		strict := f.encrypt("strict")
+		if strict.Leased || time.Since(begun) != 0 {
+			t.Errorf("after the lease: leased %v, took %v", strict.Leased, time.Since(begun))
+		}
+		if _, err := f.decrypt(leased); !errors.Is(err, hsm.ErrUnavailable) {
+			t.Errorf("opening after the lease: %v", err)
+		}
+		f.one.SetError(nil)
+		f.decrypts(leased, "leased")
+		f.decrypts(strict.Envelope, "strict")
+	})
+}
+
+func TestOpeningInTheBackgroundRestsAfterFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.one.SetError(fmt.Errorf("unplugged: %w", hsm.ErrUnavailable))
+		asked := f.countDevice("one")
+		for range 600 { // a Vault that seals each second for ten minutes
+			if f.encrypt("x").Leased {
+				t.Fatal("leased without an HSM")
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		if got := asked(); got < 10 || got > 20 {
+			t.Errorf("an HSM that was away for ten minutes was asked %d times", got)
+		}
+		f.one.SetError(nil)
+		time.Sleep(longestRest)
+		f.encrypt("x")
+		synctest.Wait()
+		if !f.encrypt("x").Leased {
+			t.Error("the HSM is back, and there is no lease")
+		}
+	})
+}
+
+// countDevice counts how often a device is looked up.
+func (f *fixture) countDevice(name string) func() int {
+	counting := &countingDevices{Devices: f.devices, name: name}
+	f.Keyring.devices = counting
+	return func() int {
+		counting.mu.Lock()
+		defer counting.mu.Unlock()
+		return counting.count
+	}
+}
+
+type countingDevices struct {
+	Devices
+	name  string
+	mu    sync.Mutex
+	count int
+}
+
+func (d *countingDevices) Device(ctx context.Context, name string) (hsm.Device, error) {
+	if name == d.name {
+		d.mu.Lock()
+		d.count++
+		d.mu.Unlock()
+	}
+	return d.Devices.Device(ctx, name)
+}
+
+func TestALeaseIsOpenedAnewWhenItIsUsedShortlyBeforeItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.spends(0, "used in the first four fifths", func() {
+			time.Sleep(testLease*4/5 - time.Second)
+			f.decrypts(raw, "x")
+			synctest.Wait()
+		})
+		f.spends(1, "used in the last fifth, by many", func() {
+			time.Sleep(2 * time.Second)
+			for range 10 {
+				f.decrypts(raw, "x")
+				f.encrypt("y")
+			}
+			synctest.Wait()
+		})
+		f.spends(0, "used after what would have been its end", func() {
+			time.Sleep(testLease / 2)
+			f.decrypts(raw, "x")
+		})
+		time.Sleep(testLease)
+		synctest.Wait()
+		if leases := f.Leases(); len(leases) != 0 {
+			t.Errorf("unused, it is still there: %+v", leases)
+		}
+	})
+}
+
+func TestALeaseThatNobodyUsesIsWipedAtItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		l := f.theLease()
+		time.Sleep(testLease - time.Second)
+		synctest.Wait()
+		if !l.aes.Use(noCipher) {
+			t.Error("it was wiped before its end")
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if l.aes.Use(noCipher) {
+			t.Error("it was not wiped")
+		}
+	})
+}
+
+// theLease is the only lease that is held.
+func (f *fixture) theLease() *lease {
+	f.t.Helper()
+	f.leases.mu.RLock()
+	defer f.leases.mu.RUnlock()
+	if len(f.leases.held) != 1 {
+		f.t.Fatalf("%d leases are held", len(f.leases.held))
+	}
+	for _, l := range f.leases.held {
+		return l
+	}
+	return nil
+}
+
+// The clock that timers go by stands still while the machine is suspended: in the bubble the wall clock jumps instead.
+func TestASuspendedMachineDoesNotProlongALease(t *testing.T) {
+	for _, used := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newLeased(t)
+			var jump atomic.Int64
+			now := func() time.Time { return time.Now().Add(time.Duration(jump.Load())) }
+			f.Keyring = New(Config{Records: f.store, Devices: f.devices, CacheRecords: true, Now: now})
+			defer f.Close()
+			f.openLease()
+			raw := f.encrypt("x").Envelope
+			l := f.theLease()
+			jump.Store(int64(testLease))
+			if used {
+				f.spends(1, "the first use after it", func() { f.decrypts(raw, "x") })
+			} else {
+				time.Sleep(sweepEvery)
+				synctest.Wait()
+			}
+			if l.aes.Use(noCipher) {
+				t.Errorf("used %v: the lease outlived its time", used)
+			}
+			f.EndLeases()
+			f.openLease()
+			jump.Store(int64(-48 * time.Hour)) // somebody sets the clock back
+			l = f.theLease()
+			time.Sleep(testLease)
+			synctest.Wait()
+			if l.aes.Use(noCipher) {
+				t.Error("a clock that was set back prolonged the lease")
+			}
+		})
+	}
+}
+
+func TestEndingLeasesWipesThemAllAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		l := f.theLease()
+		f.EndLeases()
+		if l.aes.Use(noCipher) || len(f.Leases()) != 0 {
+			t.Error("a lease is still there")
+		}
+		f.one.Delay(10 * time.Second)
+		f.spends(1, "ending all while one is being opened", func() {
+			var all sync.WaitGroup
+			for range 8 {
+				all.Go(func() { f.decrypts(raw, "x") })
+			}
+			time.Sleep(5 * time.Second)
+			f.EndLeases()
+			all.Wait()
+		})
+		if leases := f.Leases(); len(leases) != 0 {
+			t.Errorf("what was being opened is held: %+v", leases)
+		}
+	})
+}
+
+func TestAfterCloseTheKeyringWorksWithoutLeases(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.EndLeases()
+		f.one.Delay(time.Hour)
+		f.encrypt("begins to open a lease")
+		begun := time.Now()
+		if err := f.Close(); err != nil || time.Since(begun) != 0 {
+			t.Errorf("closing took %v: %v", time.Since(begun), err)
+		}
+		f.one.Delay(0)
+		f.spends(1, "opening", func() { f.decrypts(raw, "x") })
+		if f.encrypt("y").Leased || len(f.Leases()) != 0 {
+			t.Error("there is a lease")
+		}
+	})
+}
+
+func TestWhoGoesAwayDoesNotFailTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.server()
+		f.one.Delay(10 * time.Second)
+		open := func(ctx context.Context) error {
+			_, err := f.Unwrap(ctx, "prod", envelope.UseTransit, raw, nil)
+			return err
+		}
+		f.spends(1, "the first of three goes away", func() {
+			gone, leave := context.WithCancel(t.Context())
+			var all sync.WaitGroup
+			all.Go(func() { _ = open(gone) })
+			synctest.Wait()
+			for range 2 {
+				all.Go(func() {
+					if err := open(t.Context()); err != nil {
+						t.Errorf("who waited with it: %v", err)
+					}
+				})
+			}
+			time.Sleep(time.Second)
+			leave()
+			all.Wait()
+		})
+		f.EndLeases()
+		begun := time.Now()
+		alone, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := open(alone); !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) != time.Second {
+			t.Errorf("one alone, whose time was over: %v after %v", err, time.Since(begun))
+		}
+		f.spends(1, "the first has less time than the operation takes, which is then not counted", func() {
+			short, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			var all sync.WaitGroup
+			all.Go(func() { _ = open(short) })
+			synctest.Wait()
+			all.Go(func() {
+				if err := open(t.Context()); err != nil {
+					t.Errorf("who had more time: %v", err)
+				}
+			})
+			all.Wait()
+		})
+		f.EndLeases()
+		f.spends(0, "all go away before it ends", func() {
+			ctx, leave := context.WithCancel(t.Context())
+			var all sync.WaitGroup
+			for range 3 {
+				all.Go(func() {
+					if err := open(ctx); !errors.Is(err, context.Canceled) {
+						t.Errorf("who left: %v", err)
+					}
+				})
+			}
+			synctest.Wait()
+			begun := time.Now()
+			leave()
+			all.Wait()
+			if took := time.Since(begun); took != 0 {
+				t.Errorf("leaving took %v", took)
+			}
+		})
+	})
+}
+
+func TestARecipientMoreGetsAKEKOfItsOwnAndOldEnvelopesOpen(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	old := f.encrypt("old")
+	before, err := f.Get(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := f.addTwo()
+	if after.Versions[0].KEK == before.Versions[0].KEK || after.Versions[0].KEK == "" {
+		t.Errorf("the KEK was %s and is %s", before.Versions[0].KEK, after.Versions[0].KEK)
+	}
+	f.openLease()
+	both := f.encrypt("both")
+	if !both.Leased || both.Recipients != 2 {
+		t.Errorf("sealed %+v", both)
+	}
+	f.EndLeases()
+	f.decrypts(old.Envelope, "old")
+	f.EndLeases()
+	f.devices.set("one", nil)
+	f.decrypts(both.Envelope, "both")
+	if _, err := f.decrypt(old.Envelope); err == nil {
+		t.Error("an envelope of before was opened by the HSM that came later")
+	}
+}
+
+func TestEachVersionHasAKEKAndOldOnesOpen(t *testing.T) {
+	for _, generated := range []bool{false, true} {
+		t.Run(fmt.Sprintf("generated %v", generated), func(t *testing.T) {
+			f := newLeased(t)
+			f.openLease()
+			first := f.encrypt("first")
+			if generated {
+				if _, err := f.Rotate(t.Context(), "prod", RotateRequest{Generate: ptr(generateRequest())}); err != nil {
+					t.Fatal(err)
+				}
+				f.finish()
+			} else {
+				f.rotate("two", "rsa")
+			}
+			key, err := f.Get(t.Context(), "prod")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if key.Versions[1].KEK == "" || key.Versions[1].KEK == key.Versions[0].KEK {
+				t.Errorf("the KEKs are %q and %q", key.Versions[0].KEK, key.Versions[1].KEK)
+			}
+			if sealed := f.encrypt("x"); sealed.Version != 1 || !sealed.Leased {
+				t.Errorf("while the new record is not read it seals %+v", sealed)
+			}
+			f.backup()
+			f.openLease()
+			second := f.encrypt("second")
+			if second.Version != 2 || !second.Leased {
+				t.Errorf("sealed %+v", second)
+			}
+			f.server()
+			f.spends(2, "both versions, twice", func() {
+				for range 2 {
+					f.decrypts(first.Envelope, "first")
+					f.decrypts(second.Envelope, "second")
+				}
+			})
+			if leases := f.Leases(); len(leases) != 2 {
+				t.Errorf("the leases are %+v", leases)
+			}
+		})
+	}
+}
+
+func TestServersRestoredFromTheKeyRecordShareAKEK(t *testing.T) {
+	a := newLeased(t)
+	b := a.twin(true)
+	t.Cleanup(func() { _ = b.Close() })
+	b.configure(Settings{AcceptSingleHSM: ptr(true), Lease: ptr(testLease)})
+	of := func(f *fixture) string {
+		key, err := f.Get(t.Context(), "prod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key.Versions[0].KEK + key.RecordSHA256
+	}
+	if of(a) != of(b) {
+		t.Fatalf("%s and %s", of(a), of(b))
+	}
+	a.openLease()
+	b.openLease()
+	b.spends(0, "what the one sealed, in the other", func() { b.decrypts(a.encrypt("x").Envelope, "x") })
+}
+
+func TestARestoreTakesOnTheKEKOfTheRecord(t *testing.T) {
+	a := newFixture(t)
+	a.adopt()
+	b := a.twin(false)
+	without := a.backup()
+	a.configure(Settings{AcceptSingleHSM: ptr(true), Lease: ptr(testLease)})
+	b.configure(Settings{AcceptSingleHSM: ptr(true), Lease: ptr(testLease)})
+	kek := func(f *fixture) string {
+		key, err := f.Get(t.Context(), "prod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key.Versions[0].KEK
+	}
+	own := kek(b)
+	if kek(a) == own {
+		t.Fatal("two that gave a lease on their own have one KEK")
+	}
+	b.openLease()
+	sealed := b.encrypt("own").Envelope
+	b.spends(0, "a record with another KEK", func() { b.restore(a.backup()) })
+	if kek(b) != kek(a) {
+		t.Error("the record's KEK was not taken on")
+	}
+	b.decrypts(sealed, "own")
+	b.spends(0, "a record without a KEK", func() { b.restore(without) })
+	if kek(b) != kek(a) {
+		t.Error("a record without a KEK took it away")
+	}
+	for _, f := range []*fixture{a, b} {
+		_ = f.Close()
+	}
+}
+
+func TestARestoreThatBringsRecipientsBringsAKEKForThem(t *testing.T) {
+	for name, leased := range map[string]bool{"from a machine with a lease": true, "from one without": false} {
+		t.Run(name, func(t *testing.T) {
+			a := newFixture(t)
+			a.adopt()
+			b := a.twin(true)
+			t.Cleanup(func() { _ = b.Close() })
+			b.configure(Settings{AcceptSingleHSM: ptr(true), Lease: ptr(testLease)})
+			if leased {
+				a.configure(Settings{Lease: ptr(testLease)})
+			}
+			a.addTwo()
+			b.restore(a.backup())
+			b.openLease()
+			sealed := b.encrypt("x")
+			if !sealed.Leased {
+				t.Fatalf("sealed %+v", sealed)
+			}
+			b.EndLeases()
+			b.devices.set("one", nil)
+			b.decrypts(sealed.Envelope, "x")
+		})
+	}
+}
+
+// Who can write the record, or has a forged one confirmed, gets nothing: the HSM opens a KEK, and the authentication key tells
+// whether it is one of ours.
+func TestAKEKThatSomebodyMadeUpSealsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		known := envelope.NewKEK()
+		rec, _, err := f.load(t.Context(), "prod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged, err := envelope.SealKEK("prod", 1, rec.newest().sealTo(), envelope.NewAuthKey(), known)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.update(t.Context(), "prod", func(rec *record) error {
+			rec.newest().KEKEnvelope = forged.Raw()
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.OpenLease(t.Context(), "prod"); !errors.Is(err, envelope.ErrNotAuthentic) {
+			t.Errorf("opening it: %v", err)
+		}
+		for range 3 {
+			if f.encrypt("x").Leased {
+				t.Fatal("it sealed to a key that somebody else knows")
+			}
+			synctest.Wait()
+		}
+	})
+}
+
+func TestARewrapOfALeasedEnvelope(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	raw := f.encrypt("x").Envelope
+	want := envelope.Context{Use: envelope.UseTransit}
+	rewrap := func(what string, changed, leased bool) []byte {
+		t.Helper()
+		got, err := f.Rewrap(t.Context(), "prod", raw, want)
+		if err != nil || got.Changed != changed || got.Leased != leased {
+			t.Errorf("%s: %+v, %v", what, got, err)
+		}
+		f.decrypts(got.Envelope, "x")
+		return got.Envelope
+	}
+	rewrap("with nothing to change", false, true)
+	f.addTwo()
+	f.backup()
+	f.openLease()
+	raw = rewrap("with a recipient more", true, true)
+	f.configure(Settings{Lease: ptr(time.Duration(0))})
+	raw = rewrap("with the lease taken away", true, false)
+	f.configure(Settings{Lease: ptr(testLease)})
+	rewrap("back with a lease, for what is strict", false, false)
+}
+
+func TestALeaseHasBounds(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	for _, wrong := range []time.Duration{-time.Second, 1, time.Second, MinLease - time.Second, MinLease + 1, MaxLease + time.Second} {
+		if _, err := f.Configure(t.Context(), "prod", Settings{Lease: &wrong}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("%v: %v", wrong, err)
+		}
+	}
+	for _, good := range []time.Duration{MinLease, MaxLease, 0} {
+		if key := f.configure(Settings{Lease: &good}); key.Lease != good {
+			t.Errorf("%v became %v", good, key.Lease)
+		}
+	}
+}
+
+func TestGivingALeaseCostsNoOperationWhereTheAuthenticationKeyIsOpen(t *testing.T) {
+	f := newFixture(t).sealed()
+	f.adopt()
+	f.spends(0, "in the process that made the key", func() { f.configure(Settings{Lease: ptr(testLease)}) })
+	f.configure(Settings{Lease: ptr(time.Duration(0))})
+	f.sealed()
+	f.spends(0, "a KEK that is there", func() { f.configure(Settings{Lease: ptr(testLease)}) })
+	g := newFixture(t).sealed()
+	g.adopt()
+	g.sealed()
+	g.spends(1, "in another process, the authentication key", func() { g.configure(Settings{Lease: ptr(testLease)}) })
+}
+
+func TestAShorterLeaseEndsWhatIsHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		command := New(Config{Records: f.store, Devices: f.devices, SealAuthKeys: true}) // another process
+		set := func(lease time.Duration) {
+			t.Helper()
+			if _, err := command.Configure(t.Context(), "prod", Settings{Lease: &lease, By: "alice"}); err != nil {
+				t.Fatal(err)
+			}
+			f.Invalidate("prod")
+			synctest.Wait()
+		}
+		f.openLease()
+		l := f.theLease()
+		set(time.Minute)
+		if !l.aes.Use(noCipher) {
+			t.Error("a shorter lease ended at once")
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if l.aes.Use(noCipher) {
+			t.Error("it outlived the shorter lease")
+		}
+		f.openLease()
+		l = f.theLease()
+		set(0)
+		if l.aes.Use(noCipher) {
+			t.Error("without a lease it was still held")
+		}
+		set(testLease)
+		f.openLease()
+		l = f.theLease()
+		if _, err := command.Configure(t.Context(), "prod", Settings{DeletionAllowed: ptr(true)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := command.Delete(t.Context(), "prod", DeleteRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		f.Invalidate("")
+		synctest.Wait()
+		if l.aes.Use(noCipher) {
+			t.Error("the key was deleted and its lease is held")
+		}
+	})
+}
+
+func TestADeferredRestoreAsksNoHSM(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	leased := f.encrypt("leased").Envelope
+	backup := f.backup()
+	f.lose()
+	f.process()
+	f.one.SetError(fmt.Errorf("away: %w", hsm.ErrUnavailable))
+	request := RestoreRequest{Record: backup.Record, SHA256: backup.SHA256, By: "plugin"}
+	if _, err := f.Restore(t.Context(), "prod", request); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("without Deferred: %v", err)
+	}
+	request.Deferred = true
+	f.spends(0, "restoring", func() {
+		key, err := f.Restore(t.Context(), "prod", request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if key.Versions[0].KEK == "" {
+			t.Error("the KEK did not come along")
+		}
+	})
+	if _, err := f.Configure(t.Context(), "prod", Settings{AcceptSingleHSM: ptr(true)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Wrap(t.Context(), "prod", envelope.UseSeal, []byte("x"), nil); !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("sealing before the HSM was there once: %v", err)
+	}
+	f.one.SetError(nil)
+	if _, err := f.Wrap(t.Context(), "prod", envelope.UseSeal, []byte("x"), nil); err != nil {
+		t.Errorf("sealing with the HSM back: %v", err)
+	}
+	f.one.SetError(fmt.Errorf("away: %w", hsm.ErrUnavailable))
+	if _, err := f.Wrap(t.Context(), "prod", envelope.UseSeal, []byte("x"), nil); err != nil {
+		t.Errorf("sealing with the HSM away again: %v", err)
+	}
+	f.one.SetError(nil)
+	f.decrypts(leased, "leased")
+	wrong := request
+	wrong.SHA256 = strings.Repeat("0", 64)
+	f.lose()
+	f.process()
+	if _, err := f.Restore(t.Context(), "prod", wrong); !errors.Is(err, ErrRecordMismatch) {
+		t.Errorf("another SHA-256: %v", err)
+	}
+}
+
+func TestASealOfOpenBaoWantsAKeyThatIsReady(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	if _, err := f.Wrap(t.Context(), "prod", envelope.UseSeal, []byte("x"), nil); !errors.Is(err, ErrNotReady) {
+		t.Errorf("a key whose record nobody has: %v", err)
+	}
+	f.backup()
+	f.configure(Settings{AcceptSingleHSM: ptr(true)})
+	sealed, err := f.Wrap(t.Context(), "prod", envelope.UseSeal, []byte("x"), []byte("aad"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := f.Get(t.Context(), "prod")
+	if err != nil || !key.Versions[0].ServedEncrypt {
+		t.Errorf("it is not noted that others depend on the version: %+v, %v", key, err)
+	}
+	opened, err := f.Unwrap(t.Context(), "prod", envelope.UseSeal, sealed.Envelope, []byte("aad"))
+	if err != nil || string(opened.Payload) != "x" {
+		t.Errorf("opened %q, %v", opened.Payload, err)
+	}
+	if _, err := f.Unwrap(t.Context(), "prod", envelope.UseTransit, sealed.Envelope, []byte("aad")); !errors.Is(err, envelope.ErrContext) {
+		t.Errorf("it opened at decrypt/: %v", err)
+	}
+}
+
+func TestWarmingOpensTheAuthenticationKeysOfAllVersions(t *testing.T) {
+	f := newFixture(t).sealed()
+	f.adopt()
+	first := f.wrap("first")
+	f.rotate("one", "rsa")
+	f.rotate("two", "ec")
+	f.sealed()
+	f.spends(3, "warming three versions", func() {
+		if err := f.Warm(t.Context(), "prod"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	f.spends(1, "opening an old envelope then", func() { f.unwrapped(first) })
+	f.sealed()
+	f.devices.set("one", nil)
+	if err := f.Warm(t.Context(), "prod"); err != nil {
+		t.Errorf("the HSM of old versions alone is away: %v", err)
+	}
+	f.sealed()
+	f.devices.set("one", f.one)
+	f.devices.set("two", nil)
+	if err := f.Warm(t.Context(), "prod"); err == nil {
+		t.Error("the HSM of the newest version is away, and that is no error")
+	}
+}
+
+func TestTwoHSMsShareAStorm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t)
+		f.adopt()
+		f.addTwo()
+		raw := f.wrap("x")
+		f.one.Delay(time.Second)
+		f.two.Delay(time.Second)
+		spent := f.operations()
+		var all sync.WaitGroup
+		for range 20 {
+			all.Go(func() {
+				if got := f.unwrapped(raw); got != "x" {
+					t.Errorf("unwrapped %q", got)
+				}
+			})
+			synctest.Wait()
+		}
+		all.Wait()
+		if got := spent(); got != [2]int{10, 10} {
+			t.Errorf("the operations were %v", got)
+		}
+	})
+}
+
+// noCipher uses a key for nothing, to see whether it is there.
+func noCipher(cipher.Block) {}
