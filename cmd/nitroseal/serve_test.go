@@ -29,8 +29,9 @@ type sealing struct {
 	client             *http.Client
 }
 
-// newSealing makes one with the wrapping keys "prod" and "stage", which share a key in the HSM.
-func newSealing(t *testing.T, token *pkcs11test.Token, more string) *sealing {
+// newSealing makes one with the wrapping keys "prod" and "stage", which share a key in the HSM. more is more of its block, prepare puts
+// what that names.
+func newSealing(t *testing.T, token *pkcs11test.Token, more string, prepare ...func(*sealing)) *sealing {
 	t.Helper()
 	ports := vaulttest.FreePorts(t, 2)
 	s := &sealing{configuration: configured(t, token), address: ports[0], metrics: ports[1], authority: vaulttest.NewAuthority(t)}
@@ -38,6 +39,9 @@ func newSealing(t *testing.T, token *pkcs11test.Token, more string) *sealing {
 	s.certify(t, s.authority)
 	appendTo(t, s.configuration, fmt.Sprintf("serve {\n  listen = %q\n  metrics_listen = %q\n  tls_cert_file = \"serve.pem\"\n  tls_key_file = \"serve.key\"\n%s}\n",
 		s.address, s.metrics, more))
+	for _, put := range prepare {
+		put(s)
+	}
 	for _, key := range []string{"prod", "stage"} {
 		must(t, s.configuration, "key", "adopt", key, "--device", "one", "--id", "01")
 		must(t, s.configuration, "key", "backup", key)
