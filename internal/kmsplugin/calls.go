@@ -52,7 +52,7 @@ func (s *Server) Type(ctx context.Context, request *pb.TypeRequest) (*pb.TypeRes
 	return &pb.TypeResponse{Type: Type}, nil
 }
 
-// KeyId names the version of the wrapping key that seals.
+// KeyId names what seals, as the ciphertexts of Encrypt do.
 func (s *Server) KeyId(ctx context.Context, request *pb.KeyIdRequest) (*pb.KeyIdResponse, error) {
 	w, err := s.find(request.GetWrapperId())
 	if err != nil {
@@ -66,12 +66,12 @@ func (s *Server) KeyId(ctx context.Context, request *pb.KeyIdRequest) (*pb.KeyId
 func (s *Server) Encrypt(ctx context.Context, request *pb.EncryptRequest) (*pb.EncryptResponse, error) {
 	var answer *pb.EncryptResponse
 	err := s.call(ctx, "Encrypt", request.GetWrapperId(), func(ctx context.Context, w *seal) error {
-		sealed, version, err := w.encrypt(ctx, request.GetPlaintext(), request.GetOptions().GetAad())
+		sealed, id, err := w.encrypt(ctx, request.GetPlaintext(), request.GetOptions().GetAad())
 		if err != nil {
 			return err
 		}
 		answer = &pb.EncryptResponse{Ciphertext: &pb.BlobInfo{
-			Ciphertext: sealed, KeyInfo: &pb.KeyInfo{KeyId: keyID(w.key, version)},
+			Ciphertext: sealed, KeyInfo: &pb.KeyInfo{KeyId: id},
 		}}
 		return nil
 	})

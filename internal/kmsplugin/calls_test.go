@@ -319,6 +319,28 @@ func TestAfterARotationTheNewRecordOpensOldAndNew(t *testing.T) {
 	wantCode(t, err, codes.FailedPrecondition, "name the newest key record")
 }
 
+func TestAnotherRecipientIsAnotherKeyID(t *testing.T) {
+	f := newFixture(t)
+	alone := f.wrapper()
+	if _, err := f.keys.AddRecipient(t.Context(), "prod", keyring.AdoptRequest{Device: "rack", Label: "seal-2", By: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	both := f.wrapper()
+	for id, want := range map[string]string{alone: "prod/v1", both: "prod/v1+1"} {
+		key, err := f.KeyId(t.Context(), &pb.KeyIdRequest{WrapperId: id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		blob, err := f.encrypt(id, "x", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if key.GetKeyId() != want || blob.GetKeyInfo().GetKeyId() != want {
+			t.Errorf("KeyId says %q, the ciphertext %q, want %q: OpenBao seals anew when it changes", key.GetKeyId(), blob.GetKeyInfo().GetKeyId(), want)
+		}
+	}
+}
+
 func TestDevicesOfAFile(t *testing.T) {
 	f := newFixture(t)
 	file := func(device string) string {

@@ -67,7 +67,7 @@ func newSeal(ctx context.Context, options Options, wanted stanza, noEnvironment 
 		return nil, err
 	}
 	version := restored.EncryptVersion
-	s.keyID = keyID(s.key, version)
+	s.keyID = keyID(s.key, version, len(restored.Versions[version-1].Recipients))
 	s.metadata = map[string]string{
 		"key": s.key, "key_id": s.keyID, "key_record_sha256": restored.RecordSHA256, "devices": strings.Join(s.devices.names(), ", "),
 	}
@@ -100,8 +100,15 @@ func stanzaError(doing string, err error) error {
 	return fmt.Errorf("%w: %s: %w", errStanza, doing, err)
 }
 
-// keyID names a version of a wrapping key: OpenBao seals its own keys anew when it changes.
-func keyID(key string, version int) string { return fmt.Sprintf("%s/v%d", key, version) }
+// keyID names what seals, a version of a wrapping key: OpenBao seals its own keys anew when it changes. It changes with the
+// number of recipients as well, "prod/v1+1" for one more, or a second HSM would open nothing that was sealed before it came.
+func keyID(key string, version, recipients int) string {
+	id := fmt.Sprintf("%s/v%d", key, version)
+	if recipients > 1 {
+		id += fmt.Sprintf("+%d", recipients-1)
+	}
+	return id
+}
 
 // namesOf lists the devices that a key's versions name.
 func namesOf(key *keyring.Key) []string {
@@ -115,13 +122,13 @@ func namesOf(key *keyring.Key) []string {
 	return slices.Compact(all)
 }
 
-// encrypt seals a value, bound to aad, and names the version that it is sealed with.
-func (s *seal) encrypt(ctx context.Context, plaintext, aad []byte) (sealed []byte, version int, err error) {
+// encrypt seals a value, bound to aad, and names what it is sealed with.
+func (s *seal) encrypt(ctx context.Context, plaintext, aad []byte) (sealed []byte, id string, err error) {
 	made, err := s.keys.Seal(ctx, s.key, envelope.Context{Use: envelope.UseSeal, Caller: aad}, plaintext)
 	if err != nil {
-		return nil, 0, err
+		return nil, "", err
 	}
-	return made.Envelope, made.Version, nil
+	return made.Envelope, keyID(s.key, made.Version, made.Recipients), nil
 }
 
 // decrypt opens what encrypt sealed with the same aad. The caller wipes it.
