@@ -311,6 +311,8 @@ type running struct {
 	at      string
 	about   string
 
+	server *server
+
 	mu     sync.Mutex
 	change func(*Site) // of the next build
 }
@@ -340,6 +342,7 @@ func (w *world) start(change func(*Site)) *running {
 		notify: &monitor.Notifier{
 			Send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, Interval: 20 * time.Second,
 		},
+		running: func(s *server) { r.server = s },
 	}
 	go func() { r.ended <- Run(ctx, options) }()
 	select {

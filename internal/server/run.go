@@ -53,6 +53,9 @@ type server struct {
 // be had: an error that wraps syscall.EADDRINUSE where somebody else has it.
 func Run(ctx context.Context, options Options) error {
 	s := &server{options: options, logger: options.Logger, metrics: newMetrics(), notify: options.notify, failed: make(chan error, 1)}
+	if options.running != nil {
+		options.running(s)
+	}
 	if s.notify == nil {
 		s.notify = monitor.NewNotifier()
 	}

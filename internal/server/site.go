@@ -123,7 +123,8 @@ type Options struct {
 	// Ready, where set, is called once: the served keys can seal.
 	Ready func()
 
-	notify *monitor.Notifier // set by tests
+	notify  *monitor.Notifier // set by tests
+	running func(*server)     // set by tests
 }
 
 // check says what is wrong with a site.
