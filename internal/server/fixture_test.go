@@ -502,4 +502,3 @@ func (r *running) page(path string) string {
 	must(r.t, err)
 	return string(raw)
 }
-

@@ -10,8 +10,10 @@ import (
 // Health is the answer of /v1/sys/health: what Vault's has, and how the keys fare. Anybody may ask, so it names no HSM, no token
 // and no cause.
 type Health struct {
-	Initialized                bool   `json:"initialized"`
-	Sealed                     bool   `json:"sealed"` // a served key cannot be opened now; encrypting works all the same
+	Initialized bool `json:"initialized"`
+	// Sealed is true where a key that is fit for use cannot open now; encrypting works all the same. A key that tokens name and
+	// nobody finished, or made, does not count, unless the configuration names it.
+	Sealed                     bool   `json:"sealed"`
 	Standby                    bool   `json:"standby"`
 	PerformanceStandby         bool   `json:"performance_standby"`
 	ReplicationPerformanceMode string `json:"replication_performance_mode"`
@@ -66,9 +68,11 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) {
 	}
 	for _, v := range s.views() {
 		answer.Nitroseal.Keys = append(answer.Nitroseal.Keys, v.health)
-		answer.Sealed = answer.Sealed || !v.health.Opens
+		if v.counts {
+			answer.Initialized = true
+			answer.Sealed = answer.Sealed || !v.health.Opens
+		}
 	}
-	answer.Initialized = len(answer.Nitroseal.Keys) > 0
 	code := http.StatusOK
 	switch {
 	case !answer.Initialized:

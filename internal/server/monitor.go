@@ -1,6 +1,7 @@
 package server
 
 import (
+	"fmt"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -66,14 +67,17 @@ func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
 		monitor.Respond(w, http.StatusServiceUnavailable, answer)
 		return
 	}
-	seals := 0
+	counted := 0
 	for _, v := range in.views() {
 		shown := keyReadiness{KeyHealth: v.health}
 		if v.err != nil {
 			shown.Reason = shorten(v.err.Error())
 		}
-		if v.health.Seals {
-			seals++
+		if v.counts {
+			counted++
+		}
+		if v.counts && !v.health.Seals && !v.patience {
+			answer.Reasons = append(answer.Reasons, fmt.Sprintf("key %q cannot seal: %s", v.health.Name, shown.Reason))
 		}
 		answer.Keys = append(answer.Keys, shown)
 	}
@@ -82,8 +86,8 @@ func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
 		answer.Reasons = append(answer.Reasons, "no key is served: make a token for one")
 	case !in.settled():
 		answer.Reasons = append(answer.Reasons, "keys wait for their HSM before they can seal")
-	case seals == 0:
-		answer.Reasons = append(answer.Reasons, "no key can seal")
+	case counted == 0:
+		answer.Reasons = append(answer.Reasons, "no key is fit for use")
 	}
 	if known := in.audit.Load(); known != nil && *known != nil {
 		answer.Reasons = append(answer.Reasons, "nothing would be sealed or opened: "+shorten((*known).Error()))

@@ -19,11 +19,12 @@ type view struct {
 	at       []string // the devices of all versions, sorted
 	err      error    // why it does not seal, for the log and /readyz
 	patience bool     // whoever waits for it to seal waits for an HSM, and not for a person who mends the key
+	counts   bool     // the server is not well where it is not
 }
 
 // lookAt looks at a key. No HSM is asked.
 func (s *service) lookAt(ctx context.Context, name string, leases []keyring.Lease) *view {
-	v := &view{health: KeyHealth{Name: name, Mode: ModeStrict}}
+	v := &view{health: KeyHealth{Name: name, Mode: ModeStrict}, counts: s.site.Names != nil}
 	key, err := s.site.Keys.Get(ctx, name)
 	if err != nil {
 		v.err = err
@@ -47,6 +48,9 @@ func (s *service) lookAt(ctx context.Context, name string, leases []keyring.Leas
 	if notReady := s.site.Keys.Ready(ctx, name, keyring.PurposeEncrypt); notReady != nil {
 		v.err, v.patience = notReady, false
 	}
+	// A token for a key that is misspelt, or not finished, is no reason to take this server, and all others with it, from those
+	// whose keys are well.
+	v.counts = v.counts || v.err == nil || v.patience
 	v.health.Seals = v.err == nil && warmed
 	if key.EncryptVersion > 0 {
 		s.lookAtDevices(v, key.Versions[key.EncryptVersion-1].Recipients)

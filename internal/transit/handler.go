@@ -117,6 +117,7 @@ type handler struct {
 	mount            string
 	encrypt, decrypt string // what their paths begin with
 	refusals         throttle
+	failures         throttle
 }
 
 // The paths that every Vault answers.
@@ -374,22 +375,27 @@ func (h *handler) fail(c *call, err error) {
 		c.refuse(http.StatusTooManyRequests, limited.wait, limited.Error())
 		return
 	}
-	code, after := status(err)
-	switch code {
+	v := judge(err)
+	switch v.code {
 	case http.StatusForbidden:
-		if quiet, now := h.refusals.pass(time.Now()); now {
-			h.Logger.Warn("a request was refused", "operation", string(c.operation), "key", c.key, "from", c.peer.Address.String(), "cause", err,
-				"not_logged_before", quiet)
-		}
-		c.refuse(code, 0, token.ErrDenied.Error())
-		return
+		h.complain(&h.refusals, "a request was refused", c, err)
 	case http.StatusInternalServerError:
 		h.Logger.Error("answering a request failed: this is a fault of the server, please report it", "operation", string(c.operation),
 			"key", c.key, "token", c.tokenID(), "cause", err)
 	case http.StatusServiceUnavailable:
-		h.Logger.Debug("a request cannot be served now", "operation", string(c.operation), "key", c.key, "token", c.tokenID(), "cause", err)
+		if busy := (*BusyError)(nil); !errors.As(err, &busy) { // whoever is busy says so himself
+			h.complain(&h.failures, "a request cannot be served now", c, err)
+		}
 	}
-	c.refuse(code, after, err.Error())
+	c.refuse(v.code, v.after, v.text)
+}
+
+// complain writes to the log what anybody can make come as often as they like, now and then.
+func (h *handler) complain(now *throttle, what string, c *call, err error) {
+	if held, yes := now.pass(time.Now()); yes {
+		h.Logger.Warn(what, "operation", string(c.operation), "key", c.key, "token", c.tokenID(), "from", c.peer.Address.String(),
+			"not_logged_before", held, "cause", err)
+	}
 }
 
 func (c *call) tokenID() string {

@@ -178,6 +178,9 @@ func TestEachErrorHasItsCode(t *testing.T) {
 			if got.Code != test.code || got.Header().Get("Retry-After") != test.retry {
 				t.Errorf("%s, %v: %d, Retry-After %q; want %d, %q", path, test.err, got.Code, got.Header().Get("Retry-After"), test.code, test.retry)
 			}
+			if test.code >= 500 && (strings.Contains(got.Body.String(), "opening") || test.code == 503 && test.retry != "3" && !strings.Contains(f.log.String(), "opening: ")) {
+				t.Errorf("%s, %v: the client reads %s, the log\n%s", path, test.err, got.Body, f.log)
+			}
 			if outcome := f.diary.lines[len(f.diary.lines)-1]; !strings.Contains(outcome, test.err.Error()) {
 				t.Errorf("%s, %v: the audit log says %q", path, test.err, outcome)
 			}

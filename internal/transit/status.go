@@ -38,7 +38,6 @@ var passing = []error{
 	context.DeadlineExceeded, context.Canceled,
 	hsm.ErrUnavailable, hsm.ErrMayHaveHappened, store.ErrUnavailable, keyring.ErrGenerating,
 	keyring.ErrVersionUnknown, // of several servers, one has the newer record already, and the client's next try may reach it
-	audit.ErrNoSink, audit.ErrClosed,
 }
 
 // mistaken is what the request is to blame for.
@@ -55,32 +54,60 @@ var stuck = []error{
 	hsm.ErrLocked, hsm.ErrForbidden, hsm.ErrNotFound, hsm.ErrAmbiguous, hsm.ErrKeyChanged, hsm.ErrUnsupported,
 }
 
-// status returns the HTTP code of an error, and the pause that a 503 asks for, 0 for none. An error that joins several, as one
-// of a key with two HSMs does, gets the first code that fits: "one HSM is away" wins over "and the other cannot open it",
-// because a repeat may succeed.
-func status(err error) (code int, after time.Duration) {
+// verdict is how an error is answered.
+type verdict struct {
+	code  int
+	after time.Duration // the pause that a 503 asks for, 0 for none
+	text  string        // for the client
+}
+
+// judge decides how an error is answered. An error that joins several, as one of a key with two HSMs does, gets the first code
+// that fits: "one HSM is away" wins over "and the other cannot open it", because a repeat may succeed.
+//
+// What a client did wrong is said to it in full. What is wrong here is said in one word, and the rest is for our own log: devices,
+// addresses and files are nothing that other people's Vaults write to their logs.
+func judge(err error) verdict {
 	var chosen *statusError
 	var busy *BusyError
 	var pin *hsm.PINError
-	among := func(sentinel error) bool { return errors.Is(err, sentinel) }
+	first := func(sentinels []error) error {
+		at := slices.IndexFunc(sentinels, func(sentinel error) bool { return errors.Is(err, sentinel) })
+		if at < 0 {
+			return nil
+		}
+		return sentinels[at]
+	}
 	switch {
 	case errors.As(err, &chosen):
-		return chosen.code, 0
+		return verdict{chosen.code, 0, err.Error()}
 	case errors.As(err, &busy):
-		return http.StatusServiceUnavailable, busy.After
+		return verdict{http.StatusServiceUnavailable, busy.After, busy.Error()}
 	case errors.Is(err, token.ErrDenied):
-		return http.StatusForbidden, 0
-	case slices.ContainsFunc(passing, among):
-		return http.StatusServiceUnavailable, retryAfter
-	case errors.Is(err, keyring.ErrRecordMalformed): // its parts have mistakes of their own, which are none of the request's
-		return http.StatusServiceUnavailable, 0
-	case slices.ContainsFunc(mistaken, among):
-		return http.StatusBadRequest, 0
-	case slices.ContainsFunc(stuck, among), errors.As(err, &pin):
-		return http.StatusServiceUnavailable, 0
+		return verdict{http.StatusForbidden, 0, token.ErrDenied.Error()}
 	}
-	return http.StatusInternalServerError, 0
+	if audit := first([]error{audit.ErrNoSink, audit.ErrClosed}); audit != nil {
+		return verdict{http.StatusServiceUnavailable, retryAfter, "the seal server's audit log takes no line" + more}
+	}
+	if passes := first(passing); passes != nil {
+		return verdict{http.StatusServiceUnavailable, retryAfter, passes.Error() + more}
+	}
+	if errors.Is(err, keyring.ErrRecordMalformed) { // its parts have mistakes of their own, which are none of the request's
+		return verdict{http.StatusServiceUnavailable, 0, keyring.ErrRecordMalformed.Error() + more}
+	}
+	if first(mistaken) != nil {
+		return verdict{http.StatusBadRequest, 0, err.Error()}
+	}
+	if stays := first(stuck); stays != nil {
+		return verdict{http.StatusServiceUnavailable, 0, stays.Error() + more}
+	}
+	if errors.As(err, &pin) {
+		return verdict{http.StatusServiceUnavailable, 0, "the HSM does not take the PIN" + more}
+	}
+	return verdict{http.StatusInternalServerError, 0, "internal error" + more}
 }
+
+// more says where there is more.
+const more = "; the seal server's log says more"
 
 // inVaultsWords answers as Vault's transit does where clients and scripts may look for its words.
 func inVaultsWords(err error) error {
