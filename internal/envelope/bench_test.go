@@ -102,3 +102,29 @@ func BenchmarkOpen(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkSealLeased and BenchmarkOpenLeased are with a KEK at hand, as while a lease is open.
+func BenchmarkSealLeased(b *testing.B) {
+	kek, block := sealKEK(b, load(b, rsa2048, "")), kekBlock(b, testKEK)
+	payload := make([]byte, 32)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := SealLeased(leasedContext(), kek, block, testAuth, payload); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkOpenLeased(b *testing.B) {
+	raw, block := sealLeased(b, leasedContext(), make([]byte, 32), load(b, rsa2048, "")), kekBlock(b, testKEK)
+	b.ReportAllocs()
+	for b.Loop() {
+		e, err := Parse(raw)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := e.OpenLeased(leasedContext(), block, testAuth); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
