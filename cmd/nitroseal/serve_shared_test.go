@@ -25,7 +25,7 @@ func TestTokensInEtcdServeARestartWhileEtcdIsAway(t *testing.T) {
 		s.put(t, "etcd.pem", etcd.ClientCert)
 		s.put(t, "etcd.key", etcd.ClientKey)
 		appendTo(t, s.configuration, fmt.Sprintf("store \"shared\" {\n  type = \"etcd\"\n  endpoints = [%q]\n  prefix = \"nitroseal\"\n  ca_cert_file = \"etcd-ca.pem\"\n"+
-			"  client_cert_file = \"etcd.pem\"\n  client_key_file = \"etcd.key\"\n  request_timeout = \"2s\"\n}\n", etcd.Endpoints[0]))
+			"  client_cert_file = \"etcd.pem\"\n  client_key_file = \"etcd.key\"\n  request_timeout = \"1s\"\n}\n", etcd.Endpoints[0]))
 	})
 	id, token := s.token(t, "prod")
 	_, kept := s.token(t, "stage")

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -497,8 +498,7 @@ func TestTheStatusKnowsAStranger(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	go func() { served <- stranger.Serve(other) }()
-	defer func() { _ = stranger.Close(); <-served }()
+	serve(other)
 	s.put(t, "nitroseal.hcl", []byte(strings.Replace(string(content), fmt.Sprintf("metrics_listen = %q", s.metrics), `metrics_listen = ""`, 1)))
 	says("another certificate than")
 }

@@ -29,7 +29,7 @@ func newServeTokenCreateCommand(a *app) *cobra.Command {
 written to a new file with mode 0600 that only this user reads; a file that is there is never overwritten.
 
 Vault reads it from a file by token = "file:///etc/vault.d/seal.token" in its stanza seal "transit", or from the environment variable
-VAULT_TOKEN. A running server takes it within five seconds. To replace a token make another one for the same keys, give it to the
+VAULT_TOKEN. It is written without a line break, which Vault would take for a part of it. A running server takes it within five seconds. To replace a token make another one for the same keys, give it to the
 cluster, restart its nodes one by one, and revoke the old one.
 
 Each sealed cluster needs a wrapping key of its own name; several names may share one key in the HSM (nitroseal key adopt), because the name is
@@ -120,12 +120,14 @@ func (a *app) createToken(ctx context.Context, spec token.Spec, out string) erro
 	return nil
 }
 
-// showSecret prints a token, this once.
+// showSecret prints a token, this once. No line break follows it, which would become a part of it: Vault takes a file byte for byte.
 func (a *app) showSecret(view madeTokenView, secret []byte) error {
 	if a.format != formatJSON {
-		line := append(secret[:len(secret):len(secret)], '\n')
-		defer clear(line)
-		return a.output("", line)
+		err := a.output("", secret)
+		if err == nil && isTerminal(a.stdout) {
+			err = a.output("", []byte("\n"))
+		}
+		return err
 	}
 	view.Token = strconv.AppendQuote(nil, string(secret)) // characters that JSON takes as they are
 	defer clear(view.Token)
@@ -150,7 +152,7 @@ type madeTokenView struct {
 	Token json.RawMessage `json:"token,omitempty"`
 }
 
-// writeNewSecret writes a line to a file that is not there yet, durably, for this user alone.
+// writeNewSecret writes a file that is not there yet, durably, for this user alone.
 func writeNewSecret(path string, secret []byte) error {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
@@ -159,9 +161,7 @@ func writeNewSecret(path string, secret []byte) error {
 	if err != nil {
 		return usage("writing the token to %s: %w", path, pathless(err))
 	}
-	line := append(secret[:len(secret):len(secret)], '\n')
-	defer clear(line)
-	_, err = file.Write(line)
+	_, err = file.Write(secret)
 	if err = errors.Join(err, file.Sync(), file.Close()); err == nil {
 		err = syncDir(filepath.Dir(path))
 	}

@@ -16,8 +16,8 @@ const (
 	DefaultServeListen        = "0.0.0.0:8210"
 	DefaultServeMetricsListen = "127.0.0.1:9109"
 	DefaultServeMount         = "transit"
-	DefaultServeRate          = 100     // requests of a token in a second
-	DefaultServeBurst         = 1000    // and at once, after a pause
+	DefaultServeRate          = 100       // requests of a token in a second
+	DefaultServeBurst         = 1000      // and at once, after a pause
 	DefaultServeMaxBody       = 256 << 10 // bytes: a ciphertext of the largest payload with the most recipients fits
 	DefaultServeConnections   = 4096
 )

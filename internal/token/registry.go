@@ -24,6 +24,8 @@ const (
 	copyAfter = time.Hour
 	// patience is how long one reading may take. It is short, so that a store that hangs does not delay the word of a revocation.
 	patience = 10 * time.Second
+	// firstPatience is the same where nothing was read yet and there may be a copy: a Vault that starts does not wait for long.
+	firstPatience = 3 * time.Second
 )
 
 // RegistryOptions are what [NewRegistry] needs.
@@ -149,7 +151,11 @@ func (r *Registry) Run(ctx context.Context) {
 func (r *Registry) Refresh(ctx context.Context) error {
 	r.reading.Lock()
 	defer r.reading.Unlock()
-	bounded, cancel := context.WithTimeout(ctx, patience)
+	limit := patience
+	if r.Status().Source == SourceNone && r.options.Cache != "" {
+		limit = firstPatience
+	}
+	bounded, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	at := time.Now()
 	tokens, damaged, err := r.read(bounded, at)

@@ -33,6 +33,8 @@ type shelf struct {
 	mu   sync.Mutex
 	away func(operation, name string) error // nil: it is there
 	gets atomic.Int64
+
+	hangs atomic.Bool
 }
 
 func newShelf(t testing.TB) *shelf {
@@ -71,7 +73,14 @@ func (s *shelf) Get(ctx context.Context, name string) (store.Entry, error) {
 	return s.Store.Get(ctx, name)
 }
 
+// hang lets nobody have an answer.
+func (s *shelf) hang(hangs bool) { s.hangs.Store(hangs) }
+
 func (s *shelf) List(ctx context.Context, prefix string) ([]string, error) {
+	if s.hangs.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if err := s.ask("list", prefix); err != nil {
 		return nil, err
 	}
@@ -260,19 +269,19 @@ func TestARevokedTokenIsRefusedWithinFiveSeconds(t *testing.T) {
 		defer stop()
 
 		before := shelf.gets.Load()
-		time.Sleep(30 * time.Second)
+		<-time.After(30 * time.Second)
 		if asked := shelf.gets.Load() - before; asked != 0 {
 			t.Errorf("%d items were read although none was new", asked)
 		}
 		if _, err := Revoke(t.Context(), shelf, revoked.ID); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(5 * time.Second)
+		<-time.After(5 * time.Second)
 		if takes(t, r, text) || !takes(t, r, kept) {
 			t.Error("the revoked one is taken, or the other one is not")
 		}
 		_, late := prod(t, shelf)
-		time.Sleep(5 * time.Second)
+		<-time.After(5 * time.Second)
 		if !takes(t, r, late) {
 			t.Error("a new one is not taken")
 		}
@@ -379,6 +388,31 @@ func TestARestartWithoutTheStoreKnowsTheTokens(t *testing.T) {
 	if err := second.Refresh(t.Context()); err != nil || takes(t, second, text) || second.Status().Source != SourceStore {
 		t.Errorf("afterwards %v, %+v", err, second.Status())
 	}
+}
+
+func TestAStoreThatHangsDelaysNoStartForLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf(t)
+		_, text := prod(t, shelf)
+		options := RegistryOptions{Store: shelf, Cache: filepath.Join(t.TempDir(), "tokens.cache")}
+		if err := NewRegistry(options).Refresh(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		shelf.hang(true)
+		r := NewRegistry(options)
+		from := time.Now()
+		if err := r.Refresh(t.Context()); !errors.Is(err, context.DeadlineExceeded) || !takes(t, r, text) {
+			t.Errorf("refreshed with %v", err)
+		}
+		if took := time.Since(from); took > 5*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := r.Refresh(ctx); !errors.Is(err, context.Canceled) || !takes(t, r, text) {
+			t.Errorf("refreshed with %v although nobody waits", err)
+		}
+	})
 }
 
 func TestACopyThatCannotBeWrittenHarmsNobody(t *testing.T) {
