@@ -240,6 +240,102 @@ func TestWhatARecordKeepsOfOlderVersionsIsRead(t *testing.T) {
 	}
 }
 
+// makeGoldenLeased makes a key with a lease and two versions, an envelope of each, and one whose KEK was replaced since.
+func makeGoldenLeased(t *testing.T, all *devices) {
+	t.Helper()
+	records := newStore(t)
+	moment := time.Date(2026, 3, 1, 3, 0, 0, 0, time.UTC)
+	k := New(Config{Records: records, Devices: all, Now: func() time.Time { return moment }})
+	defer k.Close()
+	ctx := t.Context()
+	must := func(_ any, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	encrypt := func(file, payload string) {
+		t.Helper()
+		must(nil, k.OpenLease(ctx, "prod"))
+		sealed, err := k.Wrap(ctx, "prod", envelope.UseTransit, []byte(payload), nil)
+		must(nil, err)
+		if !sealed.Leased {
+			t.Fatalf("%s is not leased", file)
+		}
+		writeGolden(t, file, sealed.Envelope)
+	}
+	must(k.Adopt(ctx, "prod", AdoptRequest{Device: "card", Label: "ec-1", By: "alice"}))
+	must(k.Configure(ctx, "prod", Settings{AcceptSingleHSM: ptr(true), Lease: ptr(10 * time.Minute), By: "carol"}))
+	must(k.Backup(ctx, "prod", "dora"))
+	encrypt("leased1.jwe", "of the first KEK")
+	must(k.AddRecipient(ctx, "prod", AdoptRequest{Device: "spare", Label: "ec-3", By: "bob"}))
+	encrypt("leased2.jwe", "of the second KEK")
+	must(k.Rotate(ctx, "prod", RotateRequest{Adopt: &AdoptRequest{Device: "card", Label: "rsa-2", By: "bob"}}))
+	backup, err := k.Backup(ctx, "prod", "dora")
+	must(nil, err)
+	writeGolden(t, "keyrecord-leased.json", backup.Record)
+	writeGolden(t, "keyrecord-leased.sha256", []byte(backup.SHA256+"\n"))
+	encrypt("leased3.jwe", "of the second version")
+	entry, err := records.Get(ctx, recordPrefix+"prod")
+	must(nil, err)
+	writeGolden(t, "record-leased.json", entry.Value)
+}
+
+func TestRecordsWithALeaseAndWhatWasSealedInOneAreRead(t *testing.T) {
+	all := &devices{}
+	all.set("card", newGoldenDevice(t, "ec-1.pem", "rsa-2.pem"))
+	all.set("spare", newGoldenDevice(t, "ec-3.pem"))
+	if *update {
+		makeGoldenLeased(t, all)
+	}
+	raw := golden(t, "record-leased.json")
+	rec, err := decodeRecord("prod", raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := rec.encode()
+	if err != nil || !bytes.Equal(raw, again) {
+		t.Errorf("encoded again it is something else (%v):\n%s", err, cmp.Diff(string(raw), string(again)))
+	}
+	if got := newKeyRecord(rec).Record; !bytes.Equal(got, golden(t, "keyrecord-leased.json")) {
+		t.Errorf("its key record is something else:\n%s", cmp.Diff(string(golden(t, "keyrecord-leased.json")), string(got)))
+	}
+	key := describe(rec)
+	if key.Lease != 10*time.Minute || key.Versions[0].KEK == "" || key.Versions[1].KEK == "" {
+		t.Errorf("the key is %+v", key)
+	}
+	opens := func(t *testing.T, records store.Store) {
+		t.Helper()
+		k := New(Config{Records: records, Devices: all})
+		defer k.Close()
+		for file, want := range map[string]string{
+			"leased1.jwe": "of the first KEK", "leased2.jwe": "of the second KEK", "leased3.jwe": "of the second version",
+		} {
+			opened, err := k.Unwrap(t.Context(), "prod", envelope.UseTransit, golden(t, file), nil)
+			if err != nil || string(opened.Payload) != want || !opened.Leased {
+				t.Errorf("%s opened %q: %v", file, opened.Payload, err)
+			}
+		}
+	}
+	t.Run("from the record", func(t *testing.T) {
+		records := newStore(t)
+		if _, err := records.Put(t.Context(), recordPrefix+"prod", raw, store.NoRevision); err != nil {
+			t.Fatal(err)
+		}
+		opens(t, records)
+	})
+	t.Run("from the key record", func(t *testing.T) {
+		records := newStore(t)
+		_, err := New(Config{Records: records, Devices: all}).Restore(t.Context(), "prod", RestoreRequest{
+			Record: golden(t, "keyrecord-leased.json"), SHA256: strings.TrimSpace(string(golden(t, "keyrecord-leased.sha256"))),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		opens(t, records)
+	})
+}
+
 func TestRecordsAndKeyRecordsOfEarlierReleasesAreRead(t *testing.T) {
 	all := &devices{}
 	if *update {

@@ -2,16 +2,22 @@ package keyring
 
 import (
 	"bytes"
+	"crypto/ecdh"
 	"encoding/json"
 	"errors"
 	"strings"
 	"testing"
 	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
 )
 
 func TestADamagedRecordIsRefused(t *testing.T) {
 	good := string(golden(t, "record.json"))
 	kept := string(golden(t, "record-kept.json"))
+	leased := string(golden(t, "record-leased.json"))
 	for name, change := range map[string]func(string) string{
 		"empty":                     func(string) string { return "" },
 		"truncated":                 func(s string) string { return s[:len(s)/2] },
@@ -44,11 +50,41 @@ func TestADamagedRecordIsRefused(t *testing.T) {
 		"a record read without its recipients": func(string) string {
 			return strings.Replace(kept, `"recipients":1,`, ``, 1)
 		},
+		"a lease below the shortest": func(string) string { return strings.Replace(leased, `"lease_seconds":600`, `"lease_seconds":9`, 1) },
+		"a lease beyond the longest": func(string) string { return strings.Replace(leased, `"lease_seconds":600`, `"lease_seconds":86401`, 1) },
+		"a lease of less than no time": func(string) string {
+			return strings.Replace(leased, `"lease_seconds":600`, `"lease_seconds":-9223372036854775808`, 1)
+		},
+		"a KEK that is none": func(string) string {
+			return strings.Replace(leased, `"kek_envelope":{`, `"kek_envelope":null,"x":{`, 1)
+		},
+		"an authentication key as KEK": func(string) string {
+			_, after, _ := strings.Cut(leased, `"auth_envelope":`)
+			auth, _, _ := strings.Cut(after, `,"kek_envelope"`)
+			_, after, _ = strings.Cut(leased, `"kek_envelope":`)
+			kek, _, _ := strings.Cut(after, `,"served_encrypt"`)
+			return strings.Replace(leased, kek, auth, 1)
+		},
+		"the KEK of another version": func(string) string {
+			parts := strings.Split(leased, `"kek_envelope":`)
+			first, _, _ := strings.Cut(parts[1], `,"served_encrypt"`)
+			second, _, _ := strings.Cut(parts[2], `,"served_encrypt"`)
+			return strings.Replace(leased, first, second, 1)
+		},
+		"a KEK for other recipients": func(string) string {
+			other, err := envelope.SealKEK("prod", 1, stranger(t), envelope.NewAuthKey(), envelope.NewKEK())
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, after, _ := strings.Cut(leased, `"kek_envelope":`)
+			kek, _, _ := strings.Cut(after, `,"served_encrypt"`)
+			return strings.Replace(leased, kek, string(other.Raw()), 1)
+		},
 		"no versions and none that is coming": func(string) string { return `{"format":1,"name":"prod","min_decryption_version":1}` },
 	} {
 		t.Run(name, func(t *testing.T) {
 			damaged := change(good)
-			if damaged == good || damaged == kept {
+			if damaged == good || damaged == kept || damaged == leased {
 				t.Fatal("the test changed nothing")
 			}
 			_, err := decodeRecord("prod", []byte(damaged))
@@ -106,6 +142,7 @@ func TestAPublicKeyIsReadInOneFormOnly(t *testing.T) {
 func FuzzDecodeRecord(f *testing.F) {
 	f.Add(golden(f, "record.json"))
 	f.Add(golden(f, "record-kept.json"))
+	f.Add(golden(f, "record-leased.json"))
 	f.Add([]byte(`{"format":1,"name":"prod","min_decryption_version":1,"versions":[]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		rec, err := decodeRecord("prod", raw)
@@ -134,9 +171,21 @@ func FuzzDecodeRecord(f *testing.F) {
 	})
 }
 
+// stranger is a recipient that no record has.
+func stranger(t *testing.T) []envelope.Recipient {
+	t.Helper()
+	key := hsmtest.NewMemory().AddEC(t, "ec", "01", ecdh.P256())
+	kid, err := hsm.Fingerprint(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []envelope.Recipient{{KID: kid, Algorithm: envelope.ECDHESA256KW, Public: key.Public()}}
+}
+
 // A key record is taken only where its SHA-256 is the confirmed one, so the fuzzer confirms whatever it made.
 func FuzzParseKeyRecord(f *testing.F) {
 	f.Add(golden(f, "keyrecord.json"))
+	f.Add(golden(f, "keyrecord-leased.json"))
 	f.Add([]byte(`{"type":"nitroseal key record","format":1,"name":"prod","versions":[{"auth_envelope":{}}]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		var r keyRecord

@@ -261,7 +261,7 @@ func (r *record) validate(name string) error {
 		return bad("it has no version and none is being made")
 	case r.MinDecryptionVersion < 1 || r.MinDecryptionVersion > max(1, len(r.Versions)):
 		return bad("min_decryption_version is out of bounds")
-	case r.LeaseSeconds != 0 && (r.lease() < MinLease || r.LeaseSeconds > int64(MaxLease/time.Second)):
+	case r.LeaseSeconds != 0 && (r.LeaseSeconds < int64(MinLease/time.Second) || r.LeaseSeconds > int64(MaxLease/time.Second)):
 		return bad("its lease is out of bounds")
 	}
 	if p := r.Pending; p != nil && (p.Version != len(r.Versions)+1 || p.Device == "" || p.ID == "" || p.Label == "" ||
