@@ -471,14 +471,14 @@ func TestTheStatusKnowsAStranger(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stranger := &http.Server{ //nolint:gosec // ends with the test
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = io.WriteString(w, `{"initialized":true,"sealed":false}`)
-		}),
+	stranger := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"initialized":true,"sealed":false}`) }),
 	}
-	served := make(chan error, 1)
-	go func() { served <- stranger.Serve(listener) }()
-	defer func() { _ = stranger.Close(); <-served }()
+	var serving sync.WaitGroup
+	serve := func(listener net.Listener) { serving.Go(func() { _ = stranger.Serve(listener) }) } // until it is closed
+	serve(listener)
+	defer serving.Wait()
+	defer stranger.Close()
 	says := func(want string) {
 		t.Helper()
 		out, err := command(t, s.configuration, "serve", "status").CombinedOutput()
