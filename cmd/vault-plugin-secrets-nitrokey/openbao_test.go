@@ -24,7 +24,7 @@ func TestSecretsEngineInOpenBao(t *testing.T) {
 	token := pkcs11test.SoftHSM(t)
 	binary := vaulttest.Build{}.Binary(t)
 	stateDir := t.TempDir()
-	if err := os.Chmod(stateDir, 0o700); err != nil { //nolint:gosec // its owner enters it
+	if err := os.Chmod(stateDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	args := []string{"-pkcs11-module=" + token.Module, "-state-dir=" + stateDir}

@@ -53,6 +53,8 @@ func (s *Server) Type(ctx context.Context, request *pb.TypeRequest) (*pb.TypeRes
 }
 
 // KeyId names what seals, as the ciphertexts of Encrypt do.
+//
+//nolint:staticcheck // OpenBao's name for it
 func (s *Server) KeyId(ctx context.Context, request *pb.KeyIdRequest) (*pb.KeyIdResponse, error) {
 	w, err := s.find(request.GetWrapperId())
 	if err != nil {

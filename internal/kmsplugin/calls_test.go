@@ -123,12 +123,12 @@ func TestARecordMayBeTakenWhileTheHSMIsAway(t *testing.T) {
 		}
 		_, err = f.encrypt(id, "x", "")
 		wantCode(t, err, codes.Unavailable, "opening the authentication key")
-		time.Sleep(10 * time.Minute)
+		<-time.After(10 * time.Minute)
 		if said := strings.Count(f.log.String(), "the HSM cannot open the seal now"); said != 1 {
 			t.Errorf("the same trouble was said %d times in ten minutes", said)
 		}
 		f.token.SetError(nil)
-		time.Sleep(longestPause)
+		<-time.After(longestPause)
 		synctest.Wait()
 		if !strings.Contains(f.log.String(), "seal ready") {
 			t.Error("the background did not go on")

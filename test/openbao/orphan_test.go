@@ -45,7 +45,9 @@ func runHost() int {
 		fmt.Fprintln(os.Stderr, err, bao.log)
 		return 1
 	}
-	fmt.Fprintln(os.Stdout, bao.client.ID())
+	if _, err := fmt.Fprintln(os.Stdout, bao.client.ID()); err != nil {
+		return 1
+	}
 	<-ctx.Done()
 	return 0
 }

@@ -17,14 +17,18 @@ const (
 )
 
 func TestSealThroughTheRealProcess(t *testing.T) {
-	for name, make := range map[string]func(*testing.T) *site{
-		"SoftHSM": func(t *testing.T) *site { return withToken(t, pkcs11test.SoftHSM(t)) },
+	for name, newSite := range map[string]func(*testing.T) *site{
+		"SoftHSM": func(t *testing.T) *site {
+			t.Helper()
+			return withToken(t, pkcs11test.SoftHSM(t))
+		},
 		"a NetHSM of two nodes": func(t *testing.T) *site {
+			t.Helper()
 			return withNetHSM(t, nethsmtest.Start(t, nethsmtest.Options{Nodes: 2, Provisioned: true}))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := make(t)
+			s := newSite(t)
 			bao := s.openBao(t)
 			w := bao.configured(t, s.stanza(t, "prod"))
 			_, connection, id := w.current()
