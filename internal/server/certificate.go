@@ -12,9 +12,6 @@ import (
 	"time"
 )
 
-// certificateInterval is how often the files of the certificate are read.
-const certificateInterval = 5 * time.Second
-
 // armour is what makes a connection TLS at one time. It is never changed.
 type armour struct {
 	config *tls.Config

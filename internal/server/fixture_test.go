@@ -5,7 +5,7 @@ import (
 	"context"
 	"crypto/ecdh"
 	"crypto/ecdsa"
-	"crypto/elliptic"
+	nist "crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
@@ -13,6 +13,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -177,12 +179,13 @@ type world struct {
 	records string
 	tokens  *file.Store
 	ca      *authority
+	timing  timing // of the servers that start
 }
 
 // newWorld makes a world with one HSM that has one key, "prod", and two places.
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{t: t, dir: t.TempDir(), units: devices{newUnit("one", 2)}, ca: newAuthority(t)}
+	w := &world{t: t, dir: t.TempDir(), units: devices{newUnit("one", 2)}, ca: newAuthority(t), timing: usual()}
 	w.records = filepath.Join(w.dir, "keyring")
 	w.units[0].AddEC(t, "prod", "01", ecdh.P256())
 	tokens, err := file.Open(filepath.Join(w.dir, "tokens"))
@@ -247,7 +250,7 @@ type authority struct {
 
 func newAuthority(t testing.TB) *authority {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := ecdsa.GenerateKey(nist.P256(), rand.Reader)
 	must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"}, NotBefore: time.Now().Add(-time.Hour),
@@ -273,7 +276,7 @@ func (a *authority) pool() *x509.CertPool {
 // issue makes a certificate for a name, good for a while, in PEM.
 func (a *authority) issue(name string, lasts time.Duration) (chain, key []byte) {
 	a.t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	private, err := ecdsa.GenerateKey(nist.P256(), rand.Reader)
 	must(a.t, err)
 	a.serial++
 	template := &x509.Certificate{
@@ -342,7 +345,7 @@ func (w *world) start(change func(*Site)) *running {
 		notify: &monitor.Notifier{
 			Send: func(state string) { _, _ = fmt.Fprintln(r.told, strings.ReplaceAll(state, "\n", " ")) }, Interval: 20 * time.Second,
 		},
-		running: func(s *server) { r.server = s },
+		running: func(s *server) { r.server = s }, timing: &w.timing,
 	}
 	go func() { r.ended <- Run(ctx, options) }()
 	select {
@@ -501,4 +504,17 @@ func (r *running) page(path string) string {
 	raw, err := io.ReadAll(response.Body)
 	must(r.t, err)
 	return string(raw)
+}
+
+// elliptic is the curve of the keys that are added.
+func elliptic() ecdh.Curve { return ecdh.P256() }
+
+// isTaken tells whether somebody else has the address.
+func isTaken(err error) bool { return errors.Is(err, syscall.EADDRINUSE) }
+
+// tellAll tells of an operation that failed or not, as a probe or a use of the HSM would.
+func (u *unit) tellAll(err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.hooks.DeviceOperation(u.name, "info", time.Millisecond, err)
 }

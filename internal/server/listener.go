@@ -16,19 +16,36 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
-// Bounds of a connection. A seal's requests are small, and nobody has a reason to be slow; an answer may wait for an HSM.
+// Bounds of a connection.
 const (
-	headerLimit = 10 * time.Second
-	readLimit   = 30 * time.Second // of headers and body
-	writeLimit  = openLimit + 2*readLimit
-	// idleLimit is longer than what Go's clients keep idle connections for, 90 s: so it is they who end them, and no request
-	// meets a connection that is just being closed.
-	idleLimit     = 3 * time.Minute
-	maxHeader     = 16 << 10
-	maxStreams    = 100 // of one HTTP/2 connection
-	defaultConns  = 4096
-	shutdownLimit = openLimit + 5*time.Second
+	maxHeader    = 16 << 10
+	maxStreams   = 100 // of one HTTP/2 connection
+	defaultConns = 4096
 )
+
+// timing is how long things may take, and how often they are done.
+type timing struct {
+	// Limits of a connection. A seal's requests are small, and nobody has a reason to be slow; an answer may wait for an HSM.
+	header, read, write time.Duration
+	// idle is longer than what Go's clients keep idle connections for, 90 s: so it is they who end them, and no request meets a
+	// connection that is just being closed.
+	idle time.Duration
+	// shutdown is how long what runs may take when the server stops.
+	shutdown time.Duration
+	// certificates is how often the files of the certificate are read.
+	certificates time.Duration
+	// settle is how long a new configuration may take to become ready before the one in use stays.
+	settle time.Duration
+}
+
+// usual is the timing of every server but those of some tests.
+func usual() timing {
+	const header, read = 10 * time.Second, 30 * time.Second
+	return timing{
+		header: header, read: read, write: openLimit + 2*read, idle: 3 * time.Minute, shutdown: openLimit + 5*time.Second,
+		certificates: 5 * time.Second, settle: 30 * time.Second,
+	}
+}
 
 // check says what is wrong with a listener.
 func (l *Listen) check() error {
@@ -60,6 +77,7 @@ type front struct {
 	http     *http.Server
 	listener net.Listener
 	ended    chan struct{} // closed when Serve has returned
+	patience time.Duration // for what runs when it stops
 }
 
 // gatekeeper accepts connections, not more than a number of them, and makes them TLS with what is in use at that moment.
@@ -128,15 +146,15 @@ func stale(r *http.Request, worn *armour) bool {
 }
 
 // newFront begins to listen. Nobody is answered before serve.
-func newFront(ctx context.Context, address string, handler http.Handler, logger *slog.Logger) (*front, error) {
+func newFront(ctx context.Context, address string, handler http.Handler, limits timing, logger *slog.Logger) (*front, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", address, err)
 	}
 	return &front{
-		listener: listener, ended: make(chan struct{}),
+		listener: listener, ended: make(chan struct{}), patience: limits.shutdown,
 		http: &http.Server{
-			Handler: handler, ReadHeaderTimeout: headerLimit, ReadTimeout: readLimit, WriteTimeout: writeLimit, IdleTimeout: idleLimit,
+			Handler: handler, ReadHeaderTimeout: limits.header, ReadTimeout: limits.read, WriteTimeout: limits.write, IdleTimeout: limits.idle,
 			MaxHeaderBytes: maxHeader, ConnContext: withVisit, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 		},
@@ -145,7 +163,7 @@ func newFront(ctx context.Context, address string, handler http.Handler, logger 
 
 // stop ends a front: no new connections and requests, and what runs gets the time that it may take.
 func (f *front) stop() {
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), f.patience)
 	defer cancel()
 	if f.http.Shutdown(ctx) != nil {
 		_ = f.http.Close() // it is of no use any more

@@ -23,13 +23,12 @@ const (
 	firstLook = 100 * time.Millisecond
 	// patience is how often systemd is asked for more of it meanwhile.
 	patience = 10 * time.Second
-	// settleLimit is how long a new configuration may take to become ready before the one in use stays.
-	settleLimit = 30 * time.Second
 )
 
 // server is a running seal server.
 type server struct {
 	options  Options
+	timing   timing
 	logger   *slog.Logger
 	metrics  *metrics
 	hooks    *Hooks
@@ -53,6 +52,10 @@ type server struct {
 // be had: an error that wraps syscall.EADDRINUSE where somebody else has it.
 func Run(ctx context.Context, options Options) error {
 	s := &server{options: options, logger: options.Logger, metrics: newMetrics(), notify: options.notify, failed: make(chan error, 1)}
+	s.timing = usual()
+	if options.timing != nil {
+		s.timing = *options.timing
+	}
 	if options.running != nil {
 		options.running(s)
 	}
@@ -129,7 +132,7 @@ func (s *server) build(ctx context.Context) (*service, *armour, error) {
 
 // open begins to listen for seals.
 func (s *server) open(ctx context.Context, l Listen) (*front, error) {
-	f, err := newFront(ctx, l.Address, s, s.logger)
+	f, err := newFront(ctx, l.Address, s, s.timing, s.logger)
 	if err != nil {
 		return nil, err
 	}
@@ -291,7 +294,7 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 		}
 	}()
 	if next.site.Listen.Address != s.address {
-		if opened, err = newFront(ctx, next.site.Listen.Address, s, s.logger); err != nil {
+		if opened, err = newFront(ctx, next.site.Listen.Address, s, s.timing, s.logger); err != nil {
 			return err
 		}
 	}
@@ -329,7 +332,7 @@ func (s *server) await(ctx context.Context, next, old *service) error {
 	if !old.settled() {
 		return nil // it can do no less
 	}
-	limit := time.NewTimer(settleLimit)
+	limit := time.NewTimer(s.timing.settle)
 	defer limit.Stop()
 	look := time.NewTicker(firstLook)
 	defer look.Stop()
@@ -367,7 +370,7 @@ func (s *server) sealOnDemand(ctx context.Context, demand <-chan os.Signal) {
 
 // renewCertificates takes a renewed certificate into use.
 func (s *server) renewCertificates(ctx context.Context) {
-	for monitor.Sleep(ctx, certificateInterval) {
+	for monitor.Sleep(ctx, s.timing.certificates) {
 		if in := s.service.Load(); in.site.Listen.Certificate != nil {
 			s.wardrobe.look(in.site.Listen)
 		}

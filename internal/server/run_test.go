@@ -1,36 +1,434 @@
 package server
 
 import (
+	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
+	"github.com/hashicorp/vault/api"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/token"
+	"vault-plugin-secrets-nitrokey/test/sealtest"
 )
 
-// TestASealIsServed: what a Vault does, from the start to its first health check.
-func TestASealIsServed(t *testing.T) {
+// newSeal makes a Vault that has this server as its seal.
+func (r *running) newSeal(text string) *sealtest.Seal {
+	s := sealtest.New(sealtest.Config{
+		Address: "https://" + r.at, Key: "prod", Token: text, TLS: &tls.Config{RootCAs: r.world.ca.pool(), MinVersion: tls.VersionTLS12},
+		RetryWait: 10 * time.Millisecond, UnsealWait: 20 * time.Millisecond,
+	})
+	r.t.Cleanup(s.Close)
+	return s
+}
+
+// TestAVaultLivesWithIt: what one does, from `operator init` over a restart to its health checks.
+func TestAVaultLivesWithIt(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	vault := r.newSeal(text)
+	must(t, vault.Start(t.Context()))
+	must(t, vault.Init(t.Context()))
+	must(t, vault.PowerUp(t.Context()))
+	must(t, vault.Check(t.Context()))
+	if told := r.told.String(); !strings.HasPrefix(told, "READY=1 STATUS=of 1 keys, 1 can seal and 1 can open") {
+		t.Errorf("systemd was told\n%s", told)
+	}
+	if got := r.metric(`nitroseal_serve_requests_total{operation="renew-self",result="ok"}`); got != "4" {
+		t.Errorf("%s renewals were counted", got)
+	}
+	r.end()
+	if told := r.told.String(); !strings.Contains(told, "STOPPING=1") {
+		t.Errorf("systemd was told\n%s", told)
+	}
+}
+
+// TestVaultsOwnClientIsUnderstood: what it takes from answers, and what it makes of errors.
+func TestVaultsOwnClientIsUnderstood(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{Name: "vault of berlin"})
+	r := w.start(nil).waitReady()
+	config := api.DefaultConfig()
+	config.Address, config.MaxRetries = "https://"+r.at, 0
+	config.HttpClient = r.client()
+	client, err := api.NewClient(config)
+	must(t, err)
+	client.SetToken(text)
+	renewed, err := client.Auth().Token().RenewSelfWithContext(t.Context(), 0)
+	must(t, err)
+	if renewed.Auth == nil || renewed.Auth.ClientToken != text || !renewed.Auth.Renewable || renewed.Auth.LeaseDuration < 1 {
+		t.Errorf("renewed: %+v", renewed.Auth)
+	}
+	sealed, err := client.Logical().WriteWithContext(t.Context(), "transit/encrypt/prod", map[string]any{"plaintext": "YQ=="})
+	must(t, err)
+	opened, err := client.Logical().WriteWithContext(t.Context(), "transit/decrypt/prod", map[string]any{"ciphertext": sealed.Data["ciphertext"]})
+	must(t, err)
+	if opened.Data["plaintext"] != "YQ==" {
+		t.Errorf("opened: %v", opened.Data)
+	}
+	self, err := client.Auth().Token().LookupSelfWithContext(t.Context())
+	must(t, err)
+	if self.Data["display_name"] != "vault of berlin" {
+		t.Errorf("the token: %v", self.Data)
+	}
+	health, err := client.Sys().HealthWithContext(t.Context())
+	must(t, err)
+	if !health.Initialized || health.Sealed || health.Version != "1.2.3" {
+		t.Errorf("health: %+v", health)
+	}
+	_, err = client.Logical().WriteWithContext(t.Context(), "transit/decrypt/prod", map[string]any{"ciphertext": "vault:v1:AAAA"})
+	if refused, ok := err.(*api.ResponseError); !ok || refused.StatusCode != http.StatusBadRequest || !strings.HasPrefix(refused.Errors[0], "invalid ciphertext") { //nolint:errorlint // its own client never wraps it
+		t.Errorf("a foreign ciphertext: %v", err)
+	}
+}
+
+// TestAnEnvelopeOpensWhereItWasSealedOnly: two names on one HSM key, and envelopes of other uses.
+func TestAnEnvelopeOpensWhereItWasSealedOnly(t *testing.T) {
+	w := newWorld(t)
+	other := newUnit("two", 1)
+	w.units = append(w.units, other)
+	_, err := w.keys.Wrap(t.Context(), "prod", "wrap", []byte("a secret"), nil)
+	must(t, err)
+	text, foreign := w.token(token.Spec{}), w.token(token.Spec{Keys: []string{"absent"}})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	wrapped, err := w.keys.Wrap(t.Context(), "prod", "wrap", []byte("a secret"), nil)
+	must(t, err)
+	posted := "vault:v1:" + base64.StdEncoding.EncodeToString(wrapped.Envelope)
+	if got := r.decrypt(client, text, "prod", posted); got.code != http.StatusBadRequest {
+		t.Errorf("an envelope of another use: %d %s", got.code, got.raw)
+	}
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	if got := r.decrypt(client, foreign, "prod", sealed); got.code != http.StatusForbidden {
+		t.Errorf("with a token of another key: %d %s", got.code, got.raw)
+	}
+	if got := r.decrypt(client, foreign, "absent", sealed); got.code != http.StatusBadRequest {
+		t.Errorf("with a key that is not there: %d %s", got.code, got.raw)
+	}
+	before := w.units[0].Operations()
+	damaged := sealed[:len(sealed)-8] + "AAAAAAA="
+	if got := r.decrypt(client, text, "prod", damaged); got.code != http.StatusBadRequest || w.units[0].Operations() != before {
+		t.Errorf("a damaged one: %d %s, at %d operations", got.code, got.raw, w.units[0].Operations()-before)
+	}
+}
+
+func TestATokenThatIsRevokedOpensNothingSoonAfter(t *testing.T) {
 	w := newWorld(t)
 	text := w.token(token.Spec{})
 	r := w.start(nil).waitReady()
 	client := r.client()
-	for range 2 {
-		if got := r.ask(client, http.MethodPut, "/v1/auth/token/renew-self", text, `{"increment":0}`); got.code != http.StatusOK {
-			t.Errorf("renew-self: %d %s", got.code, got.raw)
+	if got := r.encrypt(client, text, "prod", "a"); got.code != http.StatusOK {
+		t.Fatalf("%d %s", got.code, got.raw)
+	}
+	id := strings.Split(text, ".")[1]
+	if r.metric(`nitroseal_serve_token_last_use_timestamp_seconds{token="`+id+`"}`) == "" {
+		t.Error("there is no last use of the token")
+	}
+	_, err := token.Revoke(t.Context(), w.tokens, id)
+	must(t, err)
+	eventually(t, "the token is refused", func() bool { return r.encrypt(client, text, "prod", "a").code == http.StatusForbidden })
+	if r.metric(`nitroseal_serve_token_last_use_timestamp_seconds{token="`+id+`"}`) != "" {
+		t.Error("the metrics still know the token")
+	}
+	text = w.token(token.Spec{})
+	eventually(t, "a new token is taken", func() bool { return r.encrypt(client, text, "prod", "a").code == http.StatusOK })
+}
+
+func TestATokenIsBoundToAddressesAndCertificates(t *testing.T) {
+	w := newWorld(t)
+	here, elsewhere := w.token(token.Spec{Addresses: []string{"127.0.0.0/8"}}), w.token(token.Spec{Addresses: []string{"192.0.2.0/24"}})
+	named := w.token(token.Spec{CertificateNames: []string{"vault-1.example"}})
+	r := w.start(func(site *Site) {
+		site.Listen.ClientCA = func() ([]byte, error) { return w.ca.pem(), nil }
+	}).waitReady()
+	anonymous, one, two := r.client(), r.client(w.ca.pair("vault-1.example")), r.client(w.ca.pair("vault-2.example"))
+	for name, test := range map[string]struct {
+		client *http.Client
+		token  string
+		code   int
+	}{
+		"from its address":             {anonymous, here, http.StatusOK},
+		"from another address":         {anonymous, elsewhere, http.StatusForbidden},
+		"without its certificate":      {anonymous, named, http.StatusForbidden},
+		"with its certificate":         {one, named, http.StatusOK},
+		"with another certificate":     {two, named, http.StatusForbidden},
+		"with one that nobody asked":   {two, here, http.StatusOK},
+		"health without a certificate": {anonymous, "", http.StatusForbidden},
+	} {
+		if got := r.encrypt(test.client, test.token, "prod", "a"); got.code != test.code {
+			t.Errorf("%s: %d %s", name, got.code, got.raw)
 		}
 	}
-	sealed := r.encrypt(client, text, "prod", "a secret")
-	if sealed.code != http.StatusOK {
-		t.Fatalf("encrypt: %d %s", sealed.code, sealed.raw)
+	if log := r.logged.String(); !strings.Contains(log, "a request was refused") || strings.Contains(log, named) {
+		t.Errorf("the log says\n%s", log)
 	}
-	opened := r.decrypt(client, text, "prod", sealed.data("ciphertext"))
-	if got, _ := base64.StdEncoding.DecodeString(opened.data("plaintext")); opened.code != http.StatusOK || string(got) != "a secret" {
-		t.Errorf("decrypt: %d %s", opened.code, opened.raw)
+	stranger := newAuthority(t)
+	if _, err := r.try(r.client(stranger.pair("vault-1.example")), http.MethodPut, "/v1/auth/token/renew-self", named, "{}"); err == nil {
+		t.Error("a certificate of another CA is taken")
 	}
-	if got := r.ask(client, http.MethodGet, "/v1/sys/health", "", ""); got.code != http.StatusOK {
+}
+
+func TestARotationElsewhereIsFollowed(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	old := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	w.units[0].AddEC(t, "prod-2", "02", elliptic())
+	_, err := w.keys.Rotate(t.Context(), "prod", keyring.RotateRequest{Adopt: &keyring.AdoptRequest{Device: "one", Label: "prod-2", By: "alice"}})
+	must(t, err)
+	_, err = w.keys.Backup(t.Context(), "prod", "alice")
+	must(t, err)
+	var sealed answer
+	eventually(t, "the new version seals", func() bool {
+		sealed = r.encrypt(client, text, "prod", "a secret")
+		return strings.HasPrefix(sealed.data("ciphertext"), "vault:v2:")
+	})
+	for _, ciphertext := range []string{old, sealed.data("ciphertext")} {
+		if got := r.decrypt(client, text, "prod", ciphertext); got.code != http.StatusOK {
+			t.Errorf("%.12s: %d %s", ciphertext, got.code, got.raw)
+		}
+	}
+}
+
+func TestALeaseServesAStormWithOneOperation(t *testing.T) {
+	w := newWorld(t)
+	w.lease("prod", time.Hour)
+	text := w.token(token.Spec{Limit: &token.Limit{}})
+	first := w.start(nil).waitReady()
+	var sealed string
+	eventually(t, "it seals to a lease", func() bool {
+		sealed = first.encrypt(first.client(), text, "prod", "a secret").data("ciphertext")
+		return first.metric("nitroseal_serve_lease_locked{key=\"prod\",version=\"1\"}") != ""
+	})
+	sealed = first.encrypt(first.client(), text, "prod", "a secret").data("ciphertext")
+	first.end()
+	before := w.units[0].Operations()
+	r := w.start(nil).waitReady()
+	client := r.client()
+	var running sync.WaitGroup
+	for range 200 {
+		running.Go(func() {
+			if got, err := r.try(client, http.MethodPut, "/v1/transit/decrypt/prod", text, `{"ciphertext":"`+sealed+`"}`); err != nil || got.code != http.StatusOK {
+				t.Errorf("%d %s %v", got.code, got.raw, err)
+			}
+		})
+	}
+	running.Wait()
+	if got := w.units[0].Operations() - before; got > 2 { // the authentication key and the KEK
+		t.Errorf("%d operations", got)
+	}
+	eventually(t, "the log tells of the lease", func() bool { return r.logged.count("a lease is open") == 1 })
+
+	// Sealing wipes it, and the next opening asks the HSM again.
+	r.seal <- syscall.SIGUSR1
+	eventually(t, "it is sealed", func() bool {
+		return r.logged.count("sealed: all leases were ended") == 1 && r.logged.count("a lease has ended") == 1
+	})
+	before = w.units[0].Operations()
+	if got := r.decrypt(client, text, "prod", sealed); got.code != http.StatusOK || w.units[0].Operations() != before+1 {
+		t.Errorf("after it was sealed: %d %s at %d operations", got.code, got.raw, w.units[0].Operations()-before)
+	}
+	// The HSM goes away: what is leased opens, and all is encrypted.
+	w.units[0].away(hsm.ErrUnavailable)
+	if got := r.decrypt(client, text, "prod", sealed); got.code != http.StatusOK {
+		t.Errorf("without the HSM, leased: %d %s", got.code, got.raw)
+	}
+	if got := r.encrypt(client, text, "prod", "another secret"); got.code != http.StatusOK {
+		t.Errorf("without the HSM: %d %s", got.code, got.raw)
+	}
+	if got := r.ask(client, http.MethodGet, "/v1/sys/health", "", ""); got.code != http.StatusOK || !strings.Contains(got.raw, `"mode":"leased"`) {
 		t.Errorf("health: %d %s", got.code, got.raw)
 	}
-	t.Log(r.logged)
-	t.Log(r.told)
-	t.Log(r.page("/readyz"))
+}
+
+// TestAnHSMThatGoesAwayComesBackByItself.
+func TestAnHSMThatGoesAwayComesBackByItself(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	health := func(query string) int { return r.ask(client, http.MethodGet, "/v1/sys/health"+query, "", "").code }
+	w.units[0].away(hsm.ErrUnavailable)
+	got := r.decrypt(client, text, "prod", sealed)
+	if got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" || !strings.HasPrefix(got.raw, `{"errors":["`) {
+		t.Errorf("decrypt: %d %s", got.code, got.raw)
+	}
+	if got := r.encrypt(client, text, "prod", "another secret"); got.code != http.StatusOK {
+		t.Errorf("encrypt: %d %s", got.code, got.raw)
+	}
+	w.units[0].tellAll(hsm.ErrUnavailable)
+	eventually(t, "health tells", func() bool { return health("") == http.StatusServiceUnavailable })
+	if code := health("?sealedcode=200"); code != http.StatusOK {
+		t.Errorf("for a balancer: %d", code)
+	}
+	if code := health("?sealedcode=banana"); code != http.StatusServiceUnavailable {
+		t.Errorf("for a banana: %d", code)
+	}
+	if !strings.Contains(r.page("/readyz"), `"ready": true`) || !strings.Contains(r.page("/healthz"), "true") {
+		t.Errorf("it can seal and does not say so: %s", r.page("/readyz"))
+	}
+	w.units[0].away(nil)
+	if got := r.decrypt(client, text, "prod", sealed); got.code != http.StatusOK {
+		t.Errorf("decrypt, the HSM being back: %d %s", got.code, got.raw)
+	}
+	eventually(t, "health tells", func() bool { return health("") == http.StatusOK })
+}
+
+// TestAnHSMThatIsAwayAtTheStart: it listens, and says what it waits for.
+func TestAnHSMThatIsAwayAtTheStart(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	w.units[0].away(hsm.ErrUnavailable)
+	r := w.start(nil)
+	client := r.client()
+	eventually(t, "it says that it waits", func() bool { return r.logged.count("a key is not ready") == 1 })
+	got := r.encrypt(client, text, "prod", "a secret")
+	if got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" {
+		t.Errorf("encrypt: %d %s", got.code, got.raw)
+	}
+	if got := r.ask(client, http.MethodPut, "/v1/auth/token/renew-self", text, "{}"); got.code != http.StatusOK {
+		t.Errorf("renew-self: %d %s", got.code, got.raw)
+	}
+	select {
+	case <-r.ready:
+		t.Error("it calls itself ready")
+	default:
+	}
+	if strings.Contains(r.told.String(), "READY") || !strings.Contains(r.page("/readyz"), `"ready": false`) {
+		t.Errorf("systemd was told %s, others %s", r.told, r.page("/readyz"))
+	}
+	w.units[0].away(nil)
+	r.waitReady()
+	if got := r.encrypt(client, text, "prod", "a secret"); got.code != http.StatusOK {
+		t.Errorf("encrypt, the HSM being back: %d %s", got.code, got.raw)
+	}
+}
+
+// TestAMisspeltKeyTakesNothingFromTheOthers, and keeps no server from being ready.
+func TestAMisspeltKeyTakesNothingFromTheOthers(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{Keys: []string{"prod", "prd"}})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	got := r.ask(client, http.MethodGet, "/v1/sys/health", "", "")
+	if got.code != http.StatusOK || !strings.Contains(got.raw, `"name":"prd"`) {
+		t.Errorf("health: %d %s", got.code, got.raw)
+	}
+	if !strings.Contains(r.page("/readyz"), `"ready": true`) {
+		t.Errorf("not ready: %s", r.page("/readyz"))
+	}
+	if got := r.encrypt(client, text, "prd", "a"); got.code != http.StatusBadRequest || !strings.Contains(got.raw, "encryption key not found") {
+		t.Errorf("%d %s", got.code, got.raw)
+	}
+}
+
+func TestAKeyThatTheConfigurationDoesNotNameIsNotServed(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(func(site *Site) { site.Names = []string{"other"} }).waitReady()
+	if got := r.encrypt(r.client(), text, "prod", "a"); got.code != http.StatusBadRequest {
+		t.Errorf("%d %s", got.code, got.raw)
+	}
+	if got := r.ask(r.client(), http.MethodGet, "/v1/sys/health", "", ""); got.code != http.StatusServiceUnavailable {
+		t.Errorf("a key that is named and not there: %d %s", got.code, got.raw)
+	}
+}
+
+// TestAnUnsealGoesFirst: of an HSM that does one thing at a time, with health checks before the unseal.
+func TestAnUnsealGoesFirst(t *testing.T) {
+	w := newWorld(t)
+	w.units[0].places = make(chan struct{}, 1)
+	text := w.token(token.Spec{})
+	other := w.start(nil).waitReady()
+	old := other.encrypt(other.client(), text, "prod", "root key").data("ciphertext") // by another server, as far as the next one knows
+	other.end()
+	r := w.start(nil).waitReady()
+	client := r.client()
+	fresh := r.encrypt(client, text, "prod", "Heartbeat 7").data("ciphertext")
+	w.units[0].Delay(100 * time.Millisecond)
+	var running sync.WaitGroup
+	var mu sync.Mutex
+	var order []string
+	ask := func(name, ciphertext string) {
+		running.Go(func() {
+			if got, err := r.try(client, http.MethodPut, "/v1/transit/decrypt/prod", text, `{"ciphertext":"`+ciphertext+`"}`); err != nil || got.code != http.StatusOK {
+				t.Errorf("%s: %d %s %v", name, got.code, got.raw, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			order = append(order, name)
+		})
+	}
+	waits := func(n int) func() bool {
+		return func() bool {
+			inside, urgent, patient := r.server.service.Load().desk.load()
+			return inside+urgent+patient == n
+		}
+	}
+	for i := range 6 {
+		ask("check", fresh)
+		eventually(t, "a check waits", waits(i+1))
+	}
+	ask("unseal", old)
+	running.Wait()
+	if at := slices.Index(order, "unseal"); at > 3 { // two were inside, and one may have left before it came
+		t.Errorf("it came after %d checks: %v", at, order)
+	}
+}
+
+// TestAStopLetsEndWhatRuns and turns away what waits.
+func TestAStopLetsEndWhatRuns(t *testing.T) {
+	w := newWorld(t)
+	w.units[0].places = make(chan struct{}, 1)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	w.units[0].Delay(300 * time.Millisecond)
+	codes := make(chan int, 8)
+	for range 5 {
+		go func() {
+			got, err := r.try(client, http.MethodPut, "/v1/transit/decrypt/prod", text, `{"ciphertext":"`+sealed+`"}`)
+			if err != nil {
+				t.Error(err)
+			}
+			codes <- got.code
+		}()
+	}
+	eventually(t, "they wait", func() bool {
+		inside, urgent, patient := r.server.service.Load().desk.load()
+		return inside == 2 && urgent+patient == 3
+	})
+	r.end()
+	counts := map[int]int{}
+	for range 5 {
+		counts[<-codes]++
+	}
+	if counts[http.StatusOK] != 2 || counts[http.StatusServiceUnavailable] != 3 {
+		t.Errorf("answers: %v", counts)
+	}
+	if _, err := r.try(client, http.MethodGet, "/v1/sys/health", "", ""); err == nil {
+		t.Error("it answers after its end")
+	}
+}
+
+// TestAnAddressThatIsTakenIsSaid by an error that can be asked for.
+func TestAnAddressThatIsTakenIsSaid(t *testing.T) {
+	w := newWorld(t)
+	first := w.start(nil).waitReady()
+	err := Run(context.Background(), Options{Build: (&running{t: t, world: w, change: func(site *Site) { site.Listen.Address = first.at }}).build})
+	if !isTaken(err) {
+		t.Errorf("Run: %v", err)
+	}
 }

@@ -125,6 +125,7 @@ type Options struct {
 
 	notify  *monitor.Notifier // set by tests
 	running func(*server)     // set by tests
+	timing  *timing           // set by tests
 }
 
 // check says what is wrong with a site.

@@ -1,0 +1,180 @@
+package server
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/internal/token"
+)
+
+func TestWhatWasSealedIsRememberedForAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRecent(time.Now)
+		r.add([]byte("first"))
+		<-time.After(recentFor - time.Second)
+		r.add([]byte("second"))
+		if !r.has([]byte("first")) || !r.has([]byte("second")) || r.has([]byte("third")) {
+			t.Error("within a minute it is not as it was sealed")
+		}
+		<-time.After(2 * time.Second)
+		r.add([]byte("third")) // turns the page
+		if r.has([]byte("first")) || !r.has([]byte("second")) || !r.has([]byte("third")) {
+			t.Error("after a minute it is not forgotten, or too much is")
+		}
+		<-time.After(time.Hour)
+		if r.has([]byte("second")) || r.has([]byte("third")) {
+			t.Error("after an hour it is not forgotten")
+		}
+	})
+}
+
+func TestTheMemoryOfWhatWasSealedIsBounded(t *testing.T) {
+	r := newRecent(time.Now)
+	for i := range 5 * maxRecent {
+		r.add(fmt.Appendf(nil, "envelope %d", i))
+	}
+	if n := len(r.young) + len(r.old); n > 2*maxRecent {
+		t.Errorf("%d are remembered", n)
+	}
+	if !r.has(fmt.Appendf(nil, "envelope %d", 5*maxRecent-1)) {
+		t.Error("the newest is not")
+	}
+}
+
+func TestATokenHasItsOwnLimitAndItsOwnCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h holders
+		grant := func(id string, limit *token.Limit) *token.Grant { return &token.Grant{ID: id, Limit: limit} }
+		count := func(g *token.Grant) (passed int, wait time.Duration) {
+			for range 1000 {
+				if wait = h.ask(g, token.Limit{Rate: 10, Burst: 20}, time.Now()); wait > 0 {
+					return passed, wait
+				}
+				passed++
+			}
+			return passed, 0
+		}
+		for _, test := range []struct {
+			grant  *token.Grant
+			passed int
+			wait   time.Duration
+		}{
+			{grant("default", nil), 20, 100 * time.Millisecond},
+			{grant("own", &token.Limit{Rate: 2, Burst: 5}), 5, 500 * time.Millisecond},
+			{grant("none", &token.Limit{}), 1000, 0},
+		} {
+			if passed, wait := count(test.grant); passed != test.passed || wait != test.wait {
+				t.Errorf("%s: %d passed, then %v; want %d, %v", test.grant.ID, passed, wait, test.passed, test.wait)
+			}
+		}
+		<-time.After(time.Second)
+		if passed, _ := count(grant("own", &token.Limit{Rate: 2, Burst: 5})); passed != 2 {
+			t.Errorf("a second later %d passed", passed)
+		}
+		if passed, _ := count(grant("own", &token.Limit{Rate: 100, Burst: 50})); passed != 50 {
+			t.Errorf("with another limit %d passed", passed)
+		}
+		if who := h.known("own"); who == nil || who.last.Load() != time.Now().Unix() || who.limited.Load() != 3 {
+			t.Errorf("of the token is known: %+v", who)
+		}
+	})
+}
+
+// TestTheTimeOfAnOperationIsMeasuredAlsoWhereItWaited for others of the same HSM.
+func TestTheTimeOfAnOperationIsMeasuredAlsoWhereItWaited(t *testing.T) {
+	for name, test := range map[string]struct{ parallel, waiting int }{
+		"alone": {1, 1}, "a card with a queue": {1, 2}, "eight at one time": {8, 8}, "eight with a queue": {8, 16}, "a long queue": {2, 50},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const each = 600 * time.Millisecond
+			var o operations
+			o.configure(map[string]int{"one": test.parallel})
+			begun := time.Now()
+			var ends []time.Time
+			for i := range 400 { // each of the waiting asks again as soon as it has its answer
+				asked := begun
+				if i >= test.waiting {
+					asked = ends[i-test.waiting]
+				}
+				started := asked
+				if i >= test.parallel && ends[i-test.parallel].After(started) {
+					started = ends[i-test.parallel]
+				}
+				ends = append(ends, started.Add(each))
+				o.ended("one", ends[i], ends[i].Sub(asked))
+			}
+			if got := o.of("one"); got < each*95/100 || got > each*105/100 {
+				t.Errorf("%v is measured for %v", got, each)
+			}
+			if o.of("two") != 0 {
+				t.Error("another HSM has a time")
+			}
+			o.configure(map[string]int{"one": test.parallel, "two": 1})
+			if got := o.of("one"); got < each*95/100 {
+				t.Error("a reload forgets it")
+			}
+			o.configure(nil)
+			if o.of("one") != 0 {
+				t.Error("an HSM that is not configured any more has a time")
+			}
+		})
+	}
+}
+
+func TestAChangedRecordIsSeenAndATemporaryFileIsNot(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
+	}
+	write("keys+prod", "1")
+	first, err := fingerprint(dir)
+	must(t, err)
+	write(".writing-abc", "1")
+	write("other", "1")
+	if same, err := fingerprint(dir); err != nil || same != first {
+		t.Errorf("files that are no records count: %v", err)
+	}
+	must(t, os.Chtimes(filepath.Join(dir, "keys+prod"), time.Time{}, time.Now().Add(time.Second)))
+	second, err := fingerprint(dir)
+	must(t, err)
+	write("keys+other", "1")
+	third, err := fingerprint(dir)
+	must(t, err)
+	if second == first || third == second {
+		t.Error("a record that changed, or a new one, is not seen")
+	}
+	if _, err := fingerprint(filepath.Join(dir, "missing")); err == nil {
+		t.Error("a folder that is not there can be read")
+	}
+}
+
+func TestAListenerWithoutTLSIsOnlyForThisMachine(t *testing.T) {
+	certificate := func() (chain, key []byte, err error) { return nil, nil, nil }
+	ca := func() ([]byte, error) { return nil, nil }
+	for name, test := range map[string]struct {
+		listen Listen
+		good   bool
+	}{
+		"TLS on all addresses":               {Listen{Address: ":8210", Certificate: certificate}, true},
+		"TLS with client certificates":       {Listen{Address: ":8210", Certificate: certificate, ClientCA: ca, Required: true}, true},
+		"plain on loopback":                  {Listen{Address: "127.0.0.1:8210", Plain: true}, true},
+		"plain on localhost":                 {Listen{Address: "localhost:8210", Plain: true}, true},
+		"plain on all addresses":             {Listen{Address: ":8210", Plain: true}, false},
+		"plain on another address":           {Listen{Address: "192.0.2.1:8210", Plain: true}, false},
+		"plain on a name":                    {Listen{Address: "seal:8210", Plain: true}, false},
+		"neither plain nor TLS":              {Listen{Address: "127.0.0.1:8210"}, false},
+		"both":                               {Listen{Address: "127.0.0.1:8210", Plain: true, Certificate: certificate}, false},
+		"no address":                         {Listen{Certificate: certificate}, false},
+		"no port":                            {Listen{Address: "192.0.2.1", Certificate: certificate}, false},
+		"certificates required without a CA": {Listen{Address: ":8210", Certificate: certificate, Required: true}, false},
+		"a CA without TLS":                   {Listen{Address: "127.0.0.1:8210", Plain: true, ClientCA: ca}, false},
+	} {
+		if err := test.listen.check(); (err == nil) != test.good {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
