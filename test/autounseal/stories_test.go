@@ -48,6 +48,7 @@ var servers = []struct {
 	start func(t testing.TB, hsm *HSM) SealServer
 }{
 	{"the mount", func(t testing.TB, hsm *HSM) SealServer { return newMount(t, hsm) }},
+	{"nitroseal serve", func(t testing.TB, hsm *HSM) SealServer { return newServe(t, hsm) }},
 }
 
 func TestVaultsUnsealThemselvesByAnHSM(t *testing.T) {
