@@ -1,6 +1,7 @@
 package test
 
 import (
+	"crypto/aes"
 	"crypto/ecdh"
 	"crypto/rand"
 	"crypto/rsa"
@@ -8,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,6 +17,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/vault/api"
 
@@ -78,6 +81,81 @@ func TestRecoveryDoesWhatItsPageSays(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestRecoveryOfWhatWasSealedInALease takes the HSM's part once, for the key encryption key that the envelope carries.
+func TestRecoveryOfWhatWasSealedInALease(t *testing.T) {
+	page := readPage(t, "recovery.md")
+	token := pkcs11test.SoftHSM(t)
+	token.GenerateKey(t, "rsa:2048", "rsa", "01")
+	token.GenerateKey(t, "EC:prime256v1", "p256", "02")
+	rsaKey := readRecipient(t, token, "01", envelope.RSAOAEP)
+	p256 := readRecipient(t, token, "02", envelope.ECDHESA256KW)
+	for name, test := range map[string]struct {
+		recipients []envelope.Recipient
+		id         string
+		opener     envelope.Recipient
+		block      string
+	}{
+		"RSA, one recipient":      {[]envelope.Recipient{rsaKey}, "01", rsaKey, "rsa-oaep"},
+		"P-256, among recipients": {[]envelope.Recipient{rsaKey, p256}, "02", p256, "ecdh-es"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			auth := envelope.NewAuthKey()
+			raw := sealInLease(t, test.recipients, auth)
+			d := newDesk(t, page, token, "ID="+test.id, "KID="+test.opener.KID)
+			write(t, d.dir, "authentication-key", string(auth[:]))
+			write(t, d.dir, "envelope", transit.Format(1, raw))
+			if listed := d.must(t, "recipients"); !strings.HasSuffix(listed, " A256KW\n") {
+				t.Errorf("the recipients are listed as\n%s", listed)
+			}
+			d.must(t, "leased")
+			if listed := d.must(t, "recipients"); !strings.Contains(listed, test.opener.KID+" "+string(test.opener.Algorithm)) {
+				t.Errorf("the recipients of the key encryption key are listed as\n%s", listed)
+			}
+			for _, block := range []string{test.block, "open", "authenticated", "a256kw", "open"} {
+				d.must(t, block)
+			}
+			if got := read(t, d.dir, "secret"); got != secret {
+				t.Errorf("recovered %q", got)
+			}
+			if said := d.must(t, "authenticated"); !strings.Contains(said, "authentic") || !strings.Contains(said, "transit") {
+				t.Errorf("an authentic envelope is said to be %q", said)
+			}
+		})
+	}
+	t.Run("with a software copy of the key", func(t *testing.T) {
+		private, err := rsa.GenerateKey(rand.Reader, 2048)
+		must(t, err)
+		kid, err := hsm.Fingerprint(&private.PublicKey)
+		must(t, err)
+		der, err := x509.MarshalPKCS8PrivateKey(private)
+		must(t, err)
+		d := &desk{dir: t.TempDir(), page: page, env: append(os.Environ(), "PATH=/usr/bin:"+os.Getenv("PATH"))}
+		d.scripts(t)
+		write(t, d.dir, "envelope", string(sealInLease(t,
+			[]envelope.Recipient{{KID: kid, Algorithm: envelope.RSAOAEP256, Public: &private.PublicKey}}, envelope.NewAuthKey())))
+		write(t, d.dir, "key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
+		for _, block := range []string{"recipients", "leased", "jwcrypto", "a256kw", "open"} {
+			d.must(t, block)
+		}
+		if got := read(t, d.dir, "secret"); got != secret {
+			t.Errorf("recovered %q", got)
+		}
+	})
+}
+
+// sealInLease seals the secret as a keyring does while a lease is open.
+func sealInLease(t *testing.T, to []envelope.Recipient, auth *envelope.AuthKey) []byte {
+	t.Helper()
+	key := envelope.NewKEK()
+	kek, err := envelope.SealKEK("prod", 1, to, auth, key)
+	must(t, err)
+	block, err := aes.NewCipher(key)
+	must(t, err)
+	raw, err := envelope.SealLeased(envelope.Context{Use: envelope.UseTransit, Key: "prod", Version: 1}, kek, block, auth, []byte(secret))
+	must(t, err)
+	return raw
 }
 
 // TestRecoveryScriptsAreShort: who types them in on the worst day must be able to.
@@ -220,14 +298,17 @@ func TestRecoverDoesWhatItsPageSays(t *testing.T) {
 			[]envelope.Recipient{{KID: kid, Algorithm: envelope.RSAOAEP256, Public: public.(*rsa.PublicKey)}}, envelope.NewAuthKey(), []byte(secret))
 		must(t, err)
 		d := &desk{dir: t.TempDir(), page: page, env: append(os.Environ(), "PATH="+command+":"+os.Getenv("PATH"), "NODE="+double.URLs()[0])}
-		write(t, d.dir, "envelope", string(raw))
 		write(t, d.dir, "ca.pem", string(double.CA()))
 		write(t, d.dir, "password", nethsmtest.OperatorPassphrase)
-		if said := d.must(t, "recover-nethsm"); !strings.Contains(said, "NOT AUTHENTICATED") {
-			t.Errorf("it says %q", said)
-		}
-		if got := read(t, d.dir, "secret"); got != secret {
-			t.Errorf("recovered %q", got)
+		leased := sealInLease(t, []envelope.Recipient{{KID: kid, Algorithm: envelope.RSAOAEP256, Public: public.(*rsa.PublicKey)}}, envelope.NewAuthKey())
+		for how, text := range map[string]string{"to the HSM": string(raw), "in a lease": transit.Format(1, leased)} {
+			write(t, d.dir, "envelope", text)
+			if said := d.must(t, "recover-nethsm"); !strings.Contains(said, "NOT AUTHENTICATED") {
+				t.Errorf("sealed %s: it says %q", how, said)
+			}
+			if got := read(t, d.dir, "secret"); got != secret {
+				t.Errorf("sealed %s: recovered %q", how, got)
+			}
 		}
 	})
 }
@@ -263,12 +344,24 @@ func TestRecoveryOfWhatWasReallyKept(t *testing.T) {
 			write(t, d.dir, "envelope", raw)
 		}
 		fields := strings.Fields(d.must(t, "recipients"))
+		leased := strings.HasSuffix(strings.Join(fields, " "), " A256KW")
+		if leased != (from == "lease") {
+			t.Fatalf("what comes from %s has the recipients %q", from, fields)
+		}
+		if leased {
+			d.must(t, "leased")
+			fields = strings.Fields(d.must(t, "recipients"))
+		}
 		if len(fields) != 2 || !strings.Contains(key, fields[0]) {
 			t.Fatalf("the recipients are listed as %q", fields)
 		}
 		d.env = append(d.env, "KID="+fields[0])
 		d.must(t, strings.ToLower(fields[1]))
 		d.must(t, "open")
+		if leased {
+			d.must(t, "a256kw")
+			d.must(t, "open")
+		}
 		return read(t, d.dir, "secret")
 	}
 	t.Run("from wrap/", func(t *testing.T) {
@@ -278,6 +371,23 @@ func TestRecoveryOfWhatWasReallyKept(t *testing.T) {
 	})
 	t.Run("from encrypt/", func(t *testing.T) {
 		if got := open(t, "encrypt", encrypted); got != secret {
+			t.Errorf("recovered %q", got)
+		}
+	})
+	t.Run("from encrypt/ in a lease", func(t *testing.T) {
+		site.Write(t, "nitrokey/keys/prod", vaulttest.Fields{"lease": "10m"})
+		vaulttest.Eventually(t, time.Minute, "an envelope that is sealed in a lease", func() error {
+			encrypted = site.Write(t, "nitrokey/encrypt/prod", vaulttest.Fields{"plaintext": vaulttest.Base64(secret)})["ciphertext"].(string)
+			_, raw, err := transit.Parse(encrypted)
+			must(t, err)
+			sealed, err := envelope.Parse(raw)
+			must(t, err)
+			if _, leased := sealed.KEKID(); !leased {
+				return errors.New("it is sealed to the HSM")
+			}
+			return nil
+		})
+		if got := open(t, "lease", encrypted); got != secret {
 			t.Errorf("recovered %q", got)
 		}
 	})

@@ -25,7 +25,7 @@ func TestTheWorkedExampleOfTheDocumentIsTheGoldenFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, written, _ := strings.Cut(string(doc), "golden files.\n\n")
-	want := example(t, "use-material", "RSA") + "\n" + example(t, "ec-p256", "EC")
+	want := example(t, "use-material", "RSA") + "\n" + example(t, "ec-p256", "EC") + "\n" + leasedExample(t)
 	if written == "" && *update {
 		if err := os.WriteFile(path, append(doc, want...), 0o644); err != nil {
 			t.Fatal(err)
@@ -74,6 +74,35 @@ func example(t *testing.T, name, kind string) string {
 	} else {
 		block("The content key, as the HSM decrypts it", hex.EncodeToString(key.contentKey))
 	}
+	block("The HMAC's input", hex.EncodeToString(input))
+	block("The HMAC, the first 32 bytes of the plaintext", hex.EncodeToString(mac.Sum(nil)))
+	return strings.TrimSuffix(b.String(), "\n")
+}
+
+// leasedExample opens the golden leased envelope step by step, with nothing of this package's own but its key unwrap.
+func leasedExample(t *testing.T) string {
+	t.Helper()
+	g := leasedGoldens()[0]
+	raw, carried := g.read(t), g.carried().read(t)
+	jwk := `{"k":"` + b64([]byte(testKEK)) + `","kty":"oct"}`
+	sum := sha256.Sum256([]byte(jwk))
+	if b64(sum[:]) != KEKID([]byte(testKEK)) {
+		t.Fatal("the documented kid is not the one of this package")
+	}
+	input := macInput(g.context(), []byte("a test payload"))
+	mac := hmac.New(sha256.New, testAuth[:])
+	mac.Write(input)
+
+	var b strings.Builder
+	block := func(title, text string) { fmt.Fprintf(&b, "%s:\n\n```\n%s\n```\n\n", title, fold(text)) }
+	fmt.Fprintf(&b, "### Leased: `testdata/golden/leased.jwe`, and with `%s.pem`\n\n", g.to[0])
+	block("The envelope, one line", string(raw))
+	block("The protected header, decoded, one line", string(unb64(t, member(t, raw, "protected"))))
+	block("The KEK's envelope, `testdata/golden/kek.jwe`: `kek`, decoded, one line", string(carried))
+	block("Its protected header, decoded, one line", string(unb64(t, member(t, carried, "protected"))))
+	block("The KEK, its payload", hex.EncodeToString([]byte(testKEK)))
+	block("What its kid is the SHA-256 of, and that", jwk+"\n"+hex.EncodeToString(sum[:]))
+	block("The content key, unwrapped with the KEK", hex.EncodeToString(unwrapKey(kekBlock(t, testKEK), unb64(t, member(t, raw, "encrypted_key")))))
 	block("The HMAC's input", hex.EncodeToString(input))
 	block("The HMAC, the first 32 bytes of the plaintext", hex.EncodeToString(mac.Sum(nil)))
 	return strings.TrimSuffix(b.String(), "\n")
