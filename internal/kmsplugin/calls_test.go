@@ -2,6 +2,7 @@ package kmsplugin
 
 import (
 	"context"
+	"crypto/ecdh"
 	"errors"
 	"fmt"
 	"os"
@@ -317,6 +318,34 @@ func TestAfterARotationTheNewRecordOpensOldAndNew(t *testing.T) {
 	}
 	_, err = f.decrypt(before, blob, "")
 	wantCode(t, err, codes.FailedPrecondition, "name the newest key record")
+}
+
+func TestAVersionThatNobodySaidMayBeAloneDoesNotSeal(t *testing.T) {
+	f := newFixture(t)
+	f.other.AddEC(t, "seal", "01", ecdh.P256())
+	if _, err := f.keys.AddRecipient(t.Context(), "prod", keyring.AdoptRequest{Device: "vault", Label: "seal", By: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.keys.Rotate(t.Context(), "prod", keyring.RotateRequest{
+		Adopt: &keyring.AdoptRequest{Device: "rack", Label: "seal-2", By: "test"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for accepted, want := range map[string]string{"": "prod/v1+1", "true": "prod/v2"} {
+		id := f.wrapper("accept_single_hsm", accepted, "device", "rack")
+		key, err := f.KeyId(t.Context(), &pb.KeyIdRequest{WrapperId: id})
+		if err != nil || key.GetKeyId() != want {
+			t.Errorf("KeyId: %v, %v; want %q", key, err, want)
+		}
+		begun := f.token.Operations()
+		blob, err := f.encrypt(id, "x", "")
+		if err != nil || blob.GetKeyInfo().GetKeyId() != want || f.token.Operations() != begun {
+			t.Errorf("sealed with %v after %d operations, %v; want %q without any", blob.GetKeyInfo(), f.token.Operations()-begun, err, want)
+		}
+		if got, err := f.decrypt(id, blob, ""); err != nil || got != "x" {
+			t.Errorf("Decrypt: %q, %v", got, err)
+		}
+	}
 }
 
 func TestAnotherRecipientIsAnotherKeyID(t *testing.T) {

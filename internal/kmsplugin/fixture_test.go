@@ -29,7 +29,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type fixture struct {
 	*Server
 	t     testing.TB
-	token *hsmtest.Memory
+	token *hsmtest.Memory // "rack"
+	other *hsmtest.Memory // "vault", which no stanza describes
 	keys  *keyring.Keyring // as an operator's machine has it
 	dir   string
 	log   *log
@@ -53,17 +54,17 @@ func (l *log) String() string {
 	return l.all.String()
 }
 
-// onlyDevice makes a token every device of a keyring.
-type onlyDevice struct{ token *hsmtest.Memory }
+// tokens are the devices of a keyring.
+type tokens map[string]*hsmtest.Memory
 
-func (d onlyDevice) Device(context.Context, string) (hsm.Device, error) { return d.token, nil }
+func (d tokens) Device(_ context.Context, name string) (hsm.Device, error) { return d[name], nil }
 
 func newFixture(t testing.TB) *fixture {
 	t.Helper()
-	f := &fixture{t: t, token: hsmtest.NewMemory(), dir: t.TempDir(), log: &log{}}
+	f := &fixture{t: t, token: hsmtest.NewMemory(), other: hsmtest.NewMemory(), dir: t.TempDir(), log: &log{}}
 	f.token.AddEC(t, "seal", "01", ecdh.P256())
 	f.token.AddEC(t, "seal-2", "02", ecdh.P384())
-	f.keys = keyring.New(keyring.Config{Records: newRecords(), Devices: onlyDevice{f.token}})
+	f.keys = keyring.New(keyring.Config{Records: newRecords(), Devices: tokens{"rack": f.token, "vault": f.other}})
 	if _, err := f.keys.Adopt(t.Context(), "prod", keyring.AdoptRequest{Device: "rack", Label: "seal", By: "test"}); err != nil {
 		t.Fatal(err)
 	}

@@ -52,7 +52,7 @@ func newSeal(ctx context.Context, options Options, wanted stanza, noEnvironment 
 	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	s.keys = keyring.New(keyring.Config{
 		Records: newRecords(), CacheRecords: true, SealAuthKeys: true,
-		Devices: s.devices, Logger: s.logger, Words: &words,
+		Devices: s.devices, Logger: options.Logger, Words: &words,
 	})
 	defer func() {
 		if err != nil {
