@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 
+	josecipher "github.com/go-jose/go-jose/v4/cipher"
+
 	"vault-plugin-secrets-nitrokey/hsm"
 )
 
@@ -89,6 +91,10 @@ func leasedExample(t *testing.T) string {
 	if b64(sum[:]) != KEKID([]byte(testKEK)) {
 		t.Fatal("the documented kid is not the one of this package")
 	}
+	contentKey, err := josecipher.KeyUnwrap(kekBlock(t, testKEK), unb64(t, member(t, raw, "encrypted_key")))
+	if err != nil {
+		t.Fatal(err)
+	}
 	input := macInput(g.context(), []byte("a test payload"))
 	mac := hmac.New(sha256.New, testAuth[:])
 	mac.Write(input)
@@ -102,7 +108,7 @@ func leasedExample(t *testing.T) string {
 	block("Its protected header, decoded, one line", string(unb64(t, member(t, carried, "protected"))))
 	block("The KEK, its payload", hex.EncodeToString([]byte(testKEK)))
 	block("What its kid is the SHA-256 of, and that", jwk+"\n"+hex.EncodeToString(sum[:]))
-	block("The content key, unwrapped with the KEK", hex.EncodeToString(unwrapKey(kekBlock(t, testKEK), unb64(t, member(t, raw, "encrypted_key")))))
+	block("The content key, unwrapped with the KEK", hex.EncodeToString(contentKey))
 	block("The HMAC's input", hex.EncodeToString(input))
 	block("The HMAC, the first 32 bytes of the plaintext", hex.EncodeToString(mac.Sum(nil)))
 	return strings.TrimSuffix(b.String(), "\n")

@@ -11,6 +11,9 @@
 //   - [Parse] knows one grammar without choices, not JSON: an envelope is exactly the bytes that [Seal] writes. What
 //     lenient JSON readers disagree about (duplicates, case, headers that nobody protected) cannot be written in it.
 //
+// A leased envelope ([SealLeased]) is sealed to a key encryption key instead, which it carries, itself sealed to HSM keys
+// ([KEK]): while somebody holds that key in memory, it opens without an HSM.
+//
 // The package is pure: bytes and keys in, bytes out. docs/envelope.md specifies the format.
 package envelope
 

@@ -7,6 +7,8 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"strconv"
+
+	josecipher "github.com/go-jose/go-jose/v4/cipher"
 )
 
 // A leased envelope is sealed to a key encryption key (KEK), a symmetric key, instead of HSM keys. It carries that key,
@@ -173,6 +175,10 @@ func SealLeased(c Context, kek *KEK, block cipher.Block, auth *AuthKey, payload 
 	if err != nil {
 		return nil, fmt.Errorf("sealing: %w", err)
 	}
+	wrapped, err := josecipher.KeyWrap(block, contentKey)
+	if err != nil {
+		return nil, fmt.Errorf("sealing: wrapping the content key: %w", err)
+	}
 	protected := kek.protect(c)
 	text := make([]byte, macSize, macSize+len(payload)+tagSize)
 	c.macInto(text[:0], auth, payload)
@@ -181,7 +187,7 @@ func SealLeased(c Context, kek *KEK, block cipher.Block, auth *AuthKey, payload 
 	text = aead.Seal(text[:0], iv, text, protected)
 	raw := make([]byte, 0, len(protected)+base64url.EncodedLen(len(text))+256)
 	raw = append(append(raw, `{"protected":"`...), protected...)
-	raw = base64url.AppendEncode(append(raw, `","encrypted_key":"`...), wrapKey(block, contentKey))
+	raw = base64url.AppendEncode(append(raw, `","encrypted_key":"`...), wrapped)
 	raw = base64url.AppendEncode(append(raw, `","iv":"`...), iv)
 	raw = base64url.AppendEncode(append(raw, `","ciphertext":"`...), text[:plain])
 	raw = base64url.AppendEncode(append(raw, `","tag":"`...), text[plain:])
@@ -253,12 +259,12 @@ func (e *Envelope) decryptLeased(want Context, block cipher.Block) ([]byte, erro
 	if e.leased == nil {
 		return nil, fmt.Errorf("it is sealed to HSM keys: %w", ErrNotRecipient)
 	}
-	contentKey := unwrapKey(block, e.recipients[0].encryptedKey)
-	defer clear(contentKey)
-	if contentKey == nil {
+	contentKey, err := josecipher.KeyUnwrap(block, e.recipients[0].encryptedKey)
+	if err != nil {
 		contentKey = make([]byte, contentKeySize)
 		_, _ = rand.Read(contentKey) // never fails
 	}
+	defer clear(contentKey)
 	aead, err := newGCM(contentKey)
 	if err != nil {
 		return nil, err

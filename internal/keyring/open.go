@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -201,6 +202,10 @@ func (k *Keyring) openAnywhere(
 	for i, rcpt := range candidates {
 		payload, err := k.openAt(ctx, parsed, want, rcpt, auth, len(candidates)-i)
 		if err == nil {
+			if undecryptable(tried) {
+				k.logger.Warn("an envelope that one HSM opened does not decrypt on another; see whether that one is in order", "key", want.Key,
+					"version", v.Number, "device", rcpt.Device, "error", tried)
+			}
 			return payload, rcpt, nil
 		}
 		// That it does not decrypt may be this HSM's fault: another one may open it. Where none does, the first said why.
@@ -210,7 +215,11 @@ func (k *Keyring) openAnywhere(
 		if ctx.Err() != nil || !elsewhere(err) && !undecryptable(err) {
 			break
 		}
-		k.logger.Warn("a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
+		level := slog.LevelWarn
+		if undecryptable(err) { // anybody can send any number of these, and is told
+			level = slog.LevelDebug
+		}
+		k.logger.Log(ctx, level, "a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
 			"left", len(candidates)-i-1, "error", err)
 	}
 	return nil, nil, tried
