@@ -10,10 +10,21 @@ import (
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-// What is told of the mount alone.
-func TestTheMountAsASeal(t *testing.T) {
-	m := newMount(t, newSoftHSM(t))
+// mountTales are told of the mount alone.
+var mountTales = []tale{
+	{"the mount, its policy, its key record, its HSM", func(t testing.TB) func(*testing.T) {
+		t.Helper()
+		m := newMount(t, newSoftHSM(t))
+		return func(t *testing.T) { mountAsASeal(t, m) }
+	}},
+	{"the mount with a lease", func(t testing.TB) func(*testing.T) {
+		t.Helper()
+		m := newMount(t, newNetHSM(t))
+		return func(t *testing.T) { mountWithALease(t, m) }
+	}},
+}
 
+func mountAsASeal(t *testing.T, m *mount) {
 	t.Run("a token that may do nothing but what the policy says, not even renew itself, is enough", func(t *testing.T) {
 		m.AddKey(t, "minimal")
 		seal := m.seal(t, "minimal", &api.TokenCreateRequest{Period: "24h", NoDefaultPolicy: true})
@@ -58,10 +69,9 @@ func TestTheMountAsASeal(t *testing.T) {
 	})
 }
 
-// Vault seals its root key anew where the version of the wrapping key has changed, and not where its lease has. So a lease serves
+// mountWithALease: Vault seals its root key anew where the version of the wrapping key has changed, and not where its lease has. So a lease serves
 // the Vaults that are initialised, or follow a rotation, after it was set.
-func TestALeaseOfTheMount(t *testing.T) {
-	m := newMount(t, newNetHSM(t))
+func mountWithALease(t *testing.T, m *mount) {
 	const key = "leased"
 	m.AddKey(t, key)
 	seal := m.Seal(t, key)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,16 +25,16 @@ type story struct {
 }
 
 // stories can be told at the same time.
-var stories = []story{
-	{"a seal's requests are answered by PUT and by POST", theWire},
-	{"a Vault restarts and follows a rotation by itself", rotation},
+var stories = []story{ // the longest first
+	{"three nodes go from Shamir's seal to an HSM's one by one, and never all rest", clusterFromShamir},
 	{"three nodes join and come back after a power cut", powerCut},
 	{"snapshots are saved and restored, those from before a rotation too", snapshots},
-	{"Shamir's seal becomes an HSM's and is Shamir's again", shamirAndBack},
-	{"three nodes go from Shamir's seal to an HSM's one by one, and never all rest", clusterFromShamir},
 	{"another transit's seal becomes ours, and one key gives way to another", transitToTransit},
+	{"a Vault restarts and follows a rotation by itself", rotation},
+	{"Shamir's seal becomes an HSM's and is Shamir's again", shamirAndBack},
 	{"a lease comes and goes, and what was sealed opens", leaseComesAndGoes},
 	{"vault operator diagnose finds nothing wrong", diagnose},
+	{"a seal's requests are answered by PUT and by POST", theWire},
 }
 
 // disasters harm the server.
@@ -42,23 +43,38 @@ var disasters = []story{
 	{"the server loses all but its HSM and the key records", serverIsLost},
 }
 
-// servers are all that can be the seal of a Vault.
-var servers = []struct {
-	name  string
-	start func(t testing.TB, hsm *HSM) SealServer
-}{
-	{"the mount", func(t testing.TB, hsm *HSM) SealServer { return newMount(t, hsm) }},
-	{"nitroseal serve", func(t testing.TB, hsm *HSM) SealServer { return newServe(t, hsm) }},
+// tale is a group of stories with what they need. Tales are prepared one after the other, as the environment of PKCS#11 tokens
+// belongs to the whole process, and told at the same time.
+type tale struct {
+	name    string
+	prepare func(t testing.TB) (tell func(t *testing.T))
 }
 
 func TestVaultsUnsealThemselvesByAnHSM(t *testing.T) {
-	for name, hsm := range map[string]*HSM{"SoftHSM": newSoftHSM(t), "NetHSM": newNetHSM(t)} {
-		for _, server := range servers {
-			t.Run(server.name+" and a "+name, func(t *testing.T) {
-				t.Parallel()
-				tell(t, server.start(t, hsm))
-			})
-		}
+	var tales []tale
+	for _, hsm := range []struct {
+		name string
+		make func(t testing.TB) *HSM
+	}{{"SoftHSM", newSoftHSM}, {"NetHSM", newNetHSM}} {
+		tales = append(tales, tale{"a " + hsm.name, func(t testing.TB) func(*testing.T) {
+			t.Helper()
+			device := hsm.make(t)
+			mount, serve := newMount(t, device), newServe(t, device)
+			return func(t *testing.T) {
+				t.Run("and the mount", func(t *testing.T) { t.Parallel(); tell(t, mount) })
+				t.Run("and nitroseal serve", func(t *testing.T) { t.Parallel(); tell(t, serve) })
+			}
+		}})
+	}
+	told := map[string]func(*testing.T){}
+	for _, tale := range slices.Concat(tales, mountTales) {
+		told[tale.name] = tale.prepare(t)
+	}
+	for name, tell := range told {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tell(t)
+		})
 	}
 }
 
