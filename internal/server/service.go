@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/internal/transit"
@@ -34,14 +33,14 @@ type service struct {
 	parallel map[string]int // operations at one time, by device
 
 	current  atomic.Pointer[[]*view]
-	gates    map[string]*gate         // by devices; of the loop of looks alone
-	leases   map[string]keyring.Lease // by kid, as the log was told; of the loop of looks alone
-	records  uint64                   // fingerprint; of the loop of looks alone
-	up       map[string]bool          // devices, as they were last seen; of the loop of looks alone
-	blind    bool                     // the log was told that records cannot be looked at; of the loop of looks alone
-	deadline atomic.Int64             // when the loop of looks must have turned, Unix seconds
-	again    chan struct{}            // "look now"
-	wake     chan struct{}            // "see whether there is something to warm"
+	gates    map[string]*gate  // by devices; of the loop of looks alone
+	records  uint64            // fingerprint; of the loop of looks alone
+	up       map[string]bool   // devices, as they were last seen; of the loop of looks alone
+	unfit    map[string]string // why a key is not fit for use, as the log was told; of the loop of looks alone
+	blind    bool              // the log was told that records cannot be looked at; of the loop of looks alone
+	deadline atomic.Int64      // when the loop of looks must have turned, Unix seconds
+	again    chan struct{}     // "look now"
+	wake     chan struct{}     // "see whether there is something to warm"
 	audit    atomic.Pointer[error]
 
 	warmMu  sync.Mutex
@@ -56,8 +55,9 @@ type service struct {
 func newService(site *Site, s *server) (*service, error) {
 	w := &service{
 		site: site, hooks: s.hooks, logger: s.logger, desk: newDesk(site.Keys, site.Names, s.metrics, s.logger),
-		probes: map[string]*monitor.Probe{}, parallel: map[string]int{}, gates: map[string]*gate{}, leases: map[string]keyring.Lease{},
+		probes: map[string]*monitor.Probe{}, parallel: map[string]int{}, gates: map[string]*gate{},
 		up: map[string]bool{}, again: make(chan struct{}, 1), wake: make(chan struct{}, 1), warmths: map[string]*warmth{},
+		unfit: map[string]string{},
 	}
 	w.current.Store(&[]*view{})
 	options := transit.HandlerOptions{

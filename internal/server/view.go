@@ -106,6 +106,7 @@ func (s *service) refresh(ctx context.Context) {
 			return
 		}
 		views = append(views, v)
+		s.tellUnfit(v)
 		if v.record == "" { // nothing to be opened, or nobody knows: as it was
 			if known := (*s.desk.gates.Load())[name]; known != nil {
 				gates[name] = known
@@ -120,7 +121,6 @@ func (s *service) refresh(ctx context.Context) {
 	s.desk.gates.Store(&gates)
 	s.desk.waiting.Store(&waiting)
 	s.current.Store(&views)
-	s.tellLeases(leases)
 }
 
 // gate returns the gate of a set of devices. Only refresh calls it.
@@ -162,21 +162,16 @@ func (s *service) pace(devices []string) time.Duration {
 	return time.Duration(float64(time.Second) / rate)
 }
 
-// tellLeases writes to the log which leases began and ended. Only refresh calls it.
-func (s *service) tellLeases(leases []keyring.Lease) {
-	open := map[string]keyring.Lease{}
-	for _, l := range leases {
-		open[l.KID] = l
-		if _, before := s.leases[l.KID]; !before {
-			s.logger.Info("a lease is open", "key", l.Key, "version", l.Version, "kid", l.KID, "until", l.Until, "locked", l.Locked)
-		}
+// tellUnfit writes to the log, once, that a key which is asked for wants a person. Only refresh calls it.
+func (s *service) tellUnfit(v *view) {
+	name, text := v.health.Name, ""
+	if v.err != nil && !v.patience {
+		text = v.err.Error()
 	}
-	for kid, l := range s.leases {
-		if _, still := open[kid]; !still {
-			s.logger.Info("a lease has ended", "key", l.Key, "version", l.Version, "kid", kid)
-		}
+	if text != "" && text != s.unfit[name] {
+		s.logger.Warn("a key that is to be served is not fit for use", "key", name, "cause", v.err)
 	}
-	s.leases = open
+	s.unfit[name] = text
 }
 
 // newest returns one lease of each version: there are several for a moment after a recipient was added, and the last to end counts.

@@ -107,8 +107,10 @@ func (s *service) warmOne(parent context.Context, v *view) {
 	s.warmMu.Unlock()
 	switch {
 	case parent.Err() != nil:
-	case err == nil:
+	case err == nil && v.health.Version > 0:
 		s.logger.Info("a key is ready to seal and to open", "key", name, "version", v.health.Version)
+	case err == nil: // what it lacks for sealing is said elsewhere
+		s.logger.Info("a key is ready to open", "key", name)
 	case !told:
 		s.logger.Warn("a key is not ready: its HSM is needed once before it can seal; it is tried again", "key", name, "cause", err)
 	}
