@@ -31,6 +31,8 @@ type house struct {
 	vault string // host:port of Vault
 	seal  string // host:port of the server
 	sum   string // of the key record that was kept last
+
+	metrics string // host:port of the server's metrics
 }
 
 // newHouse makes one in which nothing runs.
@@ -41,7 +43,7 @@ func newHouse(t *testing.T) *house {
 		must(t, os.Mkdir(filepath.Join(h.dir, dir), 0o700))
 	}
 	ports := vaulttest.FreePorts(t, 4)
-	h.seal, h.vault = ports[0], ports[1]
+	h.seal, h.vault, h.metrics = ports[0], ports[1], ports[3]
 	h.certify(t)
 	write(t, h.dir, "etc/pin", h.plug.PIN)
 	must(t, os.Symlink(buildCommand(t), h.file("bin/nitroseal")))
@@ -54,7 +56,7 @@ func newHouse(t *testing.T) *house {
 	h.change("/etc/nitroseal/", h.file("etc")+"/", "/etc/vault.d/", h.file("vault.d")+"/", "/var/lib/nitroseal", h.file("state"),
 		`modules = ["/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so"]`,
 		fmt.Sprintf("modules = [%q]\n  env     = [%q, %q]", h.plug.Module, h.plug.Env[0], h.plug.Env[1]),
-		"DENK0100001", h.plug.Serial, "0.0.0.0:8210\"", h.seal+"\"\n  metrics_listen = \""+ports[3]+"\"", "seal.example.org:8210", h.seal,
+		"DENK0100001", h.plug.Serial, "0.0.0.0:8210\"", h.seal+"\"\n  metrics_listen = \""+h.metrics+"\"", "seal.example.org:8210", h.seal,
 		// A person looks again where Vault needs another moment.
 		"vault status\n", "timeout 60 sh -c 'until vault status; do sleep 0.1; done'\n")
 	write(t, h.dir, "vault.d/base", fmt.Sprintf(`

@@ -107,8 +107,9 @@ func (h *house) lease(t *testing.T) {
 	h.must(t, "rotate-vault")
 	h.holds(t)
 	vaulttest.Eventually(t, limit, "a lease to be open", func() error {
-		return contains(h.shell(t, "nitroseal serve status -o json"), `"until"`)
+		return contains(h.shell(t, "nitroseal serve status -o json"), `"lease_until"`)
 	})
+	t.Run("its metrics", h.itsMetrics)
 	h.must(t, "end-lease")
 	vaulttest.Eventually(t, limit, "the lease to be ended", func() error {
 		return contains(read(t, h.dir, "nitroseal-serve.log"), "all leases were ended")
@@ -151,6 +152,13 @@ func (h *house) theTokenIsRevoked(t *testing.T) {
 	if listed := h.shell(t, "nitroseal serve token list\n"); strings.Contains(listed, id) {
 		t.Errorf("a revoked token is listed:\n%s", listed)
 	}
+	taken := func(code string) func() error {
+		return func() error {
+			return differs(h.shell(t, "curl --silent --output /dev/null --write-out '%{http_code}' --cacert seal-ca.pem "+
+				"--header \"X-Vault-Token: $(cat vault.d/seal.token)\" https://"+h.seal+"/v1/auth/token/lookup-self\n"), code)
+		}
+	}
+	vaulttest.Eventually(t, limit, "the server to refuse it", taken("403"))
 	vault := h.units["vault"]
 	vault.stop()
 	before := len(read(t, h.dir, "vault.log"))
@@ -160,7 +168,9 @@ func (h *house) theTokenIsRevoked(t *testing.T) {
 		return contains(read(t, h.dir, "vault.log")[before:], "permission denied")
 	})
 	vault.stop()
-	h.shell(t, "nitroseal serve token create prod --key prod --out vault.d/next.token\nmv vault.d/next.token vault.d/seal.token\nsleep 5; systemctl start vault\n")
+	h.shell(t, "nitroseal serve token create prod --key prod --out vault.d/next.token\nmv vault.d/next.token vault.d/seal.token\n")
+	vaulttest.Eventually(t, limit, "the server to take the next one", taken("200"))
+	h.shell(t, "systemctl start vault\n")
 	h.holds(t)
 }
 
@@ -341,4 +351,48 @@ func (s served) version(t *testing.T, key string) int {
 	}
 	t.Errorf("key %s is not served: %+v", key, s)
 	return 0
+}
+
+// itsMetrics compares what the running server tells with what the dashboard, the alerts and the page say of it. It has a lease open.
+func (h *house) itsMetrics(t *testing.T) {
+	known := map[string][]string{} // labels of each
+	for _, sample := range regexp.MustCompile(`(?m)^([a-z_]+)(?:\{(.*)\})? `).FindAllStringSubmatch(h.shell(t, "curl --silent http://"+h.metrics+"/metrics\n"), -1) {
+		known[sample[1]] = nil
+		for _, label := range regexp.MustCompile(`([a-z_]+)="`).FindAllStringSubmatch(sample[2], -1) {
+			known[sample[1]] = append(known[sample[1]], label[1])
+		}
+	}
+	for _, file := range []string{"nitroseal-serve.json", "nitroseal-serve-alerts.yaml", "README.md"} {
+		text := readFile(t, vaulttest.Root(), "deploy/grafana/"+file)
+		for _, used := range regexp.MustCompile(`\b(nitroseal_serve_[a-z_]+|process_[a-z_]+)(?:\{([a-z_]+)[=!])?`).FindAllStringSubmatch(text, -1) {
+			if labels, there := known[used[1]]; !there || used[2] != "" && !slices.Contains(labels, used[2]) {
+				t.Errorf("deploy/grafana/%s: there is no metric %s with a label %q", file, used[1], used[2])
+			}
+		}
+	}
+	rows := regexp.MustCompile("(?m)^\\| (`nitroseal_serve_[^|]+) \\|([^|]*)\\|").FindAllStringSubmatch(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), -1)
+	told := map[string]bool{}
+	for _, row := range rows {
+		for _, name := range regexp.MustCompile("[a-z_]+").FindAllString(row[1], -1) {
+			told[name] = true
+			labels, there := known[name]
+			if bucket, histogram := known[name+"_bucket"]; histogram {
+				labels, there = bucket, true
+			}
+			for label := range strings.SplitSeq(strings.TrimSpace(row[2]), ", ") {
+				// A row of two metrics names the labels that the one of them has.
+				if !there || label != "" && !slices.Contains(labels, label) && !strings.Contains(row[1], "`, `") {
+					t.Errorf("docs/auto-unseal.md: there is no metric %s with a label %q", name, label)
+				}
+			}
+		}
+	}
+	for name := range known {
+		if family := regexp.MustCompile("_(bucket|sum|count)$").ReplaceAllString(name, ""); strings.HasPrefix(name, "nitroseal_") && !told[name] && !told[family] {
+			t.Errorf("docs/auto-unseal.md does not tell of %s", name)
+		}
+	}
+	if len(told) < 20 || len(known) < 40 {
+		t.Errorf("only %d metrics are told of, of %d", len(told), len(known))
+	}
 }
