@@ -1,6 +1,7 @@
 package autounseal
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -28,6 +29,7 @@ func TestServeOnBadDays(t *testing.T) {
 		{"the HSM is gone for two minutes", hsmGone},
 		{"the server is killed in the middle of init, unseal and rotation", killedInTheMiddle},
 		{"one of two servers is down, etcd is, a certificate is renewed, a token revoked", twoServers},
+		{"the HSM goes while a lease is open, and while the server starts", hsmGoneInALease},
 		{"forty seals of a card that takes 600 ms", fortySeals},
 	} {
 		tell := day.prepare(t)
@@ -88,14 +90,92 @@ func hsmGone(t testing.TB) func(*testing.T) {
 		}
 
 		card.Return(t)
+		opensAgain(t, seal, encrypts(t, seal, "a"), "a")
 		s.healthy(t)
-		must(t, opens(t, seal, encrypts(t, seal, "a"), "a"))
 		vaulttest.Eventually(t, 90*time.Second, "Vault to find its seal healthy at its next look", func() error { return vault.SealHealthy(t) })
 		if now := s.Running.Process(t); now != server || !now.Alive() {
 			t.Errorf("the server was %v and is %v", server, now)
 		}
 		if sent := card.WrongPINs(t); sent != 0 {
 			t.Errorf("%d wrong PINs were sent", sent)
+		}
+	}
+}
+
+// opensAgain waits until a ciphertext opens.
+func opensAgain(t testing.TB, seal vaulttest.Seal, ciphertext, text string) {
+	t.Helper()
+	vaulttest.Eventually(t, vaulttest.Patience, "the HSM to be found again", func() error { return opens(t, seal, ciphertext, text) })
+}
+
+// hsmGoneInALease: what a lease holds opens without the HSM until the lease ends, the server is told to seal, or it ends.
+func hsmGoneInALease(t testing.TB) func(*testing.T) {
+	t.Helper()
+	s, card, seal := cardServer(t)
+	return func(t *testing.T) {
+		s.Must(t, "key", "configure", "prod", "--lease", "10m")
+		s.Start(t)
+		s.served(t, seal)
+		strict := encrypts(t, seal, "strict")
+		leased := sealsLeased(t, seal, true)
+		unavailable := func(what, verb string, fields vaulttest.Fields) {
+			t.Helper()
+			got := call(t, seal, http.MethodPut, path(seal, verb), fields)
+			if got.Code != http.StatusServiceUnavailable || got.Header.Get("Retry-After") == "" || len(got.Errors) == 0 {
+				t.Errorf("%s is answered with %d %s, Retry-After %q", what, got.Code, got.Raw, got.Header.Get("Retry-After"))
+			}
+		}
+		if carriesKEK(t, strict) { // the lease was open at once
+			strict = ""
+		}
+
+		card.Remove(t, pkcs11test.CardRemoved)
+		must(t, opens(t, seal, leased, "x"))
+		must(t, opens(t, seal, sealsLeased(t, seal, true), "x"))
+		mark := s.Running.Mark()
+		s.Running.Signal(t, syscall.SIGUSR1)
+		s.Running.Says(t, mark, "sealed")
+		unavailable("what was sealed with a lease that has ended", "decrypt", vaulttest.Fields{"ciphertext": leased})
+		encrypts(t, seal, "sealing needs no HSM")
+		if strict != "" {
+			unavailable("what was sealed without a lease", "decrypt", vaulttest.Fields{"ciphertext": strict})
+		}
+		s.health(t, http.StatusServiceUnavailable)
+		card.Return(t)
+		opensAgain(t, seal, leased, "x")
+		s.healthy(t)
+
+		// A server that starts without the HSM listens, says so, and serves as soon as the HSM is back.
+		s.Kill(t)
+		card.Remove(t, pkcs11test.CardRemoved)
+		s.run(t)
+		unavailable("sealing, before the HSM was asked once", "encrypt", vaulttest.Fields{"plaintext": "YQ=="})
+		unavailable("opening", "decrypt", vaulttest.Fields{"ciphertext": leased})
+		if code, body, err := s.get("/v1/sys/health"); err != nil || code != http.StatusServiceUnavailable {
+			t.Errorf("its health is %d %s %v", code, body, err)
+		}
+		card.Return(t)
+		s.healthy(t)
+		must(t, opens(t, seal, leased, "x"))
+		if sent := card.WrongPINs(t); sent != 0 {
+			t.Errorf("%d wrong PINs were sent", sent)
+		}
+
+		// Whoever is being served when it is told to stop still gets his answer.
+		s.Must(t, "key", "configure", "prod", "--lease", "0")
+		strict = sealsLeased(t, seal, false)
+		before := card.Calls(t, "C_Decrypt")
+		card.Fault(t, pkcs11test.Slow(2*time.Second))
+		client := s.double(t, seal, nil)
+		answered := make(chan error, 1)
+		go func() { // waited for below
+			_, err := client.Decrypt(context.Background(), strict)
+			answered <- err
+		}()
+		pkcs11test.Until(t, "it is being served", func() bool { return card.Calls(t, "C_Decrypt") > before })
+		s.Running.Stop(t)
+		if err := <-answered; err != nil {
+			t.Errorf("the request under way when the server was stopped: %v", err)
 		}
 	}
 }

@@ -126,6 +126,22 @@ func (s *serve) get(path string) (code int, body string, err error) {
 	return response.StatusCode, string(raw), err
 }
 
+// metric reads one number.
+func (s *serve) metric(t testing.TB, name string) float64 {
+	t.Helper()
+	code, body, err := s.get("/metrics")
+	must(t, err)
+	for line := range strings.Lines(body) {
+		if value, found := strings.CutPrefix(line, name+" "); found {
+			number, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+			must(t, err)
+			return number
+		}
+	}
+	t.Fatalf("there is no %s among the metrics: %d", name, code)
+	return 0
+}
+
 // trust is what a client trusts.
 func (s *serve) trust() *tls.Config {
 	return &tls.Config{RootCAs: s.Authority.Roots(), MinVersion: tls.VersionTLS12}

@@ -2,6 +2,8 @@ package autounseal
 
 import (
 	"context"
+	"fmt"
+	"syscall"
 	"testing"
 	"time"
 
@@ -126,17 +128,36 @@ func TestAThousandSealsComeUpStrict(t *testing.T) {
 	card.Fault(t, pkcs11test.Slow(5*time.Millisecond))
 	before := card.Operations(t)
 	s.run(t) // it listens, and has only begun to open what it needs
+	reloaded := make(chan struct{})
+	go func() { // ends before the test does, which waits for it
+		defer close(reloaded)
+		for card.Operations(t)-before < size/2 && t.Context().Err() == nil {
+			<-time.After(10 * time.Millisecond)
+		}
+		s.Running.Signal(t, syscall.SIGHUP) // somebody has the configuration read anew, of all times
+	}()
 	storm(t, seals, tally)
+	<-reloaded
 	used := card.Operations(t) - before
 	t.Logf("%d operations", used)
 	if used < operationsToComeUp*size {
 		t.Errorf("%d operations for %d seals: what was opened without the HSM?", used, size)
 	}
+	s.Running.Says(t, 0, "the new configuration is in use")
 	s.healthy(t)
 	outcome := sealtest.Each(seals[:50], func(seal *sealtest.Seal) error { return seal.Check(t.Context()) })
 	if outcome.Healthy != 50 {
 		t.Errorf("after the storm: %s, %v", outcome, outcome.Failures)
 	}
+	for _, seal := range seals {
+		seal.Close()
+	}
+	vaulttest.Eventually(t, vaulttest.Patience, "nothing of the storm to be left", func() error {
+		if now := s.metric(t, "go_goroutines"); now > size/5 {
+			return fmt.Errorf("the server has %v goroutines", now)
+		}
+		return nil
+	})
 }
 
 // With a lease the same storm costs the HSM next to nothing: a key encryption key for each version of the wrapping key.
