@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
+	"strings"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/config"
@@ -35,43 +37,76 @@ func sealHealth(ctx context.Context, c *config.Config) (health server.Health, at
 	if err != nil {
 		return server.Health{}, at, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return server.Health{}, at, fmt.Errorf("asking the seal server: %w", err)
-	}
-	response, err := client.Do(request)
+	status, body, err := answerOf(ctx, client, url+"/v1/sys/health")
 	if errors.Is(err, errStranger) {
 		return server.Health{}, at, err
 	}
 	if err != nil {
 		return server.Health{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
 	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, maxHealth))
-	if err != nil {
-		return server.Health{}, at, fmt.Errorf("%w: the seal server at %s: %w", errSilent, at, err)
-	}
 	if err := json.Unmarshal(body, &health); err != nil || health.Nitroseal.Keys == nil {
-		return server.Health{}, at, fmt.Errorf("what answers at %s (status %d) %w; is it another program?", url, response.StatusCode, errStranger)
+		return server.Health{}, at, fmt.Errorf("what answers at %s (status %d) %w; is it another program?", url, status, errStranger)
 	}
 	return health, at, nil
 }
 
-// healthClient is how the health of the server is asked: nothing from the environment, no redirects.
+// answerOf asks the server.
+func answerOf(ctx context.Context, client *http.Client, url string) (status int, body []byte, err error) {
+	defer client.CloseIdleConnections()
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer response.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(response.Body, maxHealth))
+	return response.StatusCode, body, err
+}
+
+// lastUses are when the seal server of this machine saw each token last, since it was started; nil where it does not tell.
+func lastUses(ctx context.Context, c *config.Config) map[string]time.Time {
+	if c.Serve.MetricsListen == "" {
+		return nil
+	}
+	url, client, err := healthClient(c)
+	if err != nil {
+		return nil
+	}
+	_, body, err := answerOf(ctx, client, url+"/metrics")
+	if err != nil {
+		return nil
+	}
+	uses := map[string]time.Time{}
+	for line := range strings.Lines(string(body)) {
+		of, value, found := strings.Cut(strings.TrimPrefix(strings.TrimSpace(line), lastUseMetric+`{token="`), `"} `)
+		seconds, err := strconv.ParseFloat(value, 64)
+		if found && strings.HasPrefix(line, lastUseMetric) && err == nil && seconds > 0 {
+			uses[of] = time.Unix(int64(seconds), 0)
+		}
+	}
+	return uses
+}
+
+// lastUseMetric is the server's metric of that.
+const lastUseMetric = "nitroseal_serve_token_last_use_timestamp_seconds"
+
+// healthClient is how the server is asked, and the beginning of its URLs: nothing from the environment, no redirects.
 func healthClient(c *config.Config) (url string, client *http.Client, err error) {
 	transport := &http.Transport{DisableKeepAlives: true}
 	client = &http.Client{
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	const path = "/v1/sys/health"
 	if c.Serve.MetricsListen != "" {
-		return "http://" + dialable(c.Serve.MetricsListen) + path, client, nil
+		return "http://" + dialable(c.Serve.MetricsListen), client, nil
 	}
 	if !c.Serve.Secure() {
-		return "http://" + dialable(c.Serve.Listen) + path, client, nil
+		return "http://" + dialable(c.Serve.Listen), client, nil
 	}
 	chain, key, err := sealCertificate(c)
 	clear(key)
@@ -93,7 +128,7 @@ func healthClient(c *config.Config) (url string, client *http.Client, err error)
 			return nil
 		},
 	}
-	return "https://" + dialable(c.Serve.Listen) + path, client, nil
+	return "https://" + dialable(c.Serve.Listen), client, nil
 }
 
 // dialable is where somebody on this machine reaches a listener: one at every address is at the loopback's as well.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,7 +20,8 @@ func newServeStatusCommand(a *app) *cobra.Command {
 strict mode each Vault costs two operations of an HSM to come up, one every ten minutes after that, and one a minute while its seal is unhealthy. The
 capacity is how many come up within three minutes of a power cut. No HSM is asked.
 
-The exit code is that of a health check: 0 where all is well, 1 where a served key cannot open, 3 where the server does not answer.`,
+The exit code is that of a health check: 0 where all is well, 1 where a key that is there does not seal or open, 3 where the
+server does not answer.`,
 		Example: "  nitroseal serve status -o json",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -46,17 +48,32 @@ type sealServerView struct {
 	Keys    []server.KeyHealth `json:"keys"`
 	Error   string             `json:"error"`
 
-	err error
+	err   error
+	named []string // keys that the configuration wants to be served; nil for those that tokens name
 }
 
 // sealServer asks the seal server of this machine.
 func (a *app) sealServer(ctx context.Context) *sealServerView {
 	health, at, err := sealHealth(ctx, a.configuration)
-	view := &sealServerView{Listen: at, Version: health.Version, Error: text(err), err: err}
+	view := &sealServerView{Listen: at, Version: health.Version, Error: text(err), err: err, named: a.configuration.Serve.Keys}
 	view.Keys = list(health.Nitroseal.Keys)
 	v := view.judge()
 	view.Healthy = v.wrong == nil && v.silent == nil
 	return view
+}
+
+// counts tells whether a key must work for the server to be well. One that a token alone names and that is not there or not ready harms
+// nobody but the token's holder, who may have it from another server.
+func (v *sealServerView) counts(k *server.KeyHealth) bool {
+	return k.Version > 0 || slices.Contains(v.named, k.Name)
+}
+
+// adviceFor says what to do about a served key that does not work.
+func adviceFor(k *server.KeyHealth) string {
+	if k.Version == 0 {
+		return "it is not there, or not ready; nitroseal key show " + k.Name + " says what it needs"
+	}
+	return fmt.Sprintf("%d of %s answer, and a Vault that starts waits; nitroseal device status says what for", k.RecipientsUp, countHSMs(k.Recipients))
 }
 
 // judge says what is wrong with the server.
@@ -69,13 +86,8 @@ func (v *sealServerView) judge() verdict {
 		found.wrong = append(found.wrong, v.Error)
 	}
 	for i := range v.Keys {
-		switch k := &v.Keys[i]; {
-		case k.Version == 0:
-			found.wrong = append(found.wrong, fmt.Sprintf("seal server: it does not seal with key %q, which is not there or not ready; nitroseal key show %s says what it needs",
-				k.Name, k.Name))
-		case !k.Opens || !k.Seals:
-			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q %s: %d of %s answer; a Vault that starts waits, nitroseal device status says for what",
-				k.Name, troubleOf(k), k.RecipientsUp, countHSMs(k.Recipients)))
+		if k := &v.Keys[i]; v.counts(k) && troubleOf(k) != "" {
+			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q %s: %s", k.Name, troubleOf(k), adviceFor(k)))
 		}
 	}
 	return found
@@ -92,7 +104,12 @@ func (v *sealServerView) rows(t *table) {
 		t.row("  serves no key", "a token names the first one: nitroseal serve token create NAME --key KEY")
 	}
 	for i := range v.Keys {
-		t.row("  key "+v.Keys[i].Name, servedKey(&v.Keys[i]))
+		k := &v.Keys[i]
+		if !v.counts(k) {
+			t.row("  key "+k.Name, "a token names it, and "+adviceFor(k))
+			continue
+		}
+		t.row("  key "+k.Name, servedKey(k))
 	}
 }
 

@@ -176,6 +176,22 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 		t.Errorf("its own answers %+v", got)
 	}
 
+	var listed tokenListView
+	if err := json.Unmarshal([]byte(must(t, s.configuration, "serve", "token", "list", "-o", "json")), &listed); err != nil || len(listed.Tokens) != 1 ||
+		listed.Tokens[0].LastUsedHere == "" {
+		t.Errorf("the list does not say when the token was used: %+v, %v", listed, err)
+	}
+
+	// A token for a key that is not there harms nobody else.
+	_, typo := s.token(t, "prd")
+	until(t, "the server to know it", func() bool { _, health := s.health(t); return len(health.Nitroseal.Keys) == 3 })
+	if code, health := s.health(t); code != http.StatusOK || health.Sealed {
+		t.Errorf("a typing mistake makes the server ill: %d, %+v", code, health)
+	}
+	if got := s.encrypt(t, typo, "prd", "a"); got.code != http.StatusBadRequest {
+		t.Errorf("a key that is not there is answered %+v", got)
+	}
+
 	// Made and revoked while it runs.
 	id, text := s.token(t, "prod")
 	until(t, "the new token to be taken", func() bool { return s.encrypt(t, text, "prod", "a").code == http.StatusOK })
@@ -196,7 +212,7 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 	}
 	var status clustersView
 	if err := json.Unmarshal([]byte(must(t, s.configuration, "status", "-o", "json")), &status); err != nil || status.SealServer == nil || !status.SealServer.Healthy ||
-		len(status.SealServer.Keys) != 2 || status.SealServer.Keys[0].Capacity == 0 {
+		len(status.SealServer.Keys) != 3 || status.SealServer.Keys[1].Capacity == 0 {
 		t.Errorf("status says %+v, %v", status.SealServer, err)
 	}
 
@@ -472,13 +488,15 @@ func TestTheStatusKnowsAStranger(t *testing.T) {
 		t.Fatal(err)
 	}
 	stranger := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"initialized":true,"sealed":false}`) }),
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"initialized":true,"sealed":false}`)
+		}),
 	}
 	var serving sync.WaitGroup
 	serve := func(listener net.Listener) { serving.Go(func() { _ = stranger.Serve(listener) }) } // until it is closed
 	serve(listener)
 	defer serving.Wait()
-	defer stranger.Close()
+	defer func() { _ = stranger.Close() }()
 	says := func(want string) {
 		t.Helper()
 		out, err := command(t, s.configuration, "serve", "status").CombinedOutput()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -13,8 +14,10 @@ func newServeTokenListCommand(a *app) *cobra.Command {
 		Use:   "list",
 		Short: "List the tokens, and what each is good for",
 		Long: `List the tokens of all servers that share the store: what each is for, where it is taken from, who made it and when. What keeps one from
-being of use on this machine, a wrapping key that is not there for example, is told below the list. When a token was last used is a metric
-of each server, nitroseal_serve_token_last_use_timestamp_seconds.`,
+being of use on this machine, a wrapping key that is not there for example, is told below the list.
+
+When a token was last used is known to each server since it was started: the list has what the one of this machine says, and the metric
+nitroseal_serve_token_last_use_timestamp_seconds is that of each. A Vault that is unsealed asks every ten minutes.`,
 		Example: "  nitroseal serve token list -o json",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -29,9 +32,10 @@ of each server, nitroseal_serve_token_last_use_timestamp_seconds.`,
 				return err
 			}
 			view := tokenListView{Tokens: []listedTokenView{}}
+			uses := lastUses(ctx, a.configuration)
 			troubles := map[string]string{}
 			for i := range listed {
-				shown := listedTokenView{tokenView: showToken(&listed[i].Token), Error: text(listed[i].Err), Warnings: []string{}}
+				shown := listedTokenView{tokenView: showToken(&listed[i].Token), LastUsedHere: stamp(uses[listed[i].ID]), Error: text(listed[i].Err), Warnings: []string{}}
 				for _, key := range shown.Keys {
 					trouble, asked := troubles[key]
 					if !asked {
@@ -57,19 +61,20 @@ type tokenListView struct {
 type listedTokenView struct {
 	tokenView
 
-	Warnings []string `json:"warnings"` // why it is of no use on this machine
-	Error    string   `json:"error"`    // why its item is no token
+	LastUsedHere string   `json:"last_used_here"` // by the server of this machine, since that was started; empty where it does not tell
+	Warnings     []string `json:"warnings"`       // why it is of no use on this machine
+	Error        string   `json:"error"`          // why its item is no token
 }
 
 func (v *tokenListView) rows(t *table) {
-	t.row("ID", "NAME", "KEYS", "BOUND TO", "LIMIT", "CREATED", "BY")
+	t.row("ID", "NAME", "KEYS", "BOUND TO", "LIMIT", "CREATED", "BY", "LAST USED HERE")
 	for i := range v.Tokens {
 		one := &v.Tokens[i]
 		if one.Error != "" {
-			t.row(one.ID, "DAMAGED", "-", "-", "-", "-", "-")
+			t.row(one.ID, "DAMAGED", "-", "-", "-", "-", "-", "-")
 			continue
 		}
-		t.row(one.ID, one.Name, strings.Join(one.Keys, ","), one.bound(), one.limit(), one.Created, one.CreatedBy)
+		t.row(one.ID, one.Name, strings.Join(one.Keys, ","), one.bound(), one.limit(), one.Created, one.CreatedBy, cmp.Or(one.LastUsedHere, "-"))
 	}
 	for i := range v.Tokens {
 		one := &v.Tokens[i]
