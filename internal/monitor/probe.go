@@ -30,6 +30,8 @@ type Probe struct {
 	// known is false where there was none.
 	Last   func(device string) (at time.Time, ok, known bool)
 	Logger *slog.Logger
+	// Again is how soon an HSM is asked again that did not answer, or whose last operation failed; 0 for as soon as one that does.
+	Again time.Duration
 
 	mu    sync.Mutex // guards what follows
 	asked time.Time
@@ -52,10 +54,26 @@ func (p *Probe) Run(ctx context.Context) {
 		p.Ask(ctx)
 		wait := Jittered(deviceInterval)
 		p.expect(wait)
-		if !Sleep(ctx, wait) {
+		if !p.rest(ctx, wait) {
 			return
 		}
 	}
+}
+
+// rest waits until the HSM is to be asked again; false where ctx ended first.
+func (p *Probe) rest(ctx context.Context, wait time.Duration) bool {
+	if p.Again == 0 {
+		return Sleep(ctx, wait)
+	}
+	for ; wait > 0; wait -= p.Again {
+		if !Sleep(ctx, min(wait, p.Again)) {
+			return false
+		}
+		if state, known := p.State(); known && !state.Up {
+			return true
+		}
+	}
+	return true
 }
 
 // Ask asks the HSM now.

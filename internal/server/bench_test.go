@@ -37,7 +37,7 @@ func BenchmarkDecrypt(b *testing.B) {
 			b.ResetTimer()
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					request, err := http.NewRequest(http.MethodPut, "https://"+r.at+"/v1/transit/decrypt/prod", strings.NewReader(body))
+					request, err := http.NewRequestWithContext(b.Context(), http.MethodPut, "https://"+r.at+"/v1/transit/decrypt/prod", strings.NewReader(body))
 					if err != nil {
 						b.Error(err)
 						return
@@ -71,7 +71,7 @@ func BenchmarkHandler(b *testing.B) {
 	b.Logf("%d bytes", len(body))
 	b.ReportAllocs()
 	for b.Loop() {
-		request := httptest.NewRequest(http.MethodPut, "/v1/transit/decrypt/prod", strings.NewReader(body))
+		request := httptest.NewRequestWithContext(b.Context(), http.MethodPut, "/v1/transit/decrypt/prod", strings.NewReader(body))
 		request.RemoteAddr = "127.0.0.1:1"
 		request.Header.Set("X-Vault-Token", text)
 		recorder := httptest.NewRecorder()

@@ -48,37 +48,37 @@ func load(l Listen, before *armour) (*armour, error) {
 			return nil, fmt.Errorf("reading the CA of client certificates: %w", err)
 		}
 	}
-	new := &armour{digest: digest(chain, key, ca), caSum: digest(ca, []byte{flag(l.Required)}), clients: 1}
+	next := &armour{digest: digest(chain, key, ca), caSum: digest(ca, []byte{flag(l.Required)}), clients: 1}
 	if before != nil {
-		if new.digest == before.digest && new.caSum == before.caSum {
+		if next.digest == before.digest && next.caSum == before.caSum {
 			return before, nil
 		}
-		new.clients = before.clients
-		if new.caSum != before.caSum {
-			new.clients++
+		next.clients = before.clients
+		if next.caSum != before.caSum {
+			next.clients++
 		}
 	}
 	pair, err := tls.X509KeyPair(chain, key)
 	if err != nil {
 		return nil, fmt.Errorf("the server's certificate and key: %w", err)
 	}
-	new.ends = pair.Leaf.NotAfter
-	if now := time.Now(); now.After(new.ends) {
-		return nil, fmt.Errorf("the server's certificate ended on %s", new.ends.UTC().Format(time.DateTime))
+	next.ends = pair.Leaf.NotAfter
+	if now := time.Now(); now.After(next.ends) {
+		return nil, fmt.Errorf("the server's certificate ended on %s", next.ends.UTC().Format(time.DateTime))
 	}
-	new.config = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{pair}}
+	next.config = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"}, Certificates: []tls.Certificate{pair}}
 	if l.ClientCA == nil {
-		return new, nil
+		return next, nil
 	}
-	new.config.ClientCAs = x509.NewCertPool()
-	if !new.config.ClientCAs.AppendCertsFromPEM(ca) {
+	next.config.ClientCAs = x509.NewCertPool()
+	if !next.config.ClientCAs.AppendCertsFromPEM(ca) {
 		return nil, errors.New("the CA of client certificates: there is no certificate in PEM in it")
 	}
-	new.config.ClientAuth = tls.VerifyClientCertIfGiven
+	next.config.ClientAuth = tls.VerifyClientCertIfGiven
 	if l.Required {
-		new.config.ClientAuth = tls.RequireAndVerifyClientCert
+		next.config.ClientAuth = tls.RequireAndVerifyClientCert
 	}
-	return new, nil
+	return next, nil
 }
 
 // digest is a hash of several texts that says where each of them ends.

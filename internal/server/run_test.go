@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/base64"
 	"net/http"
 	"slices"
@@ -17,29 +16,39 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/token"
-	"vault-plugin-secrets-nitrokey/test/sealtest"
 )
 
-// newSeal makes a Vault that has this server as its seal.
-func (r *running) newSeal(text string) *sealtest.Seal {
-	s := sealtest.New(sealtest.Config{
-		Address: "https://" + r.at, Key: "prod", Token: text, TLS: &tls.Config{RootCAs: r.world.ca.pool(), MinVersion: tls.VersionTLS12},
-		RetryWait: 10 * time.Millisecond, UnsealWait: 20 * time.Millisecond,
-	})
-	r.t.Cleanup(s.Close)
-	return s
-}
-
-// TestAVaultLivesWithIt: what one does, from `operator init` over a restart to its health checks.
+// TestAVaultLivesWithIt: what one asks, from its start over `operator init` to a restart, in this order.
 func TestAVaultLivesWithIt(t *testing.T) {
 	w := newWorld(t)
 	text := w.token(token.Spec{})
 	r := w.start(nil).waitReady()
-	vault := r.newSeal(text)
-	must(t, vault.Start(t.Context()))
-	must(t, vault.Init(t.Context()))
-	must(t, vault.PowerUp(t.Context()))
-	must(t, vault.Check(t.Context()))
+	client := r.client()
+	stored := map[string]string{}
+	for _, step := range strings.Fields(`renew encrypt:a renew
+		encrypt:root encrypt:check decrypt:check encrypt:recovery decrypt:root encrypt:0 encrypt:0 encrypt:check decrypt:check
+		renew renew encrypt:a decrypt:root encrypt:0 encrypt:0 encrypt:check decrypt:check`) {
+		call, what, _ := strings.Cut(step, ":")
+		var got answer
+		switch call {
+		case "renew":
+			got = r.ask(client, http.MethodPut, "/v1/auth/token/renew-self", text, `{"increment":0}`)
+			if auth, _ := got.body["auth"].(map[string]any); auth["client_token"] != text || auth["renewable"] != true {
+				t.Errorf("%s: %s", step, got.raw)
+			}
+		case "encrypt":
+			got = r.encrypt(client, text, "prod", what)
+			stored[what] = got.data("ciphertext")
+		case "decrypt":
+			got = r.decrypt(client, text, "prod", stored[what])
+			if got.data("plaintext") != base64.StdEncoding.EncodeToString([]byte(what)) {
+				t.Errorf("%s: %s", step, got.raw)
+			}
+		}
+		if got.code != http.StatusOK {
+			t.Fatalf("%s: %d %s", step, got.code, got.raw)
+		}
+	}
 	if told := r.told.String(); !strings.HasPrefix(told, "READY=1 STATUS=of 1 keys, 1 can seal and 1 can open") {
 		t.Errorf("systemd was told\n%s", told)
 	}

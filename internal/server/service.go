@@ -19,7 +19,8 @@ const (
 	lookInterval  = time.Second      // between two looks at records, keys and leases
 	lookLimit     = 10 * time.Second // of one
 	auditInterval = 30 * time.Second
-	turnSlack     = time.Minute // by which a loop may be late before it counts as stuck
+	askAgain      = 3 * time.Second // of an HSM that does not answer; it costs it no key operation
+	turnSlack     = time.Minute     // by which a loop may be late before it counts as stuck
 )
 
 // service is everything that works for one site.
@@ -74,7 +75,7 @@ func newService(site *Site, s *server) (*service, error) {
 	}
 	w.handler = handler
 	for _, d := range site.Devices {
-		w.probes[d.HSM.Name()] = &monitor.Probe{Device: d.HSM, Last: s.hooks.lastOfDevice, Logger: s.logger}
+		w.probes[d.HSM.Name()] = &monitor.Probe{Device: d.HSM, Last: s.hooks.lastOfDevice, Logger: s.logger, Again: askAgain}
 		w.parallel[d.HSM.Name()] = max(1, d.Parallel)
 	}
 	s.hooks.operations.configure(w.parallel)

@@ -156,7 +156,7 @@ func newFixture(t testing.TB) *fixture {
 
 // ask sends a request with the good token.
 func (f *fixture) ask(method, path, body string) *httptest.ResponseRecorder {
-	request := httptest.NewRequest(method, path, strings.NewReader(body))
+	request := httptest.NewRequestWithContext(context.Background(), method, path, strings.NewReader(body))
 	request.Header.Set("X-Vault-Token", "ns.good")
 	recorder := httptest.NewRecorder()
 	f.ServeHTTP(recorder, request)

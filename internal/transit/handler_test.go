@@ -97,7 +97,7 @@ func TestAnswersAreVaults(t *testing.T) {
 	var got strings.Builder
 	id := regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}`)
 	for _, e := range exchanges() {
-		request := httptest.NewRequest(e.method, e.path, strings.NewReader(e.body))
+		request := httptest.NewRequestWithContext(t.Context(), e.method, e.path, strings.NewReader(e.body))
 		request.RemoteAddr = "198.51.100.7:1234"
 		if e.token != "" {
 			request.Header.Set("X-Vault-Token", e.token)
@@ -223,7 +223,7 @@ func TestAPanicIsAnAnswerAndALineInTheLog(t *testing.T) {
 func TestRefusalsFillNoLog(t *testing.T) {
 	f := newFixture(t)
 	for range 100 {
-		request := httptest.NewRequest(http.MethodPut, "/v1/transit/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/transit/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
 		request.Header.Set("Authorization", "Bearer ns.guess")
 		recorder := httptest.NewRecorder()
 		f.ServeHTTP(recorder, request)
@@ -238,7 +238,7 @@ func TestRefusalsFillNoLog(t *testing.T) {
 
 func TestABearerTokenIsTakenAsWell(t *testing.T) {
 	f := newFixture(t)
-	request := httptest.NewRequest(http.MethodPut, "/v1/transit/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/transit/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
 	request.Header.Set("Authorization", "Bearer ns.good")
 	recorder := httptest.NewRecorder()
 	f.ServeHTTP(recorder, request)
@@ -263,7 +263,7 @@ func TestABodyOfUnknownLengthHasTheSameLimit(t *testing.T) {
 	f := newFixture(t)
 	for size, code := range map[int]int{1000: http.StatusOK, 4096 - 16: http.StatusOK, 4096: http.StatusRequestEntityTooLarge, 1 << 20: http.StatusRequestEntityTooLarge} {
 		body := `{"plaintext":"` + strings.Repeat("A", size/4*4) + `"}`
-		request := httptest.NewRequest(http.MethodPut, "/v1/transit/encrypt/prod", &chunks{body})
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/transit/encrypt/prod", &chunks{body})
 		request.ContentLength = -1
 		request.Header.Set("X-Vault-Token", "ns.good")
 		recorder := httptest.NewRecorder()
@@ -306,7 +306,7 @@ func TestAMountThatEveryVaultHasIsRefused(t *testing.T) {
 func TestAMountOfSeveralPartsIsServed(t *testing.T) {
 	handler, err := NewHandler(HandlerOptions{Keys: &keys{}, Tokens: tokens{}, Mount: "seals/eu"})
 	must(t, err)
-	request := httptest.NewRequest(http.MethodPut, "/v1/seals/eu/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/seals/eu/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
 	request.Header.Set("X-Vault-Token", "ns.good")
 	recorder := httptest.NewRecorder()
 	handler.ServeHTTP(recorder, request)
