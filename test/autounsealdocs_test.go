@@ -3,10 +3,12 @@ package test
 import (
 	"encoding/json"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -395,4 +397,90 @@ func (h *house) itsMetrics(t *testing.T) {
 	if len(told) < 20 || len(known) < 40 {
 		t.Errorf("only %d metrics are told of, of %d", len(told), len(known))
 	}
+}
+
+// TestTheAutoUnsealGuideQuotesWhatIsSaid wants what stands between quotation marks in the table of bad days to be in the source, but
+// for what Vault says itself.
+func TestTheAutoUnsealGuideQuotesWhatIsSaid(t *testing.T) {
+	vaultsOwn := []string{"error parsing Seal configuration: … connection refused", "x509: certificate signed by unknown authority"}
+	source := regexp.MustCompile(`"\+\n\s*"`).ReplaceAllString(strings.ReplaceAll(sources(t, "internal", "hsm", "nethsm", "cmd"), `" +`, `"+`), "")
+	_, table, _ := strings.Cut(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), "\n## Bad days\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	quoted := 0
+	for _, row := range regexp.MustCompile(`(?m)^\| ([^|]+) \|`).FindAllStringSubmatch(table, -1) {
+		for _, quote := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(row[1], -1) {
+			quoted++
+			if !strings.Contains(source, quote[1]) && !slices.Contains(vaultsOwn, quote[1]) {
+				t.Errorf("docs/auto-unseal.md: nobody says %q", quote[1])
+			}
+		}
+	}
+	if quoted < 6 {
+		t.Errorf("only %d quotations were found", quoted)
+	}
+}
+
+// TestTheCapacityOfTheGuideIsItsFormula works out the table.
+func TestTheCapacityOfTheGuideIsItsFormula(t *testing.T) {
+	page := readFile(t, vaulttest.Root(), "docs/auto-unseal.md")
+	rows := regexp.MustCompile(`(?m)^\| [^|]+ \| ([0-9.]+) s \| (\d+) \| ([0-9,]+) \|$`).FindAllStringSubmatch(page, -1)
+	for _, row := range rows {
+		seconds, err := strconv.ParseFloat(row[1], 64)
+		must(t, err)
+		parallel, err := strconv.Atoi(row[2])
+		must(t, err)
+		vaults, err := strconv.Atoi(strings.ReplaceAll(row[3], ",", ""))
+		must(t, err)
+		if want := int(math.Round(90 * float64(parallel) / seconds)); vaults != want {
+			t.Errorf("%s: want %d", row[0], want)
+		}
+	}
+	if len(rows) < 3 || !strings.Contains(page, "N = 90 · p / t") {
+		t.Errorf("only %d rows were found", len(rows))
+	}
+}
+
+// TestEveryLinkOfTheGuidesLeadsSomewhere follows the links within the repository, to the headings too.
+func TestEveryLinkOfTheGuidesLeadsSomewhere(t *testing.T) {
+	var pages []string
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/decisions/*.md", "deploy/*/*.md"} {
+		found, err := filepath.Glob(filepath.Join(vaulttest.Root(), pattern))
+		must(t, err)
+		pages = append(pages, found...)
+	}
+	followed := 0
+	for _, page := range pages {
+		content, err := os.ReadFile(page)
+		must(t, err)
+		for _, link := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(string(content), -1) {
+			target, heading, _ := strings.Cut(link[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			followed++
+			there := page
+			if target != "" {
+				there = filepath.Join(filepath.Dir(page), target)
+			}
+			read, err := os.ReadFile(there)
+			if info, missing := os.Stat(there); missing != nil || err != nil && !info.IsDir() {
+				t.Errorf("%s: there is no %s", page, link[1])
+			} else if heading != "" && !slices.Contains(anchors(string(read)), heading) {
+				t.Errorf("%s: %s has no heading %q", page, filepath.Base(there), heading)
+			}
+		}
+	}
+	if len(pages) < 20 || followed < 150 {
+		t.Errorf("only %d links of %d pages were found", followed, len(pages))
+	}
+}
+
+// anchors are what the headings of a page are called in links.
+func anchors(page string) (names []string) {
+	page = regexp.MustCompile("(?ms)^ *```.*?^ *```$").ReplaceAllString(page, "")
+	for _, heading := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(page, -1) {
+		name := regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(strings.ToLower(heading[1]), "")
+		names = append(names, strings.ReplaceAll(name, " ", "-"))
+	}
+	return names
 }
