@@ -60,9 +60,9 @@ func TestNoRecoveredFieldLeadsOutOfItsFolder(t *testing.T) {
 }
 
 // oneHSM is the only device of a keyring.
-type oneHSM struct{ hsm.Device }
+type oneHSM struct{ device hsm.Device }
 
-func (o oneHSM) Device(context.Context, string) (hsm.Device, error) { return o.Device, nil }
+func (o oneHSM) Device(context.Context, string) (hsm.Device, error) { return o.device, nil }
 
 func TestWhatWasSealedInALeaseIsRecoveredByTheKeyRecord(t *testing.T) {
 	device := hsmtest.NewMemory()

@@ -144,6 +144,33 @@ type deviceHealth struct {
 	mu     sync.Mutex
 	failed map[string]time.Time
 	busy   map[string]int
+	said   map[string]complaint
+}
+
+// complaint is when it was said last that a device did not open something, and how often it was not said since.
+type complaint struct {
+	at     time.Time
+	unsaid int
+}
+
+// complainEvery is how often it is said of a device at most.
+const complainEvery = 10 * time.Second
+
+// complain tells whether to say that a device did not open something, and how often that was not said before.
+func (h *deviceHealth) complain(device string, now time.Time) (say bool, unsaid int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.said == nil {
+		h.said = map[string]complaint{}
+	}
+	last, before := h.said[device]
+	if since := now.Sub(last.at); before && since >= 0 && since < complainEvery {
+		last.unsaid++
+		h.said[device] = last
+		return false, 0
+	}
+	h.said[device] = complaint{at: now}
+	return true, last.unsaid
 }
 
 // begin notes that a device opens something until the caller calls done.
@@ -168,6 +195,7 @@ func (h *deviceHealth) note(device string, ok bool, now time.Time) {
 	defer h.mu.Unlock()
 	if ok {
 		delete(h.failed, device)
+		delete(h.said, device)
 		return
 	}
 	if h.failed == nil {

@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -994,3 +995,37 @@ func TestTwoHSMsShareAStorm(t *testing.T) {
 
 // noCipher uses a key for nothing, to see whether it is there.
 func noCipher(cipher.Block) {}
+
+func TestAnHSMThatIsAwayIsSaidOnceInAWhile(t *testing.T) {
+	var log strings.Builder
+	f := newFixture(t)
+	f.adopt()
+	raw := f.wrap("x")
+	f.Keyring = New(Config{Records: f.store, Devices: f.devices, Now: f.clock.Now, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	open := func() { _, _ = f.Unwrap(t.Context(), "prod", envelope.UseWrap, raw, []byte("ctx")) }
+	said := func() int { return strings.Count(log.String(), "a recipient did not open an envelope") }
+	f.one.SetError(fmt.Errorf("away: %w", hsm.ErrUnavailable))
+	for range 30 {
+		open()
+		f.clock.advance(time.Second)
+	}
+	if got := said(); got != 3 || !strings.Contains(log.String(), "unsaid=9") {
+		t.Errorf("in 30 s it was said %d times:\n%s", got, log.String())
+	}
+	f.one.SetError(nil)
+	open()
+	f.one.SetError(fmt.Errorf("away: %w", hsm.ErrUnavailable))
+	if open(); said() != 4 {
+		t.Error("it was back, and that it went away again was not said")
+	}
+	f.one.SetError(nil)
+	damaged := bytes.Clone(raw)
+	if at := bytes.Index(raw, []byte(`"ciphertext":"`)) + len(`"ciphertext":"`); damaged[at] == 'A' {
+		damaged[at] = 'B'
+	} else {
+		damaged[at] = 'A'
+	}
+	if _, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, damaged, []byte("ctx")); !errors.Is(err, envelope.ErrDecrypt) || said() != 4 {
+		t.Errorf("an envelope that does not decrypt: %v\n%s", err, log.String())
+	}
+}

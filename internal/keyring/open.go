@@ -215,12 +215,14 @@ func (k *Keyring) openAnywhere(
 		if ctx.Err() != nil || !elsewhere(err) && !undecryptable(err) {
 			break
 		}
-		level := slog.LevelWarn
-		if undecryptable(err) { // anybody can send any number of these, and is told
-			level = slog.LevelDebug
+		level, unsaid := slog.LevelDebug, 0
+		if !undecryptable(err) { // of the others anybody can send any number, and is told
+			if say, since := k.health.complain(rcpt.Device, k.now()); say {
+				level, unsaid = slog.LevelWarn, since
+			}
 		}
 		k.logger.Log(ctx, level, "a recipient did not open an envelope", "key", want.Key, "version", v.Number, "device", rcpt.Device,
-			"left", len(candidates)-i-1, "error", err)
+			"left", len(candidates)-i-1, "unsaid", unsaid, "error", err)
 	}
 	return nil, nil, tried
 }
