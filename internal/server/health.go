@@ -11,7 +11,7 @@ import (
 // and no cause.
 type Health struct {
 	Initialized bool `json:"initialized"`
-	// Sealed is true where a key that is fit for use cannot open now; encrypting works all the same. A key that tokens name and
+	// Sealed is true where a key that is fit for use cannot open now; most often encrypting works all the same. A key that tokens name and
 	// nobody finished, or made, does not count, unless the configuration names it.
 	Sealed                     bool   `json:"sealed"`
 	Standby                    bool   `json:"standby"`
@@ -60,17 +60,20 @@ const (
 	ModeLeased = "leased"
 )
 
-// health answers how the server fares, with Vault's codes and the parameters that change them.
+// health answers how the server fares, with Vault's codes and the parameters that change them: sealedcode=200 is for a balancer,
+// because a server whose HSM is away still encrypts.
 func (s *server) health(w http.ResponseWriter, r *http.Request) {
 	answer := Health{
 		ReplicationPerformanceMode: "disabled", ReplicationDRMode: "disabled", ServerTimeUTC: time.Now().UTC().Unix(),
 		Version: s.options.Version, Nitroseal: Served{Keys: []KeyHealth{}},
 	}
+	seals := true
 	for _, v := range s.views() {
 		answer.Nitroseal.Keys = append(answer.Nitroseal.Keys, v.health)
 		if v.counts {
 			answer.Initialized = true
 			answer.Sealed = answer.Sealed || !v.health.Opens
+			seals = seals && v.health.Seals
 		}
 	}
 	code := http.StatusOK
@@ -78,6 +81,8 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) {
 	case !answer.Initialized:
 		answer.Sealed = true
 		code = chosen(r, "uninitcode", http.StatusNotImplemented)
+	case !seals: // whoever asks with sealedcode would send a Vault here that starts, and it would end
+		code = http.StatusServiceUnavailable
 	case answer.Sealed:
 		code = chosen(r, "sealedcode", http.StatusServiceUnavailable)
 	}

@@ -307,6 +307,9 @@ func TestAnHSMThatIsAwayAtTheStart(t *testing.T) {
 	if got := r.ask(client, http.MethodPut, "/v1/auth/token/renew-self", text, "{}"); got.code != http.StatusOK {
 		t.Errorf("renew-self: %d %s", got.code, got.raw)
 	}
+	if got := r.ask(client, http.MethodGet, "/v1/sys/health?sealedcode=200", "", ""); got.code != http.StatusServiceUnavailable {
+		t.Errorf("a balancer is told to send Vaults that start: %d %s", got.code, got.raw)
+	}
 	select {
 	case <-r.ready:
 		t.Error("it calls itself ready")
