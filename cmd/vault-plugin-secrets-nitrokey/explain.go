@@ -10,9 +10,9 @@ import (
 	"vault-plugin-secrets-nitrokey/backend"
 )
 
-const explanation = `This is a plugin for HashiCorp Vault and OpenBao, %[1]s: a secrets engine that keeps unseal keys under an HSM, and for OpenBao
-2.6 and later a seal. Vault or OpenBao starts it; there is nothing to run by hand. To register this very file as a secrets
-engine:
+const explanation = `This is a plugin for HashiCorp Vault and OpenBao, %[1]s: a secrets engine that keeps unseal keys under an HSM, and for
+OpenBao 2.6 and later a seal. Vault or OpenBao starts it; there is nothing to run by hand. To register this very file as a
+secrets engine:
 
   1. Copy it into the plugin_directory of Vault's configuration:
 

@@ -66,7 +66,8 @@ func startEngine(t *testing.T, binary vaulttest.Binary, version int, metadataMod
 	cmd := exec.Command(binary.Path, args...)
 	cmd.Env = append(slices.Clone(env), "GORACE=atexit_sleep_ms=20")
 	for _, prefix := range []string{"BAO_", "VAULT_"} { // OpenBao says everything by both names
-		cmd.Env = append(cmd.Env, prefix+"VERSION=2.6.0", fmt.Sprintf("%sPLUGIN_METADATA_MODE=%t", prefix, metadataMode), prefix+"PLUGIN_AUTOMTLS_ENABLED=true")
+		cmd.Env = append(cmd.Env, prefix+"VERSION=2.6.0", prefix+"PLUGIN_AUTOMTLS_ENABLED=true",
+			fmt.Sprintf("%sPLUGIN_METADATA_MODE=%t", prefix, metadataMode))
 	}
 	checksum, err := hex.DecodeString(binary.SHA256)
 	if err != nil {
@@ -112,7 +113,9 @@ func (e *engine) mounted(t *testing.T, id string, storage logical.Storage) *moun
 		pb.RegisterSystemViewServer(server, &openBaoSystem{engine: e})
 		return server
 	})
-	answer, err := e.backend.Setup(m.ctx, &pb.SetupArgs{BrokerID: brokerID, Config: map[string]string{"plugin_name": "nitrokey"}, BackendUUID: id})
+	answer, err := e.backend.Setup(m.ctx, &pb.SetupArgs{
+		BrokerID: brokerID, Config: map[string]string{"plugin_name": "nitrokey"}, BackendUUID: id,
+	})
 	if err != nil || answer.GetErr() != "" {
 		t.Fatalf("Setup: %v %s", err, answer.GetErr())
 	}
@@ -244,7 +247,9 @@ func (*openBaoSystem) ClusterInfo(context.Context, *pb.Empty) (*pb.ClusterInfoRe
 	return &pb.ClusterInfoReply{ClusterName: "bao", ClusterID: "1f5b0b0f-8d0c-4cf6-b2bb-0c7f0d5f0001"}, nil
 }
 
-func (s *openBaoSystem) GenerateIdentityToken(ctx context.Context, args *pb.GenerateIdentityTokenRequest) (*pb.GenerateIdentityTokenResponse, error) {
+func (s *openBaoSystem) GenerateIdentityToken(
+	ctx context.Context, args *pb.GenerateIdentityTokenRequest,
+) (*pb.GenerateIdentityTokenResponse, error) {
 	s.engine.note("GenerateIdentityToken")
 	return s.UnimplementedSystemViewServer.GenerateIdentityToken(ctx, args)
 }
@@ -254,7 +259,9 @@ func (s *openBaoSystem) GetRotationInformation(ctx context.Context, args *pb.Rot
 	return s.UnimplementedSystemViewServer.GetRotationInformation(ctx, args)
 }
 
-func (s *openBaoSystem) RegisterRotationJob(ctx context.Context, args *pb.RegisterRotationJobRequest) (*pb.RegisterRotationJobResponse, error) {
+func (s *openBaoSystem) RegisterRotationJob(
+	ctx context.Context, args *pb.RegisterRotationJobRequest,
+) (*pb.RegisterRotationJobResponse, error) {
 	s.engine.note("RegisterRotationJob")
 	return s.UnimplementedSystemViewServer.RegisterRotationJob(ctx, args)
 }

@@ -63,7 +63,8 @@ func TestSecretsEngineInOpenBao(t *testing.T) {
 	t.Run("a mount works", func(t *testing.T) {
 		e := startEngine(t, binary, 5, false, args, env)
 		defer e.nothingUnknown(t)
-		multiplexing, err := pluginutil.NewPluginMultiplexingClient(e.conn).MultiplexingSupport(t.Context(), &pluginutil.MultiplexingSupportRequest{})
+		multiplexing, err := pluginutil.NewPluginMultiplexingClient(e.conn).
+			MultiplexingSupport(t.Context(), &pluginutil.MultiplexingSupportRequest{})
 		if err != nil || !multiplexing.GetSupported() {
 			t.Errorf("one process for all mounts: %v, %v", multiplexing, err)
 		}
@@ -83,8 +84,10 @@ func TestSecretsEngineInOpenBao(t *testing.T) {
 		})
 		m.must(t, logical.ReadOperation, "keys/prod/backup", nil)
 		m.must(t, logical.UpdateOperation, "keys/prod", map[string]any{"accept_single_hsm": true})
-		transit = m.must(t, logical.UpdateOperation, "encrypt/prod", map[string]any{"plaintext": plaintext})["ciphertext"].(string)
-		wrapped = m.must(t, logical.UpdateOperation, "wrap/prod", map[string]any{"plaintext": plaintext, "context": "eA=="})["ciphertext"].(string)
+		sealed := m.must(t, logical.UpdateOperation, "encrypt/prod", map[string]any{"plaintext": plaintext})
+		transit = sealed["ciphertext"].(string)
+		sealed = m.must(t, logical.UpdateOperation, "wrap/prod", map[string]any{"plaintext": plaintext, "context": "eA=="})
+		wrapped = sealed["ciphertext"].(string)
 		m.opens(t, plaintext, transit, wrapped)
 		if names := m.must(t, logical.ListOperation, "keys/", nil)["keys"]; len(names.([]any)) != 1 {
 			t.Errorf("keys are %v", names)
@@ -132,7 +135,8 @@ func TestSecretsEngineInOpenBao(t *testing.T) {
 			t.Errorf("a key that is not there is answered with %v, %v; want 404", response, err)
 		}
 		m.must(t, logical.UpdateOperation, "devices/away", map[string]any{
-			"type": "nethsm", "urls": "https://127.0.0.1:1", "username": "operator", "password": "password", "tls_insecure": true, "request_timeout": "1s",
+			"type": "nethsm", "urls": "https://127.0.0.1:1", "username": "operator", "password": "password", "tls_insecure": true,
+			"request_timeout": "1s",
 		})
 		_, err = m.request(logical.UpdateOperation, "keys/away", map[string]any{"device": "away", "key_label": "x"})
 		if coded := logical.HTTPCodedError(nil); !errors.As(err, &coded) || coded.Code() != http.StatusServiceUnavailable {

@@ -1,10 +1,13 @@
 package kmsplugin
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 
 	"vault-plugin-secrets-nitrokey/internal/kmsplugin/pb"
 )
@@ -17,22 +20,36 @@ func (s *Server) SetConfig(ctx context.Context, request *pb.SetConfigRequest) (*
 		return nil, s.fail(ctx, "SetConfig", err)
 	}
 	id := rand.Text()
-	if !s.keep(id, made) {
+	left, kept := s.keep(id, made)
+	if !kept {
 		return nil, s.fail(ctx, "SetConfig", errors.Join(errFinalized, made.close()))
+	}
+	if left != nil {
+		s.options.Logger.Warn("a wrapper that OpenBao seems to have forgotten is ended", "key_id", left.keyID, "error", left.close())
 	}
 	return &pb.SetConfigResponse{WrapperId: id, WrapperConfig: &pb.WrapperConfig{Metadata: made.metadata}}, nil
 }
 
-// keep takes a wrapper in and begins it, unless the process ends.
-func (s *Server) keep(id string, made *seal) bool {
+// keep takes a wrapper in and begins it, unless the process ends. Where there are too many, it takes out the one that was not
+// used for the longest time, for the caller to close.
+func (s *Server) keep(id string, made *seal) (left *seal, kept bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return false
+		return nil, false
 	}
+	if len(s.seals) >= maxSeals {
+		oldest := slices.MinFunc(slices.Collect(maps.Keys(s.seals)), func(a, b string) int {
+			return cmp.Compare(s.seals[a].used, s.seals[b].used)
+		})
+		left = s.seals[oldest]
+		delete(s.seals, oldest)
+	}
+	s.calls++
+	made.used = s.calls
 	s.seals[id] = made
 	made.begin()
-	return true
+	return left, true
 }
 
 // configure makes a wrapper from settings.
@@ -148,5 +165,7 @@ func (s *Server) find(id string) (*seal, error) {
 	if !known {
 		return nil, errNoWrapper
 	}
+	s.calls++
+	w.used = s.calls
 	return w, nil
 }

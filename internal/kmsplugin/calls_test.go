@@ -86,7 +86,8 @@ func TestACiphertextThatSomebodyElseMadeDoesNotOpen(t *testing.T) {
 	}
 	recipient := key.Versions[0].Recipients[0] // public keys are public
 	forged, err := envelope.Seal(envelope.Context{Use: envelope.UseSeal, Key: "prod", Version: 1},
-		[]envelope.Recipient{{KID: recipient.KID, Algorithm: recipient.Algorithm, Public: recipient.Public}}, envelope.NewAuthKey(), []byte("another root key"))
+		[]envelope.Recipient{{KID: recipient.KID, Algorithm: recipient.Algorithm, Public: recipient.Public}}, envelope.NewAuthKey(),
+		[]byte("another root key"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -238,6 +239,25 @@ func TestCallsWithoutAWrapper(t *testing.T) {
 	wantCode(t, err, codes.InvalidArgument, `"key" is missing`)
 }
 
+func TestWrappersThatOpenBaoForgotAreEnded(t *testing.T) {
+	f := newFixture(t)
+	settings, used := f.settings(), f.wrapper()
+	forgotten := f.wrapper()
+	for range 3 * maxSeals {
+		if _, err := f.configure(settings); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Type(t.Context(), &pb.TypeRequest{WrapperId: used}); err != nil {
+			t.Fatalf("a wrapper in use was ended: %v", err)
+		}
+	}
+	_, err := f.encrypt(forgotten, "x", "")
+	wantCode(t, err, codes.NotFound, "")
+	if kept := len(f.seals); kept != maxSeals {
+		t.Errorf("%d wrappers are kept, want %d", kept, maxSeals)
+	}
+}
+
 func TestAServerThatEndsMakesNoWrapper(t *testing.T) {
 	f := newFixture(t)
 	id := f.wrapper()
@@ -364,8 +384,8 @@ func TestAnotherRecipientIsAnotherKeyID(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if key.GetKeyId() != want || blob.GetKeyInfo().GetKeyId() != want {
-			t.Errorf("KeyId says %q, the ciphertext %q, want %q: OpenBao seals anew when it changes", key.GetKeyId(), blob.GetKeyInfo().GetKeyId(), want)
+		if said, named := key.GetKeyId(), blob.GetKeyInfo().GetKeyId(); said != want || named != want {
+			t.Errorf("KeyId says %q, the ciphertext %q, want %q: OpenBao seals anew when it changes", said, named, want)
 		}
 	}
 }

@@ -100,8 +100,8 @@ func (d *devices) described(wanted stanza, recorded []string, noEnvironment bool
 	case wanted.name == "" && len(recorded) == 1:
 		wanted.name = recorded[0]
 	case wanted.name == "":
-		return nil, fmt.Errorf("%w: the key record names the devices %s; say in \"device\" which one the stanza describes, or describe several in a "+
-			"nitroseal.hcl and name that in \"config\"", errStanza, quoted(recorded))
+		return nil, fmt.Errorf("%w: the key record names the devices %s; say in \"device\" which one the stanza describes, or describe "+
+			"several in a nitroseal.hcl and name that in \"config\"", errStanza, quoted(recorded))
 	case !slices.Contains(recorded, wanted.name):
 		return nil, fmt.Errorf("%w: the key record names no device %q; it has %s", errStanza, wanted.name, quoted(recorded))
 	}
@@ -151,20 +151,20 @@ func (d *devices) fromFile(path string, recorded []string, noEnvironment bool) (
 func (d *devices) check(described device.Config) error {
 	for _, field := range described.SecretFields() {
 		if *field.File != "" && d.options.SecretsDir == "" && !strings.HasPrefix(*field.File, device.CredentialPrefix) {
-			return fmt.Errorf(`%w: the file of %q may not be read: add "-secrets-dir=DIR" to the args of the plugin stanza, with the folder that it lies in`,
-				errStanza, field.FileName())
+			return fmt.Errorf(`%w: the file of %q may not be read: add "-secrets-dir=DIR" to the args of the plugin stanza, with the `+
+				`folder that it lies in`, errStanza, field.FileName())
 		}
 	}
 	if described.Type != device.TypePKCS11 {
 		return nil
 	}
 	if described.Module != "" && !slices.Contains(d.options.Modules, described.Module) {
-		return fmt.Errorf(`%w: the module %s may not be loaded: add "-pkcs11-module=%s" to the args of the plugin stanza`, errStanza, described.Module,
-			described.Module)
+		return fmt.Errorf(`%w: the module %s may not be loaded: add "-pkcs11-module=%s" to the args of the plugin stanza`, errStanza,
+			described.Module, described.Module)
 	}
 	if d.options.StateDir == "" {
-		return fmt.Errorf(`%w: no PIN is sent without a place that remembers a wrong one: add "-state-dir=DIR" to the args of the plugin stanza, `+
-			`with the folder that all our programs on this machine share`, errStanza)
+		return fmt.Errorf(`%w: no PIN is sent without a place that remembers a wrong one: add "-state-dir=DIR" to the args of the `+
+			`plugin stanza, with the folder that all our programs on this machine share`, errStanza)
 	}
 	return nil
 }

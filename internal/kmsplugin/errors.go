@@ -79,18 +79,18 @@ func (s *Server) fail(ctx context.Context, call string, err error) error {
 		answer = status.New(status.FromContextError(ctx.Err()).Code(), fmt.Sprintf("%v: %v", ctx.Err(), err))
 	}
 	level := slog.LevelWarn
-	if !s.news(call + ": " + err.Error()) {
+	if !s.news(call, err.Error()) {
 		level = slog.LevelDebug
 	}
 	s.options.Logger.Log(ctx, level, "a call failed", "call", call, "code", answer.Code().String(), "error", err)
 	return answer.Err()
 }
 
-// news tells whether this was not said just before.
-func (s *Server) news(text string) bool {
+// news tells whether this is not what was said of that call before.
+func (s *Server) news(call, text string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	before := s.said
-	s.said = text
+	before := s.said[call]
+	s.said[call] = text
 	return text != before
 }

@@ -29,8 +29,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type fixture struct {
 	*Server
 	t     testing.TB
-	token *hsmtest.Memory // "rack"
-	other *hsmtest.Memory // "vault", which no stanza describes
+	token *hsmtest.Memory  // "rack"
+	other *hsmtest.Memory  // "vault", which no stanza describes
 	keys  *keyring.Keyring // as an operator's machine has it
 	dir   string
 	log   *log
@@ -143,7 +143,9 @@ func (f *fixture) wrapper(changes ...string) string {
 }
 
 func (f *fixture) encrypt(id, plaintext, aad string) (*pb.BlobInfo, error) {
-	answer, err := f.Encrypt(f.t.Context(), &pb.EncryptRequest{WrapperId: id, Plaintext: []byte(plaintext), Options: &pb.Options{Aad: []byte(aad)}})
+	answer, err := f.Encrypt(f.t.Context(), &pb.EncryptRequest{
+		WrapperId: id, Plaintext: []byte(plaintext), Options: &pb.Options{Aad: []byte(aad)},
+	})
 	return answer.GetCiphertext(), err
 }
 

@@ -113,16 +113,21 @@ type Server struct {
 
 	mu     sync.Mutex // guards what follows
 	seals  map[string]*seal
+	calls  uint64 // counts them, for seal.used
 	closed bool
-	said   string // the newest error in the log
+	said   map[string]string // the newest error in the log, by call
 }
+
+// maxSeals is how many wrappers a process keeps. OpenBao has two at most, and one more for each time that its telling a new
+// process what the old one knew fails half-way, as it does while the HSM is away: those it forgets, and never finalizes.
+const maxSeals = 16
 
 // New returns a server without wrappers.
 func New(options Options) *Server {
 	if options.Logger == nil {
 		options.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Server{options: options, seals: map[string]*seal{}}
+	return &Server{options: options, seals: map[string]*seal{}, said: map[string]string{}}
 }
 
 // Close ends all wrappers: calls that run fail, and none comes after.

@@ -29,6 +29,7 @@ type seal struct {
 	keys       *keyring.Keyring
 	devices    *devices
 	logger     *slog.Logger
+	used       uint64 // the number of its newest call; Server.mu guards it
 
 	life context.Context // ends with the wrapper
 	end  context.CancelFunc

@@ -39,12 +39,14 @@ func TestStanzasAreRead(t *testing.T) {
 		"a NetHSM with all that there is": {
 			map[string]string{
 				"type": "nethsm", "urls": "https://a:8443, https://b", "username": "operator", "password_file": "/s/password",
-				"unlock_passphrase_file": "/s/unlock", "ca_cert_file": "/s/../s/ca.pem", "tls_pins": "aa,bb", "tls_server_name": "nethsm", "tls_insecure": "true",
+				"unlock_passphrase_file": "/s/unlock", "ca_cert_file": "/s/../s/ca.pem", "tls_pins": "aa,bb", "tls_server_name": "nethsm",
+				"tls_insecure": "true",
 				"request_timeout": "5s",
 			},
 			stanza{caCert: "/s/ca.pem", device: device.Config{
 				Type: "nethsm", URLs: []string{"https://a:8443", "https://b"}, Username: "operator", PasswordFile: "/s/password",
-				UnlockPassphraseFile: "/s/unlock", TLSPins: []string{"aa", "bb"}, TLSServerName: "nethsm", Insecure: true, RequestTimeout: 5 * time.Second,
+				UnlockPassphraseFile: "/s/unlock", TLSPins: []string{"aa", "bb"}, TLSServerName: "nethsm", Insecure: true,
+				RequestTimeout: 5 * time.Second,
 			}},
 		},
 		"several HSMs in a file": {

@@ -179,7 +179,7 @@ func TestWhatIsWrongIsSaidAndEndsNoPlugin(t *testing.T) {
 		"no record":                          {map[string]string{"key_record_file": ""}, "nitroseal key backup"},
 		"a record that is not there":         {map[string]string{"key_record_file": "/nowhere"}, "cannot be read"},
 		"another SHA-256":                    {map[string]string{"key_record_sha256": strings.Repeat("ab", 32)}, "do not restore it"},
-		"one HSM without a word about it":    {map[string]string{"accept_single_hsm": ""}, `write accept_single_hsm = "true" into the seal stanza`},
+		"one HSM without a word about it":    {map[string]string{"accept_single_hsm": ""}, `write accept_single_hsm = "true"`},
 		"a device that the record lacks":     {map[string]string{"device": "stick"}, `names no device "stick"`},
 		"a module that is not allowed":       {map[string]string{"module": "/usr/lib/evil.so"}, "-pkcs11-module=/usr/lib/evil.so"},
 		"a PIN file outside of secrets-dir":  {map[string]string{"pin_file": outside}, "does not lie under the secrets directory"},

@@ -100,7 +100,8 @@ func TestTheGuideIsDoneAsItStands(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := openGuide(t, "/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so", token.Module, "DENK0100001", token.Serial,
-		"/etc/nitroseal/nitroseal.hcl", h.File("nitroseal.hcl"), "/etc/nitroseal", h.Dir, "/var/lib/nitroseal", h.File("state"), "--label openbao", "--id openbao")
+		"/etc/nitroseal/nitroseal.hcl", h.File("nitroseal.hcl"), "/etc/nitroseal", h.Dir, "/var/lib/nitroseal", h.File("state"),
+		"--label openbao", "--id openbao")
 
 	// The device of the guide's nitroseal.hcl takes the place of the host's own.
 	stick := regexp.MustCompile(`(?s)device "stick" \{(.*?)\n\}`).FindStringSubmatch(g.configuration(t, "nitroseal"))
@@ -155,7 +156,8 @@ func TestTheGuidesNetHSM(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := openGuide(t, "https://nethsm-1.example.org:8443", netHSM.URLs()[0], "https://nethsm-2.example.org:8443", netHSM.URLs()[1],
-		`"openbao"`, `"prod"`, "/var/lib/nitroseal/openbao.record", h.File("prod.record"), "/etc/nitroseal/nethsm-ca.pem", h.File("nethsm-ca.pem"),
+		`"openbao"`, `"prod"`, "/var/lib/nitroseal/openbao.record", h.File("prod.record"),
+		"/etc/nitroseal/nethsm-ca.pem", h.File("nethsm-ca.pem"),
 		`"operator"`, `"`+nethsmtest.OperatorUser+`"`, noted, s.stanza(t, "prod")["key_record_sha256"])
 	_, settings := declared(t, g.configuration(t, "openbao-nethsm"))
 	bao := newOpenBao(t, s.binary, nil, "CREDENTIALS_DIRECTORY="+credentials)

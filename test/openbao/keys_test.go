@@ -78,6 +78,15 @@ func TestRotatedAndForeignKeys(t *testing.T) {
 			refused(t, err, test.code, test.says)
 		})
 	}
+	t.Run("without OpenBao it is recovered by the HSM and the record", func(t *testing.T) {
+		h.Put(t, "blob", old.GetCiphertext())
+		recovered := h.Must(t, "recover", "--in", h.File("blob"), "--module", s.args[2][len("-pkcs11-module="):], "--serial", s.device["serial"],
+			"--pin-file", h.File("pin"), "--state-dir", h.File("state"), "--module-env", "SOFTHSM2_CONF",
+			"--key-record", h.File("prod-2.record"), "--key-record-sha256", rotated["key_record_sha256"])
+		if recovered != rootKey {
+			t.Error("it was recovered as something else")
+		}
+	})
 	t.Run("a value that is too large to seal", func(t *testing.T) {
 		_, err := second.encrypt(t.Context(), make([]byte, 64<<10+1), nil)
 		refused(t, err, codes.InvalidArgument, "exceeds the limit")
@@ -227,8 +236,9 @@ func TestSeveralHSMsAreDescribedByAFile(t *testing.T) {
 
 	t.Run("one of them is enough where the stanza says which", func(t *testing.T) {
 		one := s.stanza(t, "prod", map[string]string{
-			"key_record_file": h.File("both.record"), "accept_single_hsm": "", "device": "rack", "type": "nethsm", "module": "", "serial": "", "pin_file": "",
-			"urls": netHSM.URLs()[0], "username": nethsmtest.OperatorUser, "password_file": h.File("password"), "ca_cert_file": h.File("nethsm-ca.pem"),
+			"key_record_file": h.File("both.record"), "accept_single_hsm": "", "device": "rack", "type": "nethsm", "serial": "", "pin_file": "",
+			"urls": netHSM.URLs()[0], "username": nethsmtest.OperatorUser, "password_file": h.File("password"),
+			"ca_cert_file": h.File("nethsm-ca.pem"),
 		})
 		bao.configured(t, one).opens(t, blob, aad, rootKey)
 	})

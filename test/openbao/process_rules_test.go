@@ -25,8 +25,12 @@ func TestHowTheProcessBehaves(t *testing.T) {
 		bao.stop()
 		text := bao.log.String()
 		for line := range strings.Lines(text) {
-			var entry map[string]any
-			if err := json.Unmarshal([]byte(line), &entry); err != nil || entry["@level"] == nil || entry["@message"] == nil || entry["@timestamp"] == nil {
+			var entry struct {
+				Level     string `json:"@level"`
+				Message   string `json:"@message"`
+				Timestamp string `json:"@timestamp"`
+			}
+			if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level == "" || entry.Message == "" || entry.Timestamp == "" {
 				t.Errorf("no line of hclog's: %s", line)
 			}
 		}
@@ -97,7 +101,9 @@ func TestHowTheProcessBehaves(t *testing.T) {
 	t.Run("it offers itself as nothing but a seal", func(t *testing.T) {
 		bao := s.openBao(t)
 		config := bao.config()
-		config.VersionedPlugins = map[int]plugin.PluginSet{2: {dispensedName: hostSide{}}, protocol: {dispensedName: hostSide{}, "kms": hostSide{}}}
+		config.VersionedPlugins = map[int]plugin.PluginSet{
+			protocol: {dispensedName: hostSide{}, "kms": hostSide{}}, protocol + 1: {dispensedName: hostSide{}},
+		}
 		client := plugin.NewClient(config)
 		defer client.Kill()
 		connection, err := client.Client()
