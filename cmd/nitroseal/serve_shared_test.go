@@ -63,6 +63,33 @@ func TestTokensInEtcdServeARestartWhileEtcdIsAway(t *testing.T) {
 	r.ends(t, exitOK)
 }
 
+// Somebody else than the server's user would leave an audit log that the server cannot write.
+func TestAnotherUserMakesAndRevokesNoTokens(t *testing.T) {
+	dir := t.TempDir()
+	state := filepath.Join(dir, "state")
+	if err := os.Mkdir(state, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(state, 0o777); err != nil { // as good as another user's, and root can do it as well
+		t.Fatal(err)
+	}
+	configuration := filepath.Join(dir, "nitroseal.hcl")
+	content := "state_dir = \"state\"\nstore \"shared\" {\n  type = \"etcd\"\n  endpoints = [\"http://127.0.0.1:1\"]\n  prefix = \"nitroseal\"\n}\n" +
+		"serve {\n  listen = \"127.0.0.1:8210\"\n  plain_http = true\n  tokens = \"shared\"\n}\n"
+	if err := os.WriteFile(configuration, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"create", "x", "--key", "prod"}, {"revoke", "aaaaaaaaaa"}} {
+		out, err := command(t, configuration, append([]string{"serve", "token"}, args...)...).CombinedOutput()
+		if got := code(t, err); got != exitUsage || !strings.Contains(string(out), "chmod go-w") {
+			t.Errorf("%v ended with %d\n%s", args, got, out)
+		}
+	}
+	if left, err := os.ReadDir(state); err != nil || len(left) != 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
+
 func TestATokenThatIsBoundToACertificateIsTakenWithThatAlone(t *testing.T) {
 	clients := vaulttest.NewAuthority(t)
 	s := newSealing(t, rsaToken(t), "  client_ca_file = \"clients.pem\"\n  client_certificates = \"optional\"\n",

@@ -206,6 +206,9 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 	}
 
 	// What an operator asks.
+	if out := must(t, s.configuration, "config", "check"); !strings.Contains(out, s.address+"/v1/transit") {
+		t.Errorf("config check says\n%s", out)
+	}
 	if out := must(t, s.configuration, "serve", "status"); !strings.Contains(out, "key prod") || !strings.Contains(out, "1 of 1 HSM answer") ||
 		!strings.Contains(out, "suffices for") {
 		t.Errorf("serve status says\n%s", out)

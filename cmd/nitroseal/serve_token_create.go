@@ -47,7 +47,7 @@ bound in what is sealed. A key that is not there yet, or not ready, is warned of
 			}
 			if cmd.Flags().Changed("rate") {
 				if !cmd.Flags().Changed("burst") {
-					burst = 10 * rate
+					burst = min(10*rate, token.MaxLimit)
 				}
 				spec.Limit = &token.Limit{Rate: rate, Burst: burst}
 			}
@@ -75,6 +75,9 @@ bound in what is sealed. A key that is not there yet, or not ready, is warned of
 
 func (a *app) createToken(ctx context.Context, spec token.Spec, out string) error {
 	kept, err := a.tokenStore(ctx)
+	if err == nil {
+		err = a.checkStateDir() // the audit log may be made there, and must not be made by another user than the server's
+	}
 	if err != nil {
 		return err
 	}

@@ -30,15 +30,18 @@ Where the audit log takes no line, tokens are revoked all the same.`,
 		},
 		ValidArgsFunction: a.completeTokens,
 		RunE: func(cmd *cobra.Command, ids []string) error {
+			if err := token.CheckIDs(ids...); err != nil {
+				return err // before the audit log has it: it may be a token
+			}
 			kept, err := a.tokenStore(cmd.Context())
+			if err == nil {
+				err = a.checkStateDir() // as for a new token
+			}
 			if err != nil {
 				return err
 			}
 			ctx, cancel := a.within(cmd.Context(), ordinaryTimeout)
 			defer cancel()
-			if err := token.CheckIDs(ids...); err != nil {
-				return err // before the audit log has it: it may be a token
-			}
 			var revoked []string
 			revoke := func() error {
 				var err error

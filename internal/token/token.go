@@ -89,7 +89,9 @@ const (
 	maxKeys      = 64
 	maxNames     = 64
 	maxAddresses = 256
-	maxLimit     = 1_000_000
+
+	// MaxLimit is the highest rate, and the largest burst.
+	MaxLimit = 1_000_000
 )
 
 // make returns a new token and its text, which the caller wipes. Nothing is stored yet.
@@ -190,8 +192,8 @@ func (l *Limit) check() error {
 	switch {
 	case l == nil || l.Rate == 0 && l.Burst == 0:
 		return nil
-	case l.Rate < 1 || l.Rate > maxLimit || l.Burst < 1 || l.Burst > maxLimit:
-		return fmt.Errorf("a limit is 1 to %d requests in a second and at once; a rate of 0 is none", maxLimit)
+	case l.Rate < 1 || l.Rate > MaxLimit || l.Burst < 1 || l.Burst > MaxLimit:
+		return fmt.Errorf("a limit is 1 to %d requests in a second and at once; a rate of 0 is none", MaxLimit)
 	}
 	return nil
 }
