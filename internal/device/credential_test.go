@@ -33,7 +33,7 @@ func TestACredentialIsReadFromWhereSystemdPutIt(t *testing.T) {
 	if got, err := files.ReadPEM("credential:pin"); err != nil || string(got) != "648219\n" {
 		t.Errorf("read as a key: %q, %v", got, err)
 	}
-	if files.state("credential:pin") == (fileState{}) {
+	if files.state("credential:pin").info == nil {
 		t.Error("a credential that is replaced is not noticed")
 	}
 	for name, test := range map[string]struct{ path, says string }{

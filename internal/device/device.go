@@ -125,7 +125,7 @@ type Handle struct {
 
 	mu     sync.Mutex // guards what follows
 	device hsm.Device
-	files  [kinds]fileState  // of the secrets, as they were when last looked at
+	files  fileStates        // of the secrets, as they were when last looked at
 	unread bool              // one could not be read then, so that it is tried again also where it looks the same
 	digest [sha256.Size]byte // of the secrets that the device was opened with
 	closed bool
@@ -193,7 +193,7 @@ func (h *Handle) UnlockPassphrase() ([]byte, error) {
 }
 
 // keep makes a device the open one, unless the handle was closed meanwhile.
-func (h *Handle) keep(device hsm.Device, files [kinds]fileState, digest [sha256.Size]byte) bool {
+func (h *Handle) keep(device hsm.Device, files fileStates, digest [sha256.Size]byte) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
@@ -205,10 +205,10 @@ func (h *Handle) keep(device hsm.Device, files [kinds]fileState, digest [sha256.
 
 // putOff leaves the open device as it is, because one of its secret files cannot be read: the next use tries again. It
 // tells whether that is news.
-func (h *Handle) putOff(files [kinds]fileState) (news bool) {
+func (h *Handle) putOff(files fileStates) (news bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	news = !h.unread || files != h.files
+	news = !h.unread || !files.same(&h.files)
 	h.files, h.unread = files, true
 	return news
 }
@@ -237,7 +237,8 @@ func (h *Handle) current() (device hsm.Device, current bool, err error) {
 	if h.closed {
 		return nil, false, fmt.Errorf("device %q: %w", h.name, ErrClosed)
 	}
-	return h.device, h.device != nil && !h.unread && h.secrets.states(h.config) == h.files, nil
+	files := h.secrets.states(h.config)
+	return h.device, h.device != nil && !h.unread && files.same(&h.files), nil
 }
 
 // drop closes the open device, if any. The caller holds opening.

@@ -98,11 +98,25 @@ func (s Secrets) digest(key []byte) [sha256.Size]byte {
 type fileState struct {
 	modified time.Time
 	size     int64
-	target   string // what the links lead to: Kubernetes swaps a link to replace a secret
+	info     fs.FileInfo // of what the links lead to: Kubernetes swaps a link to replace a secret
 }
 
-// states looks at the files of a configuration without reading them.
-func (s SecretFiles) states(config Config) (states [kinds]fileState) {
+// fileStates are those of a configuration's secrets.
+type fileStates [kinds]fileState
+
+// same tells whether no file was changed or replaced between two looks.
+func (s *fileStates) same(other *fileStates) bool {
+	for i := range s {
+		a, b := &s[i], &other[i]
+		if a.size != b.size || !a.modified.Equal(b.modified) || (a.info == nil) != (b.info == nil) || a.info != nil && !os.SameFile(a.info, b.info) {
+			return false
+		}
+	}
+	return true
+}
+
+// states looks at the files of a configuration without reading them. Every operation does, so it is one system call for each.
+func (s SecretFiles) states(config Config) (states fileStates) {
 	for i, secret := range config.SecretFields() {
 		if *secret.File != "" {
 			states[i] = s.state(*secret.File)
@@ -119,13 +133,9 @@ func (s SecretFiles) state(path string) fileState {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(s.Dir, path)
 	}
-	target, err := filepath.EvalSymlinks(path)
+	info, err := os.Stat(path)
 	if err != nil {
 		return fileState{}
 	}
-	var info fs.FileInfo
-	if info, err = os.Stat(target); err != nil {
-		return fileState{}
-	}
-	return fileState{modified: info.ModTime(), size: info.Size(), target: target}
+	return fileState{modified: info.ModTime(), size: info.Size(), info: info}
 }
