@@ -12,11 +12,13 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
@@ -313,6 +315,46 @@ func TestAReloadLetsEndWhatRuns(t *testing.T) {
 	r.reload <- syscall.SIGHUP
 	running.Wait()
 	eventually(t, "the new one is in use", func() bool { return r.logged.count("the new configuration is in use") == 1 })
+}
+
+// absentStore is a store of tokens that answers nothing until it is there.
+type absentStore struct {
+	store.Store
+
+	there atomic.Bool
+}
+
+func (s *absentStore) List(ctx context.Context, prefix string) ([]string, error) {
+	if !s.there.Load() {
+		return nil, store.ErrUnavailable
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+// TestTokensThatNobodyKnowsYetAreNotRefused for good: the store of the tokens comes after the server.
+func TestTokensThatNobodyKnowsYetAreNotRefused(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	tokens := &absentStore{Store: w.tokens}
+	r := w.start(func(site *Site) {
+		site.Tokens = token.NewRegistry(token.RegistryOptions{Store: tokens, Every: 20 * time.Millisecond})
+	})
+	got := r.encrypt(r.client(), text, "prod", "a")
+	if got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" {
+		t.Errorf("%d %s", got.code, got.raw)
+	}
+	if !strings.Contains(r.page("/readyz"), "the tokens were not read yet") || strings.Contains(r.told.String(), "READY") {
+		t.Errorf("systemd was told %s, others %s", r.told, r.page("/readyz"))
+	}
+	tokens.there.Store(true)
+	r.waitReady()
+	if got := r.encrypt(r.client(), text, "prod", "a"); got.code != http.StatusOK {
+		t.Errorf("%d %s", got.code, got.raw)
+	}
+	tokens.there.Store(false)
+	if got := r.encrypt(r.client(), "ns.wrong", "prod", "a"); got.code != http.StatusForbidden {
+		t.Errorf("an unknown token, the list being known: %d %s", got.code, got.raw)
+	}
 }
 
 // TestNoRequestIsTooOdd: random and mutated ones get an answer that is none of the server's faults.

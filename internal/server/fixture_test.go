@@ -207,15 +207,23 @@ func (w *world) keyring() *keyring.Keyring {
 }
 
 // adopt makes a wrapping key of the HSM key with that label, and acknowledges what is to be acknowledged.
-func (w *world) adopt(name string) {
+func (w *world) adopt(name string) { w.adoptAs(name, "prod") }
+
+func (w *world) adoptAs(name, label string) {
 	ctx := w.t.Context()
-	_, err := w.keys.Adopt(ctx, name, keyring.AdoptRequest{Device: "one", Label: "prod", By: "alice"})
+	_, err := w.keys.Adopt(ctx, name, keyring.AdoptRequest{Device: "one", Label: label, By: "alice"})
 	must(w.t, err)
 	_, err = w.keys.Backup(ctx, name, "alice")
 	must(w.t, err)
 	yes := true
 	_, err = w.keys.Configure(ctx, name, keyring.Settings{AcceptSingleHSM: &yes, By: "alice"})
 	must(w.t, err)
+}
+
+// adopt2 makes a wrapping key of an HSM key of its own.
+func (w *world) adopt2(name string) {
+	w.units[0].AddEC(w.t, name, "02", ecdh.P256())
+	w.adoptAs(name, name)
 }
 
 func (w *world) lease(name string, d time.Duration) {

@@ -19,7 +19,8 @@ import (
 // Bounds of a connection.
 const (
 	maxHeader    = 16 << 10
-	maxStreams   = 100 // of one HTTP/2 connection
+	maxStreams   = 100      // of one HTTP/2 connection
+	maxBuffer    = 64 << 10 // for the bodies of one HTTP/2 connection that nobody reads yet, because nobody knows who sends them
 	defaultConns = 4096
 )
 
@@ -155,7 +156,9 @@ func newFront(ctx context.Context, address string, handler http.Handler, limits 
 		listener: listener, ended: make(chan struct{}), patience: limits.shutdown,
 		http: &http.Server{
 			Handler: handler, ReadHeaderTimeout: limits.header, ReadTimeout: limits.read, WriteTimeout: limits.write, IdleTimeout: limits.idle,
-			MaxHeaderBytes: maxHeader, ConnContext: withVisit, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+			MaxHeaderBytes: maxHeader, ConnContext: withVisit, HTTP2: &http.HTTP2Config{
+				MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerConnection: maxBuffer, MaxReceiveBufferPerStream: maxBuffer,
+			},
 			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 		},
 	}, nil

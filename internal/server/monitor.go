@@ -82,6 +82,8 @@ func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
 		answer.Keys = append(answer.Keys, shown)
 	}
 	switch {
+	case !(doorkeeper{in.site.Tokens}).knows():
+		answer.Reasons = append(answer.Reasons, "the tokens were not read yet, because their store does not answer")
 	case len(answer.Keys) == 0:
 		answer.Reasons = append(answer.Reasons, "no key is served: make a token for one")
 	case !in.settled():

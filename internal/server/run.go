@@ -211,7 +211,7 @@ func (s *server) loop(ctx context.Context, reload <-chan os.Signal) error {
 		case <-look.C:
 		case <-more.C:
 			s.notify.Extend()
-			s.notify.Send("STATUS=waiting for an HSM before keys can seal: " + s.status())
+			s.notify.Send("STATUS=waiting until keys can seal: " + s.status())
 		case <-relisten.C:
 			s.monitor.Retry()
 			relisten.Reset(monitor.Jittered(monitor.RetryPause))

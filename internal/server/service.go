@@ -62,7 +62,7 @@ func newService(site *Site, s *server) (*service, error) {
 	}
 	w.current.Store(&[]*view{})
 	options := transit.HandlerOptions{
-		Keys: w.desk, Tokens: site.Tokens, Mount: site.Mount, MaxBody: site.MaxBody, Logger: s.logger, Observe: s.metrics.request,
+		Keys: w.desk, Tokens: doorkeeper{site.Tokens}, Mount: site.Mount, MaxBody: site.MaxBody, Logger: s.logger, Observe: s.metrics.request,
 		Health: http.HandlerFunc(s.health),
 		Limit:  func(grant *token.Grant) time.Duration { return s.holders.ask(grant, site.Limit, time.Now()) },
 	}
@@ -189,8 +189,11 @@ func (s *service) checkAudit(ctx context.Context) {
 // views tells how the served keys fare.
 func (s *service) views() []*view { return *s.current.Load() }
 
-// settled tells whether every key that can be ready without a person is.
+// settled tells whether every key that can be ready without a person is. Before the tokens were read nobody knows which those are.
 func (s *service) settled() bool {
+	if !(doorkeeper{s.site.Tokens}).knows() {
+		return false
+	}
 	for _, v := range s.views() {
 		if !v.health.Seals && v.patience {
 			return false
@@ -198,6 +201,21 @@ func (s *service) settled() bool {
 	}
 	return true
 }
+
+// doorkeeper knows tokens, and whether anybody can know them.
+type doorkeeper struct{ tokens Tokens }
+
+// Authenticate implements [transit.Tokens]. Where the store of tokens has not answered since the start, and left no copy, nobody
+// is refused for good: a good token is worth to come again with.
+func (d doorkeeper) Authenticate(text string, peer token.Peer) (*token.Grant, error) {
+	grant, err := d.tokens.Authenticate(text, peer)
+	if err != nil && !d.knows() {
+		return nil, &transit.BusyError{After: shortestPause, Cause: "the tokens were not read yet"}
+	}
+	return grant, err
+}
+
+func (d doorkeeper) knows() bool { return d.tokens.Status().Source != token.SourceNone }
 
 // stuck tells whether a loop does not turn.
 func (s *service) stuck(now time.Time) string {

@@ -62,6 +62,8 @@ type Tokens interface {
 	// use, and it is they who say so.
 	Refresh(ctx context.Context) error
 	Run(ctx context.Context)
+	// Status says how fresh the list is.
+	Status() token.Status
 }
 
 // Device is an HSM of a site.
