@@ -48,7 +48,8 @@ func newHouse(t *testing.T) *house {
 	write(t, h.dir, "etc/pin", h.plug.PIN)
 	must(t, os.Symlink(buildCommand(t), h.file("bin/nitroseal")))
 	must(t, os.Symlink(vaulttest.Tool(t, "vault"), h.file("bin/vault")))
-	h.env = append(os.Environ(), "PATH="+h.file("bin")+":"+os.Getenv("PATH"), "HOME="+h.file("home"), "NITROSEAL_CONFIG="+h.file("etc/nitroseal.hcl"))
+	h.env = append(os.Environ(), "PATH="+h.file("bin")+":"+os.Getenv("PATH"), "HOME="+h.file("home"),
+		"NITROSEAL_CONFIG="+h.file("etc/nitroseal.hcl"))
 	h.addUnit(t, "nitroseal-serve", "nitroseal", "serve")
 	h.addUnit(t, "vault", "vault", "server", "-config="+h.file("vault.d/vault.hcl"))
 	h.env = append(h.env, "VAULT_ADDR=https://"+h.vault, "VAULT_CACERT="+h.file("vault.d/ca.pem"))

@@ -29,7 +29,8 @@ func TestAutoUnsealByTheServerDoesWhatItsPageSays(t *testing.T) {
 		t.Errorf("the server says of itself\n%s", said)
 	}
 	h.stanzas(t, "seal-serve")
-	if said := h.must(t, "serve-init"); !regexp.MustCompile(`(?s)Seal Type +transit.*Recovery Seal Type +shamir.*Sealed +false`).MatchString(said) {
+	unsealed := regexp.MustCompile(`(?s)Seal Type +transit.*Recovery Seal Type +shamir.*Sealed +false`)
+	if said := h.must(t, "serve-init"); !unsealed.MatchString(said) {
 		t.Errorf("vault status says\n%s", said)
 	}
 	h.keys(t, "recovery-keys.json")
@@ -74,7 +75,7 @@ func (h *house) theHSMIsAway(t *testing.T) {
 	h.plug.Unplug(t)
 	h.shell(t, "systemctl stop vault\nsystemctl start vault\n")
 	answers := func(query string) string {
-		return h.shell(t, "curl --silent --output /dev/null --write-out '%{http_code}' --cacert seal-ca.pem 'https://"+h.seal+"/v1/sys/health"+query+"'\n")
+		return h.code(t, "'https://"+h.seal+"/v1/sys/health"+query+"'")
 	}
 	vaulttest.Eventually(t, limit, "the server to say that it cannot open", func() error { return differs(answers(""), "503") })
 	if code := answers("?sealedcode=200"); code != "200" {
@@ -156,8 +157,8 @@ func (h *house) theTokenIsRevoked(t *testing.T) {
 	}
 	taken := func(code string) func() error {
 		return func() error {
-			return differs(h.shell(t, "curl --silent --output /dev/null --write-out '%{http_code}' --cacert seal-ca.pem "+
-				"--header \"X-Vault-Token: $(cat vault.d/seal.token)\" https://"+h.seal+"/v1/auth/token/lookup-self\n"), code)
+			const own = `--header "X-Vault-Token: $(cat vault.d/seal.token)" `
+			return differs(h.code(t, own+"https://"+h.seal+"/v1/auth/token/lookup-self"), code)
 		}
 	}
 	vaulttest.Eventually(t, limit, "the server to refuse it", taken("403"))
@@ -174,6 +175,12 @@ func (h *house) theTokenIsRevoked(t *testing.T) {
 	vaulttest.Eventually(t, limit, "the server to take the next one", taken("200"))
 	h.shell(t, "systemctl start vault\n")
 	h.holds(t)
+}
+
+// code is what the server answers to curl.
+func (h *house) code(t *testing.T, arguments string) string {
+	t.Helper()
+	return h.shell(t, "curl --silent --output /dev/null --write-out '%{http_code}' --cacert seal-ca.pem "+arguments+"\n")
 }
 
 // contains and differs say what is wrong with a text, for who waits.
@@ -250,7 +257,9 @@ func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 func TestEveryCommandOfTheAutoUnsealGuideExists(t *testing.T) {
 	root := readHelp(t, buildCommand(t))
 	found := map[string]bool{}
-	for _, page := range []string{"docs/auto-unseal.md", "scripts/demo-seal", "README.md", "deploy/kubernetes/README.md", "deploy/systemd/README.md"} {
+	for _, page := range []string{
+		"docs/auto-unseal.md", "scripts/demo-seal", "README.md", "deploy/kubernetes/README.md", "deploy/systemd/README.md",
+	} {
 		text := readFile(t, vaulttest.Root(), page)
 		if strings.HasSuffix(page, ".md") {
 			text = strings.Join(codeOf(text), "\n") + "\n" + strings.Join(namedBlocks(text), "\n")
@@ -263,7 +272,9 @@ func TestEveryCommandOfTheAutoUnsealGuideExists(t *testing.T) {
 			found[verb] = true
 		}
 	}
-	for _, verb := range []string{"serve", "serve token create", "serve token list", "serve token revoke", "serve status", "key configure", "key restore", "key rotate"} {
+	for _, verb := range []string{
+		"serve", "serve token create", "serve token list", "serve token revoke", "serve status", "key configure", "key restore", "key rotate",
+	} {
 		if !found[verb] {
 			t.Errorf("no page shows nitroseal %s", verb)
 		}
@@ -311,7 +322,9 @@ func TestTheConfigurationsOfTheAutoUnsealGuideAreRead(t *testing.T) {
 	if page["hcl servers"] == "" || readme == nil {
 		t.Fatal("a configuration is gone: do the pages look different now?")
 	}
-	for name, text := range map[string]string{"one server": page["hcl serve"], "two servers": beginning + page["hcl servers"], "the README": beginning + readme[1]} {
+	for name, text := range map[string]string{
+		"one server": page["hcl serve"], "two servers": beginning + page["hcl servers"], "the README": beginning + readme[1],
+	} {
 		write(t, dir, "nitroseal.hcl", strings.ReplaceAll(text, "/etc/nitroseal/", dir+"/"))
 		if read, err := config.Load(filepath.Join(dir, "nitroseal.hcl")); err != nil || read.Serve == nil {
 			t.Errorf("%s: %v", name, err)
@@ -358,7 +371,8 @@ func (s served) version(t *testing.T, key string) int {
 // itsMetrics compares what the running server tells with what the dashboard, the alerts and the page say of it. It has a lease open.
 func (h *house) itsMetrics(t *testing.T) {
 	known := map[string][]string{} // labels of each
-	for _, sample := range regexp.MustCompile(`(?m)^([a-z_]+)(?:\{(.*)\})? `).FindAllStringSubmatch(h.shell(t, "curl --silent http://"+h.metrics+"/metrics\n"), -1) {
+	scraped := h.shell(t, "curl --silent http://"+h.metrics+"/metrics\n")
+	for _, sample := range regexp.MustCompile(`(?m)^([a-z_]+)(?:\{(.*)\})? `).FindAllStringSubmatch(scraped, -1) {
 		known[sample[1]] = nil
 		for _, label := range regexp.MustCompile(`([a-z_]+)="`).FindAllStringSubmatch(sample[2], -1) {
 			known[sample[1]] = append(known[sample[1]], label[1])
@@ -366,13 +380,15 @@ func (h *house) itsMetrics(t *testing.T) {
 	}
 	for _, file := range []string{"nitroseal-serve.json", "nitroseal-serve-alerts.yaml", "README.md"} {
 		text := readFile(t, vaulttest.Root(), "deploy/grafana/"+file)
-		for _, used := range regexp.MustCompile(`\b(nitroseal_serve_[a-z_]+|process_[a-z_]+)(?:\{([a-z_]+)[=!])?`).FindAllStringSubmatch(text, -1) {
+		metric := regexp.MustCompile(`\b(nitroseal_serve_[a-z_]+|process_[a-z_]+)(?:\{([a-z_]+)[=!])?`)
+		for _, used := range metric.FindAllStringSubmatch(text, -1) {
 			if labels, there := known[used[1]]; !there || used[2] != "" && !slices.Contains(labels, used[2]) {
 				t.Errorf("deploy/grafana/%s: there is no metric %s with a label %q", file, used[1], used[2])
 			}
 		}
 	}
-	rows := regexp.MustCompile("(?m)^\\| (`nitroseal_serve_[^|]+) \\|([^|]*)\\|").FindAllStringSubmatch(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), -1)
+	page := readFile(t, vaulttest.Root(), "docs/auto-unseal.md")
+	rows := regexp.MustCompile("(?m)^\\| (`nitroseal_serve_[^|]+) \\|([^|]*)\\|").FindAllStringSubmatch(page, -1)
 	told := map[string]bool{}
 	for _, row := range rows {
 		for _, name := range regexp.MustCompile("[a-z_]+").FindAllString(row[1], -1) {
@@ -390,7 +406,8 @@ func (h *house) itsMetrics(t *testing.T) {
 		}
 	}
 	for name := range known {
-		if family := regexp.MustCompile("_(bucket|sum|count)$").ReplaceAllString(name, ""); strings.HasPrefix(name, "nitroseal_") && !told[name] && !told[family] {
+		family := regexp.MustCompile("_(bucket|sum|count)$").ReplaceAllString(name, "")
+		if strings.HasPrefix(name, "nitroseal_") && !told[name] && !told[family] {
 			t.Errorf("docs/auto-unseal.md does not tell of %s", name)
 		}
 	}
@@ -403,7 +420,8 @@ func (h *house) itsMetrics(t *testing.T) {
 // for what Vault says itself.
 func TestTheAutoUnsealGuideQuotesWhatIsSaid(t *testing.T) {
 	vaultsOwn := []string{"error parsing Seal configuration: … connection refused", "x509: certificate signed by unknown authority"}
-	source := regexp.MustCompile(`"\+\n\s*"`).ReplaceAllString(strings.ReplaceAll(sources(t, "internal", "hsm", "nethsm", "cmd"), `" +`, `"+`), "")
+	source := strings.ReplaceAll(sources(t, "internal", "hsm", "nethsm", "cmd"), `" +`, `"+`)
+	source = regexp.MustCompile(`"\+\n\s*"`).ReplaceAllString(source, "") // one sentence on several lines
 	_, table, _ := strings.Cut(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), "\n## Bad days\n")
 	table, _, _ = strings.Cut(table, "\n## ")
 	quoted := 0

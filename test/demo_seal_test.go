@@ -27,8 +27,8 @@ func TestTwoSealDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 			t.Fatalf("scripts/demo-seal: %v\n%s", err, d.out.String())
 		}
 		for _, step := range []string{
-			"No unseal keys", "Recovery Seal Type       shamir", "connection refused", "Vault is unsealed again", "leased until", "permission denied",
-			`"verb":"decrypt"`, "That was it",
+			"No unseal keys", "Recovery Seal Type       shamir", "connection refused", "Vault is unsealed again", "leased until",
+			"permission denied", `"verb":"decrypt"`, "That was it",
 		} {
 			if !strings.Contains(d.out.String(), step) {
 				t.Errorf("%q is missing in\n%s", step, d.out.String())
