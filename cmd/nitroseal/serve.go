@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -40,7 +42,11 @@ What is opened is written to the audit log before it is done. The server's own l
 			// Where the reader of the log went away, writing it fails; without somebody who is told, it would end the process.
 			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 			a.log = logger
-			return server.Run(cmd.Context(), server.Options{Build: a.buildSealSite, Logger: logger, Version: version})
+			err = server.Run(cmd.Context(), server.Options{Build: a.buildSealSite, Logger: logger, Version: version})
+			if errors.Is(err, syscall.EADDRINUSE) {
+				err = fmt.Errorf("%w; does another server run? \"nitroseal serve status\" asks it", err)
+			}
+			return err
 		},
 	}
 	logs.add(cmd)

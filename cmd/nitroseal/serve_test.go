@@ -226,7 +226,7 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 	}
 	// Another server of the same configuration finds the address taken, and harms nobody.
 	out, err := command(t, s.configuration, "serve").CombinedOutput()
-	if got := code(t, err); got != exitFailed || !strings.Contains(string(out), "address already in use") {
+	if got := code(t, err); got != exitFailed || !strings.Contains(string(out), "address already in use; does another server run?") {
 		t.Errorf("a second server ended with %d\n%s", got, out)
 	}
 	if got := s.encrypt(t, both, "prod", "a"); got.code != http.StatusOK {
