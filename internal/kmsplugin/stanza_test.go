@@ -40,7 +40,7 @@ func TestStanzasAreRead(t *testing.T) {
 			map[string]string{
 				"type": "nethsm", "urls": "https://a:8443, https://b", "username": "operator", "password_file": "/s/password",
 				"unlock_passphrase_file": "/s/unlock", "ca_cert_file": "/s/../s/ca.pem", "tls_pins": "aa,bb", "tls_server_name": "nethsm",
-				"tls_insecure": "true",
+				"tls_insecure":    "true",
 				"request_timeout": "5s",
 			},
 			stanza{caCert: "/s/ca.pem", device: device.Config{
