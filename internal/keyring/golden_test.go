@@ -246,7 +246,7 @@ func makeGoldenLeased(t *testing.T, all *devices) {
 	records := newStore(t)
 	moment := time.Date(2026, 3, 1, 3, 0, 0, 0, time.UTC)
 	k := New(Config{Records: records, Devices: all, Now: func() time.Time { return moment }})
-	defer k.Close()
+	defer func() { _ = k.Close() }()
 	ctx := t.Context()
 	must := func(_ any, err error) {
 		t.Helper()
@@ -307,7 +307,7 @@ func TestRecordsWithALeaseAndWhatWasSealedInOneAreRead(t *testing.T) {
 	opens := func(t *testing.T, records store.Store) {
 		t.Helper()
 		k := New(Config{Records: records, Devices: all})
-		defer k.Close()
+		defer func() { _ = k.Close() }()
 		for file, want := range map[string]string{
 			"leased1.jwe": "of the first KEK", "leased2.jwe": "of the second KEK", "leased3.jwe": "of the second version",
 		} {

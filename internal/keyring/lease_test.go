@@ -170,8 +170,7 @@ func TestOpenLeasedNeverAsksAnHSMOrAStore(t *testing.T) {
 		return raw.Envelope
 	}()
 	f.devices.set("one", nil)
-	damaged := bytes.Clone(sealed)
-	damaged[len(damaged)-5] ^= 1
+	damaged := damage(sealed)
 	for _, test := range []struct {
 		name  string
 		raw   []byte
@@ -304,13 +303,13 @@ func TestWithTheHSMAwaySealingGoesOnAndOpeningUntilTheLeaseEnds(t *testing.T) {
 		f.openLease()
 		leased := f.encrypt("leased").Envelope
 		f.one.SetError(fmt.Errorf("unplugged: %w", hsm.ErrUnavailable))
-		time.Sleep(testLease - time.Second)
+		pass(testLease - time.Second)
 		if !f.encrypt("y").Leased {
 			t.Error("sealing did not use the lease")
 		}
 		f.decrypts(leased, "leased")
 		synctest.Wait() // the lease was to be opened anew, which failed
-		time.Sleep(time.Second)
+		pass(time.Second)
 		begun := time.Now()
 		strict := f.encrypt("strict")
 		if strict.Leased || time.Since(begun) != 0 {
@@ -334,14 +333,14 @@ func TestOpeningInTheBackgroundRestsAfterFailures(t *testing.T) {
 			if f.encrypt("x").Leased {
 				t.Fatal("leased without an HSM")
 			}
-			time.Sleep(time.Second)
+			pass(time.Second)
 			synctest.Wait()
 		}
 		if got := asked(); got < 10 || got > 20 {
 			t.Errorf("an HSM that was away for ten minutes was asked %d times", got)
 		}
 		f.one.SetError(nil)
-		time.Sleep(longestRest)
+		pass(longestRest)
 		f.encrypt("x")
 		synctest.Wait()
 		if !f.encrypt("x").Leased {
@@ -383,12 +382,12 @@ func TestALeaseIsOpenedAnewWhenItIsUsedShortlyBeforeItsEnd(t *testing.T) {
 		f.openLease()
 		raw := f.encrypt("x").Envelope
 		f.spends(0, "used in the first four fifths", func() {
-			time.Sleep(testLease*4/5 - time.Second)
+			pass(testLease*4/5 - time.Second)
 			f.decrypts(raw, "x")
 			synctest.Wait()
 		})
 		f.spends(1, "used in the last fifth, by many", func() {
-			time.Sleep(2 * time.Second)
+			pass(2 * time.Second)
 			for range 10 {
 				f.decrypts(raw, "x")
 				f.encrypt("y")
@@ -396,10 +395,10 @@ func TestALeaseIsOpenedAnewWhenItIsUsedShortlyBeforeItsEnd(t *testing.T) {
 			synctest.Wait()
 		})
 		f.spends(0, "used after what would have been its end", func() {
-			time.Sleep(testLease / 2)
+			pass(testLease / 2)
 			f.decrypts(raw, "x")
 		})
-		time.Sleep(testLease)
+		pass(testLease)
 		synctest.Wait()
 		if leases := f.Leases(); len(leases) != 0 {
 			t.Errorf("unused, it is still there: %+v", leases)
@@ -412,12 +411,12 @@ func TestALeaseThatNobodyUsesIsWipedAtItsEnd(t *testing.T) {
 		f := newLeased(t)
 		f.openLease()
 		l := f.theLease()
-		time.Sleep(testLease - time.Second)
+		pass(testLease - time.Second)
 		synctest.Wait()
 		if !l.aes.Use(noCipher) {
 			t.Error("it was wiped before its end")
 		}
-		time.Sleep(time.Second)
+		pass(time.Second)
 		synctest.Wait()
 		if l.aes.Use(noCipher) {
 			t.Error("it was not wiped")
@@ -447,7 +446,7 @@ func TestASuspendedMachineDoesNotProlongALease(t *testing.T) {
 			var jump atomic.Int64
 			now := func() time.Time { return time.Now().Add(time.Duration(jump.Load())) }
 			f.Keyring = New(Config{Records: f.store, Devices: f.devices, CacheRecords: true, Now: now})
-			defer f.Close()
+			t.Cleanup(func() { _ = f.Close() })
 			f.openLease()
 			raw := f.encrypt("x").Envelope
 			l := f.theLease()
@@ -455,7 +454,7 @@ func TestASuspendedMachineDoesNotProlongALease(t *testing.T) {
 			if used {
 				f.spends(1, "the first use after it", func() { f.decrypts(raw, "x") })
 			} else {
-				time.Sleep(sweepEvery)
+				pass(sweepEvery)
 				synctest.Wait()
 			}
 			if l.aes.Use(noCipher) {
@@ -465,7 +464,7 @@ func TestASuspendedMachineDoesNotProlongALease(t *testing.T) {
 			f.openLease()
 			jump.Store(int64(-48 * time.Hour)) // somebody sets the clock back
 			l = f.theLease()
-			time.Sleep(testLease)
+			pass(testLease)
 			synctest.Wait()
 			if l.aes.Use(noCipher) {
 				t.Error("a clock that was set back prolonged the lease")
@@ -490,7 +489,7 @@ func TestEndingLeasesWipesThemAllAtOnce(t *testing.T) {
 			for range 8 {
 				all.Go(func() { f.decrypts(raw, "x") })
 			}
-			time.Sleep(5 * time.Second)
+			pass(5 * time.Second)
 			f.EndLeases()
 			all.Wait()
 		})
@@ -543,7 +542,7 @@ func TestWhoGoesAwayDoesNotFailTheOthers(t *testing.T) {
 					}
 				})
 			}
-			time.Sleep(time.Second)
+			pass(time.Second)
 			leave()
 			all.Wait()
 		})
@@ -842,7 +841,7 @@ func TestAShorterLeaseEndsWhatIsHeld(t *testing.T) {
 		if !l.aes.Use(noCipher) {
 			t.Error("a shorter lease ended at once")
 		}
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		synctest.Wait()
 		if l.aes.Use(noCipher) {
 			t.Error("it outlived the shorter lease")
@@ -993,6 +992,21 @@ func TestTwoHSMsShareAStorm(t *testing.T) {
 	})
 }
 
+// damage returns an envelope with a character of its ciphertext changed.
+func damage(raw []byte) []byte {
+	damaged := bytes.Clone(raw)
+	at := bytes.Index(raw, []byte(`"ciphertext":"`)) + len(`"ciphertext":"`)
+	if damaged[at] == 'A' {
+		damaged[at] = 'B'
+	} else {
+		damaged[at] = 'A'
+	}
+	return damaged
+}
+
+// pass lets time pass on the bubble's clock.
+func pass(d time.Duration) { <-time.After(d) }
+
 // noCipher uses a key for nothing, to see whether it is there.
 func noCipher(cipher.Block) {}
 
@@ -1019,12 +1033,7 @@ func TestAnHSMThatIsAwayIsSaidOnceInAWhile(t *testing.T) {
 		t.Error("it was back, and that it went away again was not said")
 	}
 	f.one.SetError(nil)
-	damaged := bytes.Clone(raw)
-	if at := bytes.Index(raw, []byte(`"ciphertext":"`)) + len(`"ciphertext":"`); damaged[at] == 'A' {
-		damaged[at] = 'B'
-	} else {
-		damaged[at] = 'A'
-	}
+	damaged := damage(raw)
 	if _, err := f.Unwrap(t.Context(), "prod", envelope.UseWrap, damaged, []byte("ctx")); !errors.Is(err, envelope.ErrDecrypt) || said() != 4 {
 		t.Errorf("an envelope that does not decrypt: %v\n%s", err, log.String())
 	}

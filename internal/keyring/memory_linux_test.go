@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"os"
 	"strings"
@@ -93,20 +94,33 @@ func (n *needle) found(t *testing.T) (places int) {
 	return places
 }
 
+// count looks for the first word alone, which the library does fast, and compares the rest where that is.
 func (n *needle) count(memory []byte) (places int) {
 	const word = 4
-	first, swapped := n.at(0), n.at(word-1)
-	for i := 0; i+len(n.mask) <= len(memory); i++ {
-		if memory[i] != first && memory[i] != swapped {
-			continue
+	same := func(at []byte, index func(int) int) bool {
+		for i := range n.mask {
+			if at[i] != n.at(index(i)) {
+				return false
+			}
 		}
-		same, turned := true, true
-		for j := range n.mask {
-			same = same && memory[i+j] == n.at(j)
-			turned = turned && memory[i+j] == n.at(j/word*word+word-1-j%word)
+		return true
+	}
+	for _, index := range []func(int) int{
+		func(i int) int { return i },
+		func(i int) int { return i/word*word + word - 1 - i%word },
+	} {
+		first := make([]byte, word)
+		for i := range first {
+			first[i] = n.at(index(i))
 		}
-		if same || turned {
-			places++
+		for at := 0; at+len(n.mask) <= len(memory); at++ {
+			next := bytes.Index(memory[at:len(memory)-len(n.mask)+word], first)
+			if next < 0 {
+				break
+			}
+			if at += next; same(memory[at:], index) {
+				places++
+			}
 		}
 	}
 	return places
