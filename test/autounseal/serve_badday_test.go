@@ -57,6 +57,7 @@ func hsmGone(t testing.TB) func(*testing.T) {
 	t.Helper()
 	s, card, seal := cardServer(t)
 	return func(t *testing.T) {
+		t.Helper()
 		s.Start(t)
 		vault := vaulttest.Start(t, vaulttest.Options{Seals: []vaulttest.Seal{s.served(t, seal)}})
 		remember(t, vault, "secret", "kept")
@@ -113,6 +114,7 @@ func hsmGoneInALease(t testing.TB) func(*testing.T) {
 	t.Helper()
 	s, card, seal := cardServer(t)
 	return func(t *testing.T) {
+		t.Helper()
 		s.Must(t, "key", "configure", "prod", "--lease", "10m")
 		s.Start(t)
 		s.served(t, seal)
@@ -185,6 +187,7 @@ func killedInTheMiddle(t testing.TB) func(*testing.T) {
 	t.Helper()
 	s, card, seal := cardServer(t)
 	return func(t *testing.T) {
+		t.Helper()
 		s.Start(t)
 		s.served(t, seal)
 		s.watched["prod"] = &watch{seal, encrypts(t, seal, watchedText)}
@@ -289,6 +292,7 @@ func twoServers(t testing.TB) func(*testing.T) {
 	second.certify(t, first.Authority)
 	both := []*serve{first, second}
 	return func(t *testing.T) {
+		t.Helper()
 		seal := first.key(t, "prod")
 		for _, s := range both {
 			s.Start(t)

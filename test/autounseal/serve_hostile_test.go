@@ -249,7 +249,7 @@ func mutants(t *testing.T, s *serve, ours, theirs vaulttest.Seal, ciphertext str
 	for worker := range mutantClients {
 		all.Go(func() {
 			m := &mutator{
-				Rand: mathrand.New(mathrand.NewPCG(mutantSeed, uint64(worker))), //nolint:gosec // the same ones each time
+				Rand: mathrand.New(mathrand.NewPCG(mutantSeed, uint64(worker))),
 				ours: ours, theirs: theirs, ciphertext: ciphertext,
 			}
 			for n := 0; n < mutantCount/mutantClients; {

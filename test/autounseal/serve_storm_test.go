@@ -14,7 +14,7 @@ import (
 
 // What a storm is: the power comes back, and with it every Vault at once.
 const (
-	stormLimit = 100 * time.Second
+	stormLimit = 3 * time.Minute
 	// A sealed Vault costs two operations to come up: its root key, and the first look at its seal.
 	operationsToComeUp = 2
 )
@@ -52,6 +52,11 @@ func storm(t *testing.T, seals []*sealtest.Seal, tally *sealtest.Tally) sealtest
 	if unfair := tally.Unfair(); unfair != "" {
 		t.Error(unfair)
 	}
+	// A server without processor time hangs up on those who have not said within two seconds how they speak HTTP/2: net/http has
+	// no other limit, and their Vaults come again. With a race detector on both sides that is seen.
+	if lost := tally.Lost(); len(lost) > len(seals)/20 {
+		t.Errorf("%d calls had no answer: %v", len(lost), lost[0])
+	}
 	return outcome
 }
 
@@ -61,6 +66,7 @@ func fortySeals(t testing.TB) func(*testing.T) {
 	s, card, seal := cardServer(t)
 	s.Set(t, `device "hsm"`, "type = \"pkcs11\"\n serial = %q\n pin_file = \"pin\"", card.Serial) // one operation at a time
 	return func(t *testing.T) {
+		t.Helper()
 		const size, operation = 40, 600 * time.Millisecond
 		s.Start(t)
 		tally := sealtest.NewTally()

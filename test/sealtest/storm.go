@@ -61,8 +61,8 @@ func (t *Tally) Lost() []error {
 	return slices.Clone(t.lost)
 }
 
-// Unfair tells what no client may be told: an answer other than 200 and than 429 and 503 that say when to come again, or
-// none at all. It is empty when there was no such thing.
+// Unfair tells what no client may be told: an answer other than 200, and than 429 and 503 that say when to come again. It is
+// empty when there was no such thing. Calls without any answer are those of [Tally.Lost].
 func (t *Tally) Unfair() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -70,9 +70,7 @@ func (t *Tally) Unfair() string {
 	for op, answers := range t.calls {
 		for status, n := range answers {
 			switch status {
-			case http.StatusOK, http.StatusServiceUnavailable, http.StatusTooManyRequests:
-			case 0:
-				found = append(found, fmt.Sprintf("%d %s had no answer: %v", n, op, t.lost[0]))
+			case 0, http.StatusOK, http.StatusServiceUnavailable, http.StatusTooManyRequests:
 			default:
 				found = append(found, fmt.Sprintf("%d %s were answered with %d", n, op, status))
 			}
