@@ -111,6 +111,9 @@ func TestAClientThatGoesAwayGivesUpItsPlace(t *testing.T) {
 	if got := w.units[0].Operations() - before; got > 2 {
 		t.Errorf("%d operations for nobody", got)
 	}
+	if got := r.metric("nitroseal_serve_turned_away_total"); got != "0" || r.logged.count("level=WARN") > 0 {
+		t.Errorf("who went away counts as turned away, %s times, or worries the log:\n%s", got, r.logged)
+	}
 }
 
 func TestALargeBodyIsRefused(t *testing.T) {
@@ -137,6 +140,26 @@ func TestALargeBodyIsRefused(t *testing.T) {
 		if response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 			t.Errorf("large headers: %d", response.StatusCode)
 		}
+	}
+}
+
+func TestThisMachineMayDoWithoutTLS(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(func(site *Site) {
+		site.Listen.Plain, site.Listen.Certificate = true, nil
+	}).waitReady()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "http://"+r.at+"/v1/transit/encrypt/prod", strings.NewReader(`{"plaintext":"YQ=="}`))
+	must(t, err)
+	request.Header.Set("X-Vault-Token", text)
+	response, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(request)
+	must(t, err)
+	must(t, response.Body.Close())
+	if response.StatusCode != http.StatusOK {
+		t.Errorf("%d", response.StatusCode)
+	}
+	if got := r.metric("nitroseal_serve_certificate_expiry_timestamp_seconds"); got != "" {
+		t.Errorf("a certificate that is not there ends at %s", got)
 	}
 }
 

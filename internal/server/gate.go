@@ -3,6 +3,8 @@ package server
 import (
 	"container/list"
 	"context"
+	"errors"
+	"fmt"
 	"math"
 	"sync"
 	"time"
@@ -89,6 +91,9 @@ func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error
 		}
 	default:
 		queue.Remove(place)
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return nil, fmt.Errorf("waiting for an HSM: %w", ctx.Err()) // nobody reads it
 	}
 	return nil, &transit.BusyError{After: g.after(0), Cause: "waiting for an HSM took too long"}
 }

@@ -19,6 +19,7 @@ const (
 	lookInterval  = time.Second      // between two looks at records, keys and leases
 	lookLimit     = 10 * time.Second // of one
 	auditInterval = 30 * time.Second
+	firstPatience = time.Second     // for the store of the tokens, before requests are answered without it
 	askAgain      = 3 * time.Second // of an HSM that does not answer; it costs it no key operation
 	turnSlack     = time.Minute     // by which a loop may be late before it counts as stuck
 )
@@ -82,13 +83,26 @@ func newService(site *Site, s *server) (*service, error) {
 	return w, nil
 }
 
-// begin starts what a service does by itself. The tokens are known and the keys were looked at when it returns.
+// begin starts what a service does by itself. When it returns the keys were looked at and the tokens read, unless their store is
+// slow: nobody is kept waiting for it without an answer.
 func (s *service) begin(ctx context.Context) {
 	running, stop := context.WithCancel(context.Background())
 	s.stop = stop
-	_ = s.site.Tokens.Refresh(ctx) // they say so themselves where it fails
+	read := make(chan struct{})
+	s.running.Go(func() {
+		_ = s.site.Tokens.Refresh(running) // they say so themselves where it fails
+		close(read)
+		s.nudge()
+		s.site.Tokens.Run(running)
+	})
+	patience := time.NewTimer(firstPatience)
+	defer patience.Stop()
+	select {
+	case <-read:
+	case <-patience.C:
+	case <-ctx.Done():
+	}
 	s.look()
-	s.running.Go(func() { s.site.Tokens.Run(running) })
 	s.running.Go(func() { s.lookOnAndOn(running) })
 	s.running.Go(func() { s.warm(running) })
 	for _, p := range s.probes {

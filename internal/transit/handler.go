@@ -376,6 +376,10 @@ func (h *handler) fail(c *call, err error) {
 		return
 	}
 	v := judge(err)
+	if errors.Is(err, context.Canceled) && c.r.Context().Err() != nil { // whoever asked went away
+		c.refuse(v.code, v.after, v.text)
+		return
+	}
 	switch v.code {
 	case http.StatusForbidden:
 		h.complain(&h.refusals, "a request was refused", c, err)
