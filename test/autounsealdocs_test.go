@@ -45,13 +45,17 @@ func TestAutoUnsealByTheServerDoesWhatItsPageSays(t *testing.T) {
 	h.holds(t)
 	t.Run("the HSM is away", h.theHSMIsAway)
 
+	h.noteSum(h.shell(t, "nitroseal key show prod\n"))
+	h.second(t, "second-server")
 	h.noteSum(h.must(t, "rotate"))
 	h.must(t, "rotate-vault")
 	h.holds(t)
 	if version := h.status(t).version(t, "prod"); version != 2 {
 		t.Errorf("it seals with version %d after the rotation", version)
 	}
-	t.Run("a second server", h.aSecondServer)
+	if shown := h.second(t, "rotate-others"); !strings.Contains(shown, h.sum) || !strings.Contains(shown, "version 2") {
+		t.Errorf("the second server has not the record %s, but\n%s", h.sum, shown)
+	}
 	h.lease(t)
 	t.Run("the server is lost", h.theServerIsLost)
 	h.must(t, "rehearse-snapshot")
@@ -88,19 +92,19 @@ func (h *house) theHSMIsAway(t *testing.T) {
 	h.holds(t)
 }
 
-// aSecondServer gets the key from its record, and shares nothing with the first but the HSM.
-func (h *house) aSecondServer(t *testing.T) {
-	must(t, errors.Join(os.Mkdir(h.file("etc2"), 0o700), os.Mkdir(h.file("state2"), 0o700)))
-	write(t, h.dir, "etc2/nitroseal.hcl", strings.ReplaceAll(h.page["hcl serve"], h.file("state")+`"`, h.file("state2")+`"`))
-	own, page := h.env, h.page["sh second-server"]
-	h.env = append(slices.Clone(own), "NITROSEAL_CONFIG="+h.file("etc2/nitroseal.hcl"))
-	h.page["sh second-server"] = strings.ReplaceAll(page, "SHA256", h.sum)
-	h.must(t, "second-server")
-	shown := h.shell(t, "nitroseal key show prod\n")
-	h.env = own
-	if want := h.shell(t, "nitroseal key show prod\n"); !strings.Contains(shown, h.sum) || !strings.Contains(want, h.sum) {
-		t.Errorf("the record of %s is on one server\n%s\nand on the other\n%s", h.sum, want, shown)
+// second runs a block on a second server, which shares nothing with the first but the HSM, and returns what it has of the key.
+func (h *house) second(t *testing.T, block string) string {
+	t.Helper()
+	own, page := h.env, h.page["sh "+block]
+	defer func() { h.env, h.page["sh "+block] = own, page }()
+	if err := os.Mkdir(h.file("etc2"), 0o700); !errors.Is(err, os.ErrExist) {
+		must(t, errors.Join(err, os.Mkdir(h.file("state2"), 0o700)))
+		write(t, h.dir, "etc2/nitroseal.hcl", strings.ReplaceAll(h.page["hcl serve"], h.file("state")+`"`, h.file("state2")+`"`))
 	}
+	h.env = append(slices.Clone(own), "NITROSEAL_CONFIG="+h.file("etc2/nitroseal.hcl"))
+	h.page["sh "+block] = strings.ReplaceAll(page, "SHA256", h.sum)
+	h.must(t, block)
+	return h.shell(t, "nitroseal key show prod\n")
 }
 
 // lease goes through the section about leases.
@@ -121,6 +125,28 @@ func (h *house) lease(t *testing.T) {
 
 // noteSum notes down the SHA-256 of a key record that a command has printed.
 func (h *house) noteSum(said string) { h.sum = regexp.MustCompile(`\b[0-9a-f]{64}\b`).FindString(said) }
+
+// moveToServe takes the key of a mount to a server, and Vault with it: nothing is migrated.
+func (h *house) moveToServe(t *testing.T, site *vaulttest.Site) {
+	write(t, h.dir, "etc/nitroseal.hcl", h.page["hcl serve"])
+	h.sum, _ = site.Read(t, "nitrokey/keys/prod")["record_sha256"].(string)
+	h.shell(t, "nitroseal key restore prod --in prod-key-record.json --rename hsm=stick --sha256 "+h.sum+"\n")
+	h.must(t, "serve-confirm")
+	must(t, os.Rename(h.file("vault.d/seal.token"), h.file("vault.d/mount.token")))
+	h.must(t, "serve-token")
+	must(t, os.Rename(h.file("seal.token"), h.file("vault.d/seal.token")))
+	h.must(t, "serve-start")
+	write(t, h.dir, "vault.d/mount-ca.pem", read(t, h.dir, "vault.d/seal-ca.pem"))
+	write(t, h.dir, "vault.d/seal-ca.pem", read(t, h.dir, "seal-ca.pem"))
+	h.stanzas(t, "seal-serve")
+	h.must(t, "rotate-vault")
+	h.holds(t)
+
+	h.shell(t, "systemctl stop nitroseal-serve\nmv vault.d/mount.token vault.d/seal.token\nmv vault.d/mount-ca.pem vault.d/seal-ca.pem\n")
+	h.stanzas(t, "seal-mount")
+	h.must(t, "rotate-vault")
+	h.holds(t)
+}
 
 // theServerIsLost is the fourth point of the rehearsal.
 func (h *house) theServerIsLost(t *testing.T) {
@@ -206,7 +232,7 @@ func (e *unlike) Error() string { return "it says " + e.text + ", want " + e.wan
 // and back to Shamir, by the commands of docs/auto-unseal.md.
 func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 	h := newHouse(t)
-	site, _ := newSite(t, vaulttest.SiteOptions{})
+	site, _ := newSite(t, vaulttest.SiteOptions{Token: &h.plug.Token})
 	site.AddKey(t, "old", "hsm", "rsa-2048") // of the other transit
 	write(t, h.dir, "vault.d/seal-ca.pem", readFile(t, filepath.Dir(site.CAFile), filepath.Base(site.CAFile)))
 	h.change("https://seal-vault.example.org:8200", site.Address, "https://old.example.org:8200", site.Address)
@@ -234,6 +260,8 @@ func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
 	}
 	h.must(t, "rehearse-power")
 	h.holds(t)
+
+	t.Run("to the server and back", func(t *testing.T) { h.moveToServe(t, site) })
 
 	// The same mount with another key is another transit. Then it is "old", and out.
 	h.page["hcl seal-both"] = strings.NewReplacer("transit/", "nitrokey/", "old.token", "seal.token", "https://"+h.seal, site.Address,
