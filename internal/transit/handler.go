@@ -272,7 +272,7 @@ func tokenOf(r *http.Request) string {
 }
 
 // seal answers encrypt/.
-func (h *handler) seal(c *call) (err error) {
+func (h *handler) seal(c *call) error {
 	body, err := h.body(c)
 	if err != nil {
 		return err
@@ -294,8 +294,10 @@ func (h *handler) seal(c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { end(err) }()
+	outcome := errUnfinished
+	defer func() { end(outcome) }()
 	sealed, err := h.Keys.Wrap(c.r.Context(), c.key, envelope.UseTransit, plaintext, nil)
+	outcome = err
 	if err != nil {
 		return inVaultsWords(err)
 	}
@@ -307,7 +309,7 @@ func (h *handler) seal(c *call) (err error) {
 }
 
 // open answers decrypt/.
-func (h *handler) open(c *call) (err error) {
+func (h *handler) open(c *call) error {
 	body, err := h.body(c)
 	if err != nil {
 		return err
@@ -328,9 +330,11 @@ func (h *handler) open(c *call) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { end(err) }()
+	outcome := errUnfinished
+	defer func() { end(outcome) }()
 	// The version outside must be the one inside: clients take it for the id of the key.
 	opened, err := h.Keys.Open(c.r.Context(), c.key, raw, envelope.Context{Use: envelope.UseTransit, Version: version})
+	outcome = err
 	if err != nil {
 		return inVaultsWords(err)
 	}
@@ -358,12 +362,20 @@ func decodePlaintext(encoded []byte) ([]byte, error) {
 	return plaintext[:n], nil
 }
 
+// errUnfinished is what the audit log says of what a panic cut short.
+var errUnfinished = errors.New("it went wrong before its end")
+
+// auditLimit is how long an act may wait for the audit log: what is left of a client's minute is for the HSM.
+const auditLimit = 10 * time.Second
+
 // begin writes into the audit log what is about to be done.
 func (h *handler) begin(c *call) (end func(error), err error) {
 	if h.Auditor == nil {
 		return func(error) {}, nil
 	}
-	return h.Auditor.Begin(c.r.Context(), audit.Act{
+	ctx, cancel := context.WithTimeout(c.r.Context(), auditLimit)
+	defer cancel()
+	return h.Auditor.Begin(ctx, audit.Act{
 		Verb: string(c.operation), By: "token " + c.grant.ID + " (" + c.grant.Name + ")",
 		Detail: map[string]string{"key": c.key, "from": c.peer.Address.String()},
 	})

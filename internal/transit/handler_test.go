@@ -214,6 +214,9 @@ func TestAPanicIsAnAnswerAndALineInTheLog(t *testing.T) {
 	if got := f.ask(http.MethodPut, "/v1/transit/encrypt/prod", `{"plaintext":"c2VjcmV0"}`); got.Code != http.StatusInternalServerError {
 		t.Errorf("%d %s", got.Code, got.Body)
 	}
+	if last := f.diary.lines[len(f.diary.lines)-1]; last != "outcome encrypt: "+errUnfinished.Error() {
+		t.Errorf("the audit log says %s", last)
+	}
 	if log := f.log.String(); !strings.Contains(log, "out of order") || strings.Contains(log, "c2VjcmV0") {
 		t.Errorf("the log says %s", log)
 	}
