@@ -14,6 +14,8 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/doctor"
+	"vault-plugin-secrets-nitrokey/internal/keyring"
+	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
 // doctorTimeout is how long the whole examination may take; each part has a limit of its own.
@@ -24,7 +26,7 @@ func newDoctorCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Look for what is wrong, and say how to mend it",
-		Long: `Look at the machine, each device, each wrapping key, each store, each cluster and the Vault of the configuration, and say what is wrong
+		Long: `Look at the machine, each device, each wrapping key, each store, each cluster, the seal server and the Vault of the configuration, and say what is wrong
 and how to mend it. Everything is tried as the program itself would use it: one private-key operation for each HSM key, one
 value written, read and deleted in each store. The PIN rule holds: a PIN that was found wrong is not sent again. A
 Nitrokey HSM 2 is asked about its backup by sc-hsm-tool, where that is installed; programs that are logged in to it may have to
@@ -129,8 +131,29 @@ func (a *app) patient() (doctor.Patient, error) {
 	return doctor.Patient{
 		Config: c, Device: set.handle, Store: a.store, Keys: a.keyring,
 		Cluster: a.clusterStatus, Audit: a.auditSinks,
+		Serve: doctor.Serve{
+			Certificate: func() (chain, key []byte, err error) { return sealCertificate(c) },
+			ClientCA:    func() ([]byte, error) { return clientCA(c) },
+			Tokens:      a.listTokens,
+			Ready: func(ctx context.Context, key string) error {
+				keys, err := a.keyring()
+				if err != nil {
+					return err
+				}
+				return keys.Ready(ctx, key, keyring.PurposeEncrypt)
+			},
+		},
 		VaultToken: func() ([]byte, error) { return vaultToken(c) },
 	}, nil
+}
+
+// listTokens lists who may ask the seal server.
+func (a *app) listTokens(ctx context.Context) ([]token.Listed, error) {
+	kept, err := a.tokenStore(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return token.List(ctx, kept)
 }
 
 // clusterStatus asks how a cluster is.

@@ -213,6 +213,9 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 		!strings.Contains(out, "suffices for") {
 		t.Errorf("serve status says\n%s", out)
 	}
+	if out := must(t, s.configuration, "doctor"); !strings.Contains(out, "seal server") || !strings.Contains(out, "it may seal for Vaults") {
+		t.Errorf("the doctor says\n%s", out)
+	}
 	var status clustersView
 	if err := json.Unmarshal([]byte(must(t, s.configuration, "status", "-o", "json")), &status); err != nil || status.SealServer == nil || !status.SealServer.Healthy ||
 		len(status.SealServer.Keys) != 3 || status.SealServer.Keys[1].Capacity == 0 {

@@ -1,7 +1,7 @@
 // Package doctor looks for what operators get wrong, and says how to mend it.
 //
 // [Examine] goes through one configuration: the machine, each device, each wrapping key, each store, each cluster in
-// custody, the Vault. Every look is a [Finding]: what was looked at, what was seen, and where that is not as it should be,
+// custody, the seal server, the Vault. Every look is a [Finding]: what was looked at, what was seen, and where that is not as it should be,
 // what to do. A finding never hides another one: where a device does not answer, its stores and keys are still examined,
 // and say so.
 //
@@ -62,6 +62,8 @@ type Patient struct {
 	Cluster func(ctx context.Context, name string) (cluster.Status, error)
 	// Audit tells of the sinks of the audit log; the error says that none of them would take a line.
 	Audit func(ctx context.Context) ([]audit.SinkStatus, error)
+	// Serve opens the parts of the seal server; its functions are used where Config.Serve is.
+	Serve Serve
 	// VaultToken reads the token for Config.Vault; empty for none. The doctor wipes it.
 	VaultToken func() ([]byte, error)
 }
@@ -76,7 +78,7 @@ const certificateWarning = 30 * 24 * time.Hour
 // ctx's alone.
 func Examine(ctx context.Context, patient Patient, report func(Finding)) error {
 	d := &doctor{Patient: patient, report: report}
-	for _, part := range []func(context.Context){d.machine, d.devices, d.keys, d.stores, d.clusters, d.vault} {
+	for _, part := range []func(context.Context){d.machine, d.devices, d.keys, d.stores, d.clusters, d.serve, d.vault} {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("examining the configuration %s: %w", patient.Config.Path, err)
 		}
