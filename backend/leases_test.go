@@ -93,14 +93,17 @@ func TestLeasesEndWithTheUseOfTheHSM(t *testing.T) {
 			return m.remount()
 		},
 		"the device is locked": func(t *testing.T, m *mount) *mount {
+			t.Helper()
 			m.write("devices/prod-hsm/lock", nil).ok(t)
 			return m
 		},
 		"the device is deleted": func(t *testing.T, m *mount) *mount {
+			t.Helper()
 			m.delete("devices/prod-hsm", fields{"force": true}).want(t, http.StatusNoContent)
 			return m
 		},
 		"strict mode is wanted again": func(t *testing.T, m *mount) *mount {
+			t.Helper()
 			m.write("keys/prod", fields{"lease": "0"}).ok(t)
 			return m
 		},

@@ -7,6 +7,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
@@ -21,6 +22,11 @@ var mountTales = []tale{
 		t.Helper()
 		m := newMount(t, newNetHSM(t))
 		return func(t *testing.T) { mountWithALease(t, m) }
+	}},
+	{"the mount's Vault is killed", func(t testing.TB) func(*testing.T) {
+		t.Helper()
+		m := newMount(t, &HSM{NetHSM: nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})}) // one node, to hold all
+		return func(t *testing.T) { mountIsKilled(t, m) }
 	}},
 }
 

@@ -90,6 +90,12 @@ func (s *Server) Up(t testing.TB) {
 	s.run(t)
 }
 
+// Launch is Up without waiting for anything. A Vault that unseals itself serves its API when its first attempt at that has ended.
+func (s *Server) Launch(t testing.TB) {
+	t.Helper()
+	s.launch(t)
+}
+
 // Restarted ends the server with SIGKILL and starts it anew, sealed.
 func (s *Server) Restarted(t testing.TB) {
 	t.Helper()
