@@ -116,6 +116,55 @@ func TestAClientThatGoesAwayGivesUpItsPlace(t *testing.T) {
 	}
 }
 
+// TestMoreThanAnHSMCanDoIsTurnedAwayAtOnce, with 503 and when to come again, and what it can do is done.
+func TestMoreThanAnHSMCanDoIsTurnedAwayAtOnce(t *testing.T) {
+	w := newWorld(t)
+	w.units[0].places = make(chan struct{}, 1)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	w.units[0].Delay(3 * time.Second)
+	r.server.hooks.operations.configure(nil) // as after a start with a slow HSM
+	r.server.hooks.operations.configure(map[string]int{"one": 1})
+	r.server.hooks.operations.ended("one", time.Now(), 3*time.Second)
+	ctx, leave := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	var turnedAway, answered atomic.Int64
+	for range 40 {
+		running.Go(func() {
+			request, err := http.NewRequestWithContext(ctx, http.MethodPut, "https://"+r.at+"/v1/transit/decrypt/prod", strings.NewReader(`{"ciphertext":"`+sealed+`"}`))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			request.Header.Set("X-Vault-Token", text)
+			response, err := client.Do(request)
+			if err != nil {
+				return // it waits, and the test has seen enough
+			}
+			_ = response.Body.Close()
+			switch {
+			case response.StatusCode == http.StatusOK:
+				answered.Add(1)
+			case response.StatusCode != http.StatusServiceUnavailable || response.Header.Get("Retry-After") == "":
+				t.Errorf("%d, Retry-After %q", response.StatusCode, response.Header.Get("Retry-After"))
+			default:
+				turnedAway.Add(1)
+			}
+		})
+	}
+	eventually(t, "some are turned away and one is answered", func() bool { return turnedAway.Load() == 40-45/3 && answered.Load() > 0 })
+	leave()
+	running.Wait()
+	if got := r.logged.count("openings are answered with 503"); got != 1 {
+		t.Errorf("the log says so %d times", got)
+	}
+	if got := r.metric("nitroseal_serve_turned_away_total"); got != "25" {
+		t.Errorf("%s were counted", got)
+	}
+}
+
 func TestALargeBodyIsRefused(t *testing.T) {
 	w := newWorld(t)
 	text := w.token(token.Spec{})
