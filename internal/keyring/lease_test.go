@@ -1038,3 +1038,68 @@ func TestAnHSMThatIsAwayIsSaidOnceInAWhile(t *testing.T) {
 		t.Errorf("an envelope that does not decrypt: %v\n%s", err, log.String())
 	}
 }
+
+func TestLeasesWorkWhileEverythingChanges(t *testing.T) {
+	f := newLeased(t)
+	f.addTwo()
+	f.openLease()
+	raws := [][]byte{f.encrypt("x").Envelope, f.wrap("x")}
+	done := make(chan struct{})
+	var users, changes sync.WaitGroup
+	for i := range 8 {
+		users.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				sealed, err := f.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("x"), nil)
+				if err != nil {
+					t.Errorf("encrypting: %v", err)
+					return
+				}
+				for _, raw := range [][]byte{raws[0], sealed.Envelope} {
+					opened, err := f.Unwrap(t.Context(), "prod", envelope.UseTransit, raw, nil)
+					if err != nil || string(opened.Payload) != "x" {
+						t.Errorf("decrypting: %q, %v", opened.Payload, err)
+						return
+					}
+					clear(opened.Payload)
+				}
+				if i == 0 {
+					_ = f.Leases()
+				}
+			}
+		})
+	}
+	change := func(do func(n int)) {
+		changes.Go(func() {
+			for n := range 30 {
+				do(n)
+			}
+		})
+	}
+	change(func(int) { f.EndLeases() })
+	change(func(int) { f.Invalidate("") })
+	change(func(n int) {
+		lease := testLease
+		if n%3 == 0 {
+			lease = 0
+		}
+		if _, err := f.Configure(t.Context(), "prod", Settings{Lease: &lease}); err != nil {
+			t.Errorf("configuring: %v", err)
+		}
+	})
+	change(func(int) {
+		if err := f.OpenLease(t.Context(), "prod"); err != nil {
+			t.Errorf("opening the lease: %v", err)
+		}
+	})
+	changes.Wait()
+	close(done)
+	users.Wait()
+	if err := f.Close(); err != nil || len(f.Leases()) != 0 {
+		t.Errorf("closing: %v, %d leases", err, len(f.Leases()))
+	}
+}
