@@ -189,6 +189,9 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 		return nil, 0, err
 	}
 	before := r.known.Load().tokens
+	if r.Status().Source == SourceNone && r.options.Cache != "" { // an item that cannot be read now may be in the copy
+		before, _, _ = readCopy(r.options.Cache, r.options.Origin)
+	}
 	tokens = make(map[string]Token, len(ids))
 	var failure error
 	for _, id := range ids {

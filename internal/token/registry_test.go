@@ -381,6 +381,18 @@ func TestARestartWithoutTheStoreKnowsTheTokens(t *testing.T) {
 			t.Errorf("a copy %s is used: %+v", sentence, r.Status())
 		}
 	}
+	if err := os.WriteFile(path, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	shelf.fail(func(operation, _ string) error { // it tells the ids and no more
+		if operation == "get" {
+			return store.ErrUnavailable
+		}
+		return nil
+	})
+	if third := again(options); !takes(t, third, text) {
+		t.Errorf("a store that tells the ids alone: %+v", third.Status())
+	}
 	shelf.fail(nil) // it comes back: nothing is left of the copy's word
 	if _, err := Revoke(t.Context(), shelf, split(text)); err != nil {
 		t.Fatal(err)
@@ -411,6 +423,9 @@ func TestAStoreThatHangsDelaysNoStartForLong(t *testing.T) {
 		cancel()
 		if err := r.Refresh(ctx); !errors.Is(err, context.Canceled) || !takes(t, r, text) {
 			t.Errorf("refreshed with %v although nobody waits", err)
+		}
+		if errors.Is(r.Status().Err, context.Canceled) {
+			t.Error("that somebody gave up is told as the store's failure")
 		}
 	})
 }
@@ -463,6 +478,53 @@ func TestAnItemThatIsNoTokenIsToldOnceAndHarmsNoOther(t *testing.T) {
 	if listed, err = List(t.Context(), shelf); err != nil || len(listed) != 1 {
 		t.Errorf("%+v, %v", listed, err)
 	}
+}
+
+func TestATokenThatIsGoneBetweenTheListAndItsReadingIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf(t)
+		made, text := prod(t, shelf)
+		r := refreshed(t, shelf)
+		<-time.After(2 * againAfter) // it is read again
+		shelf.fail(func(operation, name string) error {
+			if operation == "get" && name == folder+made.ID {
+				return store.ErrNotFound
+			}
+			return nil
+		})
+		if err := r.Refresh(t.Context()); err != nil || takes(t, r, text) || len(r.IDs()) != 0 {
+			t.Errorf("%v, %+v", err, r.Status())
+		}
+	})
+}
+
+func TestTheCopyTellsHowOldItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf(t)
+		prod(t, shelf)
+		path := filepath.Join(t.TempDir(), "tokens.cache")
+		r := NewRegistry(RegistryOptions{Store: shelf, Cache: path})
+		written := func() time.Time {
+			t.Helper()
+			if err := r.Refresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			_, read, err := readCopy(path, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return read
+		}
+		first := written()
+		<-time.After(time.Minute)
+		if again := written(); !again.Equal(first) {
+			t.Error("it is written although nothing changed")
+		}
+		<-time.After(2 * copyAfter)
+		if last := written(); time.Since(last) > time.Minute {
+			t.Errorf("it says %v at %v", last, time.Now())
+		}
+	})
 }
 
 func TestManyAskWhileTheListChanges(t *testing.T) {
