@@ -56,12 +56,7 @@ const startLimit = 30 * time.Second
 // newOpenBao returns a server whose plugin gets these arguments. It ends with the test.
 func newOpenBao(t *testing.T, binary vaulttest.Binary, args []string, env ...string) *openBao {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "bao") //nolint:usetesting // a socket's path has at most 107 bytes, and a test's folder is longer
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	bao := &openBao{binary: binary, args: args, env: append(env, "GORACE=atexit_sleep_ms=20", "TMPDIR="+dir), log: &lines{}}
+	bao := &openBao{binary: binary, args: args, env: append(env, "GORACE=atexit_sleep_ms=20", "TMPDIR="+forSockets(t)), log: &lines{}}
 	t.Cleanup(func() {
 		bao.stop()
 		if strings.Contains(bao.log.String(), "WARNING: DATA RACE") {
@@ -72,6 +67,18 @@ func newOpenBao(t *testing.T, binary vaulttest.Binary, args []string, env ...str
 		}
 	})
 	return bao
+}
+
+// forSockets is a folder for the socket of a plugin, which stays there when it is killed. A socket's path has at most 107
+// bytes, and a test's own folder is longer.
+func forSockets(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "bao") //nolint:usetesting // see above
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
 }
 
 // command is what the plugin is started with.

@@ -54,7 +54,7 @@ func runHost() int {
 
 func TestThePluginEndsWithAHostThatWasKilled(t *testing.T) {
 	s := withToken(t, pkcs11test.SoftHSM(t))
-	does, err := json.Marshal(hosting{s.binary, s.args, s.env, s.stanza(t, "prod")})
+	does, err := json.Marshal(hosting{s.binary, s.args, append(s.env, "TMPDIR="+forSockets(t)), s.stanza(t, "prod")})
 	if err != nil {
 		t.Fatal(err)
 	}
