@@ -88,7 +88,7 @@ func (a *app) audit() (*audit.Log, error) {
 		sinks = append(sinks, sink)
 	}
 	host, _ := os.Hostname() // a line without it is better than none
-	log, err := audit.Open(audit.Options{Sinks: sinks, Host: host, Program: owner, Logger: a.logger()})
+	log, err := audit.Open(audit.Options{Sinks: sinks, Host: host, Program: owner, Logger: a.logger(), OutcomesLater: a.serving})
 	if err != nil {
 		return nil, errors.Join(err, closeAll())
 	}

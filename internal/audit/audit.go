@@ -85,6 +85,10 @@ type Options struct {
 	// Patience is how long an act waits for a sink that is slow while another one has taken the line; 0 for 3 seconds.
 	// Limit is how long an intent waits for the first sink; 0 for 30 seconds.
 	Patience, Limit time.Duration
+	// OutcomesLater lets an act end without waiting for the line that tells so, which is written all the same, at the latest by
+	// Close: for a server whose acts are many and short. What ends the process in between leaves an act without its outcome, as
+	// it does while the act lasts.
+	OutcomesLater bool
 }
 
 const (
@@ -99,6 +103,7 @@ type Log struct {
 	now             func() time.Time
 	logger          *slog.Logger
 	patience, limit time.Duration
+	outcomesLater   bool
 
 	mu     sync.Mutex
 	closed bool
@@ -112,7 +117,7 @@ func Open(options Options) (*Log, error) {
 	}
 	l := &Log{
 		host: options.Host, program: options.Program, now: options.Now, logger: options.Logger,
-		patience: options.Patience, limit: options.Limit,
+		patience: options.Patience, limit: options.Limit, outcomesLater: options.OutcomesLater,
 	}
 	if l.host == "" {
 		l.host, _ = os.Hostname() // a line without a host is better than no line
@@ -194,6 +199,9 @@ func (l *Log) write(ctx context.Context, r record, must bool) (maybe bool, err e
 		}
 	}
 	l.mu.Unlock()
+	if !must && l.outcomesLater && prompt+slow > 0 {
+		return true, nil // a sink that does not take it tells the logger
+	}
 
 	patience, limit := time.NewTimer(l.patience), time.NewTimer(l.limit)
 	defer patience.Stop()

@@ -229,6 +229,31 @@ func TestASinkThatHangsDelaysAnActOnceAndKeepsNobodyFromIt(t *testing.T) {
 	})
 }
 
+func TestAnOutcomeThatIsNotWaitedForIsWrittenAllTheSame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		sink := &fakeSink{name: "slow"}
+		l := open(t, Options{OutcomesLater: true}, sink)
+		end, err := l.Begin(t.Context(), unseal)
+		must(t, err)
+		if got := sink.told(); got != "intent" {
+			t.Errorf("before the act: %q", got)
+		}
+		sink.set(func() { sink.write = func() error { <-release; return nil } })
+		begun := time.Now()
+		end(nil)
+		if took := time.Since(begun); took != 0 {
+			t.Errorf("the act waited %v for its outcome", took)
+		}
+		synctest.Wait()
+		close(release)
+		must(t, l.Close())
+		if got := sink.told(); got != "intent ok" || !sink.closed {
+			t.Errorf("at the end: %q, closed %v", got, sink.closed)
+		}
+	})
+}
+
 func TestAnIntentWaitsForTheOnlySinkAndGivesUpAtLast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})

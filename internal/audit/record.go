@@ -131,6 +131,9 @@ func encodedSize(r rune) int {
 // escape makes JSON printable ASCII, so that no line changes the terminal or the order of the characters that somebody reads
 // it with. Outside of strings JSON is ASCII already.
 func escape(line []byte) []byte {
+	if !slices.ContainsFunc(line, func(c byte) bool { return c >= 0x7f }) { // nearly always
+		return line
+	}
 	var b strings.Builder
 	b.Grow(len(line))
 	for i := 0; i < len(line); {
