@@ -18,26 +18,13 @@ import (
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-// TestServeOnBadDays tells what happens to a Vault, and to its seal server, when something goes wrong between them. The
-// stories wait more than they work, so they are told at the same time; what they need is made before, as the environment of
-// tokens belongs to the whole process.
-func TestServeOnBadDays(t *testing.T) {
-	for _, day := range []struct {
-		name    string
-		prepare func(t testing.TB) (tell func(t *testing.T))
-	}{
-		{"the HSM is gone for two minutes", hsmGone},
-		{"the server is killed in the middle of init, unseal and rotation", killedInTheMiddle},
-		{"one of two servers is down, etcd is, a certificate is renewed, a token revoked", twoServers},
-		{"the HSM goes while a lease is open, and while the server starts", hsmGoneInALease},
-		{"forty seals of a card that takes 600 ms", fortySeals},
-	} {
-		tell := day.prepare(t)
-		t.Run(day.name, func(t *testing.T) {
-			t.Parallel()
-			tell(t)
-		})
-	}
+// serveTales tell what happens to a Vault, and to its seal server, when something goes wrong between them.
+var serveTales = []tale{
+	{"serve, and the HSM is gone for two minutes", hsmGone},
+	{"serve is killed in the middle of init, unseal and rotation", killedInTheMiddle},
+	{"serve has forty seals, and a card that takes 600 ms", fortySeals},
+	{"serve, and the HSM goes while a lease is open, and while the server starts", hsmGoneInALease},
+	{"one of two servers is down, etcd is, a certificate is renewed, a token revoked", twoServers},
 }
 
 // cardServer is a server whose keys are on a card, and the stanza of a cluster.
@@ -66,6 +53,7 @@ func hsmGone(t testing.TB) func(*testing.T) {
 
 		gone := time.Now()
 		card.Remove(t, pkcs11test.CardRemoved)
+		unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": encrypts(t, seal, "a")})
 		s.health(t, http.StatusServiceUnavailable)
 		vault.StepDown(t)
 		vault.WaitActive(t)
@@ -83,10 +71,7 @@ func hsmGone(t testing.TB) func(*testing.T) {
 			if vault.SealHealthy(t) == nil {
 				t.Fatal("Vault finds its seal healthy, and its HSM is away")
 			}
-			got := call(t, seal, http.MethodPut, path(seal, "decrypt"), vaulttest.Fields{"ciphertext": encrypts(t, seal, "a")})
-			if got.Code != http.StatusServiceUnavailable || got.Header.Get("Retry-After") == "" || len(got.Errors) == 0 {
-				t.Errorf("decrypt is answered with %d %s, Retry-After %q", got.Code, got.Raw, got.Header.Get("Retry-After"))
-			}
+			unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": encrypts(t, seal, "a")})
 			<-look.C
 		}
 
@@ -100,6 +85,15 @@ func hsmGone(t testing.TB) func(*testing.T) {
 		if sent := card.WrongPINs(t); sent != 0 {
 			t.Errorf("%d wrong PINs were sent", sent)
 		}
+	}
+}
+
+// unavailable asks what needs the HSM, which is away: it is answered with 503, and told when to come again.
+func unavailable(t testing.TB, seal vaulttest.Seal, verb string, fields vaulttest.Fields) {
+	t.Helper()
+	got := call(t, seal, http.MethodPut, path(seal, verb), fields)
+	if got.Code != http.StatusServiceUnavailable || got.Header.Get("Retry-After") == "" || len(got.Errors) == 0 {
+		t.Errorf("%s without the HSM is answered with %d %s, Retry-After %q", verb, got.Code, got.Raw, got.Header.Get("Retry-After"))
 	}
 }
 
@@ -120,13 +114,6 @@ func hsmGoneInALease(t testing.TB) func(*testing.T) {
 		s.served(t, seal)
 		strict := encrypts(t, seal, "strict")
 		leased := sealsLeased(t, seal, true)
-		unavailable := func(what, verb string, fields vaulttest.Fields) {
-			t.Helper()
-			got := call(t, seal, http.MethodPut, path(seal, verb), fields)
-			if got.Code != http.StatusServiceUnavailable || got.Header.Get("Retry-After") == "" || len(got.Errors) == 0 {
-				t.Errorf("%s is answered with %d %s, Retry-After %q", what, got.Code, got.Raw, got.Header.Get("Retry-After"))
-			}
-		}
 		if carriesKEK(t, strict) { // the lease was open at once
 			strict = ""
 		}
@@ -137,10 +124,10 @@ func hsmGoneInALease(t testing.TB) func(*testing.T) {
 		mark := s.Running.Mark()
 		s.Running.Signal(t, syscall.SIGUSR1)
 		s.Running.Says(t, mark, "sealed")
-		unavailable("what was sealed with a lease that has ended", "decrypt", vaulttest.Fields{"ciphertext": leased})
+		unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": leased})
 		encrypts(t, seal, "sealing needs no HSM")
 		if strict != "" {
-			unavailable("what was sealed without a lease", "decrypt", vaulttest.Fields{"ciphertext": strict})
+			unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": strict})
 		}
 		s.health(t, http.StatusServiceUnavailable)
 		card.Return(t)
@@ -151,8 +138,8 @@ func hsmGoneInALease(t testing.TB) func(*testing.T) {
 		s.Kill(t)
 		card.Remove(t, pkcs11test.CardRemoved)
 		s.run(t)
-		unavailable("sealing, before the HSM was asked once", "encrypt", vaulttest.Fields{"plaintext": "YQ=="})
-		unavailable("opening", "decrypt", vaulttest.Fields{"ciphertext": leased})
+		unavailable(t, seal, "encrypt", vaulttest.Fields{"plaintext": "YQ=="})
+		unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": leased})
 		if code, body, err := s.get("/v1/sys/health"); err != nil || code != http.StatusServiceUnavailable {
 			t.Errorf("its health is %d %s %v", code, body, err)
 		}

@@ -66,14 +66,15 @@ func TestVaultsUnsealThemselvesByAnHSM(t *testing.T) {
 			}
 		}})
 	}
-	told := map[string]func(*testing.T){}
-	for _, tale := range slices.Concat(tales, mountTales) {
-		told[tale.name] = tale.prepare(t)
+	tales = slices.Concat(serveTales, tales, mountTales) // the longest first
+	told := make([]func(*testing.T), len(tales))
+	for i, tale := range tales {
+		told[i] = tale.prepare(t)
 	}
-	for name, tell := range told {
-		t.Run(name, func(t *testing.T) {
+	for i, tale := range tales {
+		t.Run(tale.name, func(t *testing.T) {
 			t.Parallel()
-			tell(t)
+			told[i](t)
 		})
 	}
 }
