@@ -184,7 +184,7 @@ func TestOpenLeasedNeverAsksAnHSMOrAStore(t *testing.T) {
 		{"another caller's context", sealed, envelope.Context{Use: envelope.UseTransit, Caller: []byte("x")}, nil, true, envelope.ErrContext},
 		{"a strict envelope", strict, envelope.Context{Use: envelope.UseWrap}, nil, false, nil},
 		{"a damaged one", damaged, transit, nil, true, envelope.ErrDecrypt},
-		{"a record that is not cached", sealed, transit, func() { f.Invalidate("prod") }, false, nil},
+		{"a record that is not cached", sealed, transit, func() { f.cache.drop("prod") }, false, nil},
 	} {
 		if test.ready != nil {
 			test.ready()
