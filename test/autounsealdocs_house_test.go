@@ -46,7 +46,7 @@ func newHouse(t *testing.T) *house {
 	h.seal, h.vault, h.metrics = ports[0], ports[1], ports[3]
 	h.certify(t)
 	write(t, h.dir, "etc/pin", h.plug.PIN)
-	must(t, os.Symlink(buildCommand(t), h.file("bin/nitroseal")))
+	must(t, os.Symlink(vaulttest.Build{Command: "nitroseal"}.Binary(t).Path, h.file("bin/nitroseal")))
 	must(t, os.Symlink(vaulttest.Tool(t, "vault"), h.file("bin/vault")))
 	h.env = append(os.Environ(), "PATH="+h.file("bin")+":"+os.Getenv("PATH"), "HOME="+h.file("home"),
 		"NITROSEAL_CONFIG="+h.file("etc/nitroseal.hcl"))

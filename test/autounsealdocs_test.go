@@ -16,10 +16,27 @@ import (
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
-// TestAutoUnsealByTheServerDoesWhatItsPageSays walks through docs/auto-unseal.md from nothing to a Vault that unseals itself by
-// `nitroseal serve`, and through its rehearsal, by its own commands.
-func TestAutoUnsealByTheServerDoesWhatItsPageSays(t *testing.T) {
-	h := newHouse(t)
+// TestAutoUnsealDoesWhatItsPageSays walks through docs/auto-unseal.md by its own commands, with a real Vault and a real server, along
+// both ways at the same time.
+func TestAutoUnsealDoesWhatItsPageSays(t *testing.T) {
+	server := newHouse(t) // the HSMs of tests are known by the environment, so they are made one after the other
+	mount := newHouse(t)
+	site, _ := newSite(t, vaulttest.SiteOptions{Token: &mount.plug.Token})
+	t.Run("ways", func(t *testing.T) {
+		t.Run("by the server", func(t *testing.T) {
+			t.Parallel()
+			server.byTheServer(t)
+		})
+		t.Run("by the mount", func(t *testing.T) {
+			t.Parallel()
+			mount.byTheMount(t, site)
+		})
+	})
+}
+
+// byTheServer is the way from nothing to a Vault that unseals itself by `nitroseal serve`, and the rehearsal.
+func (h *house) byTheServer(t *testing.T) {
+	t.Helper()
 	write(t, h.dir, "etc/nitroseal.hcl", h.page["hcl serve"])
 	h.must(t, "serve-key")
 	h.must(t, "serve-confirm")
@@ -128,6 +145,7 @@ func (h *house) noteSum(said string) { h.sum = regexp.MustCompile(`\b[0-9a-f]{64
 
 // moveToServe takes the key of a mount to a server, and Vault with it: nothing is migrated.
 func (h *house) moveToServe(t *testing.T, site *vaulttest.Site) {
+	t.Helper()
 	write(t, h.dir, "etc/nitroseal.hcl", h.page["hcl serve"])
 	h.sum, _ = site.Read(t, "nitrokey/keys/prod")["record_sha256"].(string)
 	h.shell(t, "nitroseal key restore prod --in prod-key-record.json --rename hsm=stick --sha256 "+h.sum+"\n")
@@ -228,11 +246,10 @@ type unlike struct{ text, want string }
 
 func (e *unlike) Error() string { return "it says " + e.text + ", want " + e.want }
 
-// TestAutoUnsealByTheMountDoesWhatItsPageSays walks from Shamir to the plugin's mount, through a new root key, to another transit
-// and back to Shamir, by the commands of docs/auto-unseal.md.
-func TestAutoUnsealByTheMountDoesWhatItsPageSays(t *testing.T) {
-	h := newHouse(t)
-	site, _ := newSite(t, vaulttest.SiteOptions{Token: &h.plug.Token})
+// byTheMount is the way from Shamir to the plugin's mount, through a new root key, to the server and back, to another transit and
+// back to Shamir.
+func (h *house) byTheMount(t *testing.T, site *vaulttest.Site) {
+	t.Helper()
 	site.AddKey(t, "old", "hsm", "rsa-2048") // of the other transit
 	write(t, h.dir, "vault.d/seal-ca.pem", readFile(t, filepath.Dir(site.CAFile), filepath.Base(site.CAFile)))
 	h.change("https://seal-vault.example.org:8200", site.Address, "https://old.example.org:8200", site.Address)
@@ -447,7 +464,9 @@ func (h *house) itsMetrics(t *testing.T) {
 // TestTheAutoUnsealGuideQuotesWhatIsSaid wants what stands between quotation marks in the table of bad days to be in the source, but
 // for what Vault says itself.
 func TestTheAutoUnsealGuideQuotesWhatIsSaid(t *testing.T) {
-	vaultsOwn := []string{"error parsing Seal configuration: … connection refused", "x509: certificate signed by unknown authority"}
+	vaultsOwn := []string{
+		"error parsing Seal configuration: … connection refused", "x509: certificate signed by unknown authority", "fetching stored unseal keys failed",
+	}
 	source := strings.ReplaceAll(sources(t, "internal", "hsm", "nethsm", "cmd"), `" +`, `"+`)
 	source = regexp.MustCompile(`"\+\n\s*"`).ReplaceAllString(source, "") // one sentence on several lines
 	_, table, _ := strings.Cut(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), "\n## Bad days\n")

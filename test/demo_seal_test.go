@@ -42,5 +42,5 @@ func TestTwoSealDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 }
 
 func TestCtrlCEndsTheSealDemoAndWhatItStarted(t *testing.T) {
-	ctrlCEndsIt(t, startDemo(t, "demo-seal"), "The power fails")
+	ctrlCEndsIt(t, startDemo(t, "demo-seal"), "No unseal keys")
 }
