@@ -267,7 +267,7 @@ func (k *Keyring) fly(f *flight, id flightID, rec *record, v *version, kek *enve
 	}
 	if f.held {
 		k.logger.Info("lease opened", "key", rec.Name, "version", v.Number, "kid", id.kid, "device", f.opened.device, "lease",
-			f.opened.length, "renewed", replaced != nil, "locked", f.opened.aes.Locked())
+			rec.lease(), "renewed", replaced != nil, "locked", f.opened.aes.Locked())
 	}
 }
 

@@ -73,7 +73,7 @@ type leases struct {
 	held    map[leaseID]*lease
 	flights map[flightID]*flight
 	rests   map[leaseID]rest
-	ended   uint64      // how often all were ended
+	ended   uint64      // how often all were ended, or what is being opened was not to be held any more
 	sweeper *time.Timer // nil while none is held
 	closed  bool
 	work    sync.WaitGroup // in the background
@@ -160,9 +160,17 @@ func (k *Keyring) endWhere(over func(*lease) bool) {
 	}
 }
 
-// shorten makes the leases of a key no longer than its setting is now.
+// shorten makes the leases of a key no longer than its setting is now. What is being opened by an older one is not held.
 func (k *Keyring) shorten(name string, setting time.Duration) {
 	now := k.moment()
+	k.leases.mu.Lock()
+	for id := range k.leases.flights {
+		if id.key == name {
+			k.leases.ended++
+			break
+		}
+	}
+	k.leases.mu.Unlock()
 	k.endWhere(func(l *lease) bool {
 		if l.id.key != name {
 			return false
@@ -172,15 +180,21 @@ func (k *Keyring) shorten(name string, setting time.Duration) {
 	})
 }
 
-// leased returns the names of the keys of which a lease is open, of one key or, by an empty name, of all.
+// leased returns the names of the keys of which a lease is open or being opened, of one key or, by an empty name, of all.
 func (k *Keyring) leased(name string) []string {
 	k.leases.mu.RLock()
 	defer k.leases.mu.RUnlock()
 	var names []string
-	for id := range k.leases.held {
-		if (name == "" || id.key == name) && !slices.Contains(names, id.key) {
-			names = append(names, id.key)
+	add := func(key string) {
+		if (name == "" || key == name) && !slices.Contains(names, key) {
+			names = append(names, key)
 		}
+	}
+	for id := range k.leases.held {
+		add(id.key)
+	}
+	for id := range k.leases.flights {
+		add(id.key)
 	}
 	return names
 }

@@ -853,6 +853,16 @@ func TestAShorterLeaseEndsWhatIsHeld(t *testing.T) {
 			t.Error("without a lease it was still held")
 		}
 		set(testLease)
+		f.one.Delay(time.Second)
+		f.encrypt("begins to open a lease")
+		set(0)
+		pass(time.Second)
+		synctest.Wait()
+		if leases := f.Leases(); len(leases) != 0 {
+			t.Errorf("what was being opened when the lease was taken away is held: %+v", leases)
+		}
+		f.one.Delay(0)
+		set(testLease)
 		f.openLease()
 		l = f.theLease()
 		if _, err := command.Configure(t.Context(), "prod", Settings{DeletionAllowed: ptr(true)}); err != nil {
