@@ -1,14 +1,19 @@
 package test
 
 import (
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	sigsyaml "sigs.k8s.io/yaml"
 
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
@@ -82,5 +87,43 @@ func TestEverySettingOfBankVaultsHasItsPlace(t *testing.T) {
 				t.Errorf("no configuration has %s", attribute)
 			}
 		}
+	}
+}
+
+// The audit log of the servers is copied to the pod's log and never fills their volume.
+func TestTheServersAuditLogIsShownAndBounded(t *testing.T) {
+	pod := serversPod(t)
+	i := slices.IndexFunc(pod.Containers, func(c corev1.Container) bool { return c.Name == "audit" })
+	if i < 0 || len(pod.Containers[i].Command) != 3 {
+		t.Fatalf("the containers are %+v", pod.Containers)
+	}
+	dir := t.TempDir()
+	script := strings.NewReplacer("/var/lib/nitroseal/state", dir, "sleep 600", "sleep 0.1", "268435456", "20").Replace(pod.Containers[i].Command[2])
+	write(t, dir, "audit.log", "from before\n")
+	var shown output
+	command := exec.CommandContext(t.Context(), "sh", "-c", script)
+	command.Stdout, command.Stderr = &shown, &shown
+	command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) }
+	command.WaitDelay = 10 * time.Second
+	must(t, command.Start())
+	says := func(line string) {
+		t.Helper()
+		vaulttest.Eventually(t, limit, "the line in the pod's log", func() error { // which may begin a moment later
+			log, err := os.OpenFile(filepath.Join(dir, "audit.log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+			must(t, err)
+			_, err = log.WriteString(line + "\n")
+			must(t, errors.Join(err, log.Close()))
+			return contains(shown.String(), line)
+		})
+	}
+	says("the first line")
+	vaulttest.Eventually(t, limit, "the log to be moved away", func() error {
+		_, err := os.Stat(filepath.Join(dir, "audit.log.1"))
+		return err
+	})
+	says("after it was moved away")
+	must(t, command.Process.Signal(syscall.SIGTERM))
+	if err := command.Wait(); err != nil {
+		t.Errorf("it ends with %v", err)
 	}
 }
