@@ -19,8 +19,6 @@ import (
 // Bounds of a connection.
 const (
 	maxHeader    = 16 << 10
-	maxStreams   = 100      // of one HTTP/2 connection
-	maxBuffer    = 64 << 10 // for the bodies of one HTTP/2 connection that nobody reads yet, because nobody knows who sends them
 	defaultConns = 4096
 )
 
@@ -35,6 +33,8 @@ type timing struct {
 	shutdown time.Duration
 	// certificates is how often the files of the certificate are read.
 	certificates time.Duration
+	// memory is how often the limit of memory is set anew, 0 for never.
+	memory time.Duration
 	// settle is how long a new configuration may take to become ready before the one in use stays.
 	settle time.Duration
 }
@@ -44,7 +44,7 @@ func usual() timing {
 	const header, read = 10 * time.Second, 30 * time.Second
 	return timing{
 		header: header, read: read, write: openLimit + 2*read, idle: 3 * time.Minute, shutdown: openLimit + 5*time.Second,
-		certificates: 5 * time.Second, settle: 30 * time.Second,
+		certificates: 5 * time.Second, settle: 30 * time.Second, memory: time.Second,
 	}
 }
 
@@ -156,9 +156,7 @@ func newFront(ctx context.Context, address string, handler http.Handler, limits 
 		listener: listener, ended: make(chan struct{}), patience: limits.shutdown,
 		http: &http.Server{
 			Handler: handler, ReadHeaderTimeout: limits.header, ReadTimeout: limits.read, WriteTimeout: limits.write, IdleTimeout: limits.idle,
-			MaxHeaderBytes: maxHeader, ConnContext: withVisit, HTTP2: &http.HTTP2Config{
-				MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerConnection: maxBuffer, MaxReceiveBufferPerStream: maxBuffer,
-			},
+			MaxHeaderBytes: maxHeader, ConnContext: withVisit,
 			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 		},
 	}, nil

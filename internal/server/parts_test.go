@@ -1,9 +1,13 @@
 package server
 
 import (
+	"context"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -176,5 +180,35 @@ func TestAListenerWithoutTLSIsOnlyForThisMachine(t *testing.T) {
 		if err := test.listen.check(); (err == nil) != test.good {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestMemoryIsLimitedByWhatConnectionsNeed, and not at all where the operator did that.
+func TestMemoryIsLimitedByWhatConnectionsNeed(t *testing.T) {
+	const ask = -1
+	limit := func() int64 { return debug.SetMemoryLimit(ask) }
+	synctest.Test(t, func(t *testing.T) {
+		s := &server{timing: usual()}
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { s.saveMemory(ctx) })
+		for _, step := range []struct{ connections, counted int64 }{{0, 0}, {1000, 1000}, {1010, 1000}, {10, 10}} {
+			s.conns.Store(step.connections)
+			<-time.After(2 * time.Second)
+			synctest.Wait()
+			if got := limit(); got != memoryLimit(step.counted) {
+				t.Errorf("%d connections: %d bytes", step.connections, got)
+			}
+		}
+		stop()
+		running.Wait()
+	})
+	if limit() != math.MaxInt64 {
+		t.Errorf("afterwards: %d bytes", limit())
+	}
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(1 << 40))
+	(&server{timing: usual()}).saveMemory(t.Context()) // returns at once
+	if limit() != 1<<40 {
+		t.Errorf("the operator's limit became %d bytes", limit())
 	}
 }

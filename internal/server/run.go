@@ -94,6 +94,7 @@ func Run(ctx context.Context, options Options) error {
 	looping.Go(func() { s.notify.Watchdog(loops, s.healthy) })
 	looping.Go(func() { s.sealOnDemand(loops, seal) })
 	looping.Go(func() { s.renewCertificates(loops) })
+	looping.Go(func() { s.saveMemory(loops) })
 	err = s.loop(ctx, reload)
 	stopping := s.end()
 	stopLoops()
