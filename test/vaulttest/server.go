@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -516,17 +515,4 @@ func copyFile(t testing.TB, from, to string) {
 	_, err = io.Copy(target, source)
 	must(t, errors.Join(err, target.Close()))
 	must(t, os.Rename(to+".new", to))
-}
-
-// FreePorts finds loopback addresses that are free at this moment, all different.
-func FreePorts(t testing.TB, n int) []string {
-	t.Helper()
-	var addresses []string
-	for range n {
-		listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
-		must(t, err)
-		defer listener.Close() // all are held until the last one is known
-		addresses = append(addresses, listener.Addr().String())
-	}
-	return addresses
 }
