@@ -71,7 +71,7 @@ type Source string
 
 // The sources.
 const (
-	SourceNone  Source = "none"  // nothing was read yet: every token is refused
+	SourceNone  Source = "none"  // not all were told yet, and no copy tells the rest: who is not known may have a good token
 	SourceStore Source = "store" // and it is at most one interval old, unless Err is set
 	SourceCache Source = "cache" // the store has not answered since the start
 )
@@ -158,7 +158,7 @@ func (r *Registry) Refresh(ctx context.Context) error {
 	bounded, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	at := time.Now()
-	tokens, damaged, err := r.read(bounded, at)
+	tokens, damaged, untold, err := r.read(bounded, at)
 	if err != nil && ctx.Err() != nil {
 		return err // whoever asked gave up: that says nothing about the store
 	}
@@ -173,7 +173,7 @@ func (r *Registry) Refresh(ctx context.Context) error {
 		s.Tokens, s.Damaged, s.Err = len(tokens), damaged, err
 		if err == nil {
 			s.Source, s.Read = SourceStore, at
-		} else if s.Source == SourceNone { // some items were told
+		} else if s.Source == SourceNone && untold == 0 { // the copy had what the store did not tell
 			s.Source = SourceStore
 		}
 	})
@@ -182,15 +182,19 @@ func (r *Registry) Refresh(ctx context.Context) error {
 }
 
 // read asks the store. Items that are known are not read again each time, since they never change; those that are not listed any
-// more are gone in any case, also where others could not be read, which is an error beside the result.
-func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]Token, damaged int, err error) {
+// more are gone in any case, also where others could not be read, which is an error beside the result. Untold are those of which
+// nothing is known.
+func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]Token, damaged, untold int, err error) {
 	ids, err := list(ctx, r.options.Store)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	before := r.known.Load().tokens
 	if r.Status().Source == SourceNone && r.options.Cache != "" { // an item that cannot be read now may be in the copy
-		before, _, _ = readCopy(r.options.Cache, r.options.Origin)
+		if kept, _, err := readCopy(r.options.Cache, r.options.Origin); err == nil {
+			maps.Copy(kept, before)
+			before = kept
+		}
 	}
 	tokens = make(map[string]Token, len(ids))
 	var failure error
@@ -199,7 +203,11 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 		if have && (failure != nil || now.Sub(r.checked[id]) < againAfter) {
 			tokens[id] = t
 		}
-		if tokens[id].ID != "" || failure != nil {
+		if tokens[id].ID != "" {
+			continue
+		}
+		if failure != nil {
+			untold++
 			continue
 		}
 		fresh, err := get(ctx, r.options.Store, id)
@@ -216,11 +224,13 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 			failure = err
 			if have {
 				tokens[id] = t
+			} else {
+				untold++
 			}
 		}
 	}
 	maps.DeleteFunc(r.checked, func(id string, _ time.Time) bool { return tokens[id].ID == "" })
-	return tokens, damaged, failure
+	return tokens, damaged, untold, failure
 }
 
 func (r *Registry) complain(id string, err error) {
@@ -232,7 +242,8 @@ func (r *Registry) complain(id string, err error) {
 
 // lost goes on without the store.
 func (r *Registry) lost(failure error) {
-	if r.Status().Source == SourceNone && r.options.Cache != "" {
+	// Once the store has told which there are, the copy could only add what was revoked since.
+	if r.Status().Source == SourceNone && r.options.Cache != "" && r.known.Load().tokens == nil {
 		tokens, read, err := readCopy(r.options.Cache, r.options.Origin)
 		if err == nil {
 			r.known.Store(newKnown(tokens))
@@ -266,7 +277,9 @@ func (r *Registry) tell(before, after map[string]Token, err error) {
 		r.logger.Info("the store tells the tokens again", "tokens", len(after))
 	}
 	if r.Status().Source == SourceNone {
-		r.logger.Info("the tokens were read", "tokens", len(after))
+		if err == nil {
+			r.logger.Info("the tokens were read", "tokens", len(after))
+		}
 		return
 	}
 	for id := range after {

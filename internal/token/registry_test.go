@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"net/url"
 	"os"
@@ -381,7 +382,7 @@ func TestARestartWithoutTheStoreKnowsTheTokens(t *testing.T) {
 			t.Errorf("a copy %s is used: %+v", sentence, r.Status())
 		}
 	}
-	if err := os.WriteFile(path, raw, 0o600); err != nil {
+	if err := errors.Join(os.Remove(path), os.WriteFile(path, raw, 0o600)); err != nil { // its mode is spoiled as well
 		t.Fatal(err)
 	}
 	shelf.fail(func(operation, _ string) error { // it tells the ids and no more
@@ -399,6 +400,72 @@ func TestARestartWithoutTheStoreKnowsTheTokens(t *testing.T) {
 	}
 	if err := second.Refresh(t.Context()); err != nil || takes(t, second, text) || second.Status().Source != SourceStore {
 		t.Errorf("afterwards %v, %+v", err, second.Status())
+	}
+}
+
+// A store that goes away in the middle of the first list: a good token that was not told yet is no wrong one.
+func TestUntilAllTokensWereToldNobodyKnowsThemAll(t *testing.T) {
+	shelf := newShelf(t)
+	texts := map[string]string{}
+	for range 3 {
+		made, text := prod(t, shelf)
+		texts[made.ID] = text
+	}
+	ids := slices.Sorted(maps.Keys(texts))
+	for name, cache := range map[string]string{"with a place for a copy": filepath.Join(t.TempDir(), "tokens.cache"), "without": ""} {
+		t.Run(name, func(t *testing.T) {
+			var said strings.Builder
+			r := NewRegistry(RegistryOptions{Store: shelf, Cache: cache, Logger: slog.New(slog.NewTextHandler(&said, nil))})
+			for told := range ids { // each time it tells one more
+				shelf.fail(func(operation, name string) error {
+					if operation == "get" && name != folder+ids[told] {
+						return store.ErrUnavailable
+					}
+					return nil
+				})
+				err := r.Refresh(t.Context())
+				for i, id := range ids {
+					if takes(t, r, texts[id]) != (i <= told) {
+						t.Errorf("after %d items it is wrong about number %d", told+1, i)
+					}
+				}
+				complete := told == len(ids)-1
+				if (err == nil) != complete || (r.Status().Source == SourceNone) == complete {
+					t.Errorf("after %d of %d items: %v, %+v", told+1, len(ids), err, r.Status())
+				}
+			}
+			if strings.Count(said.String(), "the tokens were read") != 1 {
+				t.Errorf("the log:\n%s", &said)
+			}
+			shelf.fail(nil)
+		})
+	}
+}
+
+// The store told which tokens there are before it went away: the copy knows no better.
+func TestACopyDoesNotBringBackWhatTheStoreSaidIsGone(t *testing.T) {
+	shelf := newShelf(t)
+	gone, text := prod(t, shelf)
+	options := RegistryOptions{Store: shelf, Cache: filepath.Join(t.TempDir(), "tokens.cache")}
+	if err := NewRegistry(options).Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Revoke(t.Context(), shelf, gone.ID); err != nil {
+		t.Fatal(err)
+	}
+	prod(t, shelf)
+	shelf.fail(func(operation, _ string) error {
+		if operation == "get" {
+			return store.ErrUnavailable
+		}
+		return nil
+	})
+	r := NewRegistry(options)
+	for range 2 {
+		if err := r.Refresh(t.Context()); !errors.Is(err, store.ErrUnavailable) || takes(t, r, text) {
+			t.Errorf("a token that was revoked is taken (%v)", err)
+		}
+		shelf.leave()
 	}
 }
 
