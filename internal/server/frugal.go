@@ -11,13 +11,16 @@ import (
 // How much memory Go's runtime is to stay under: the collector lets the heap double before it works, so a thousand handshakes at
 // one time would leave twice of what a thousand connections need.
 const (
-	memoryAtRest        = 32 << 20 // bytes
-	memoryPerConnection = 40 << 10
-	memoryStep          = 64 // connections more or less that are worth a new limit
+	memoryUsual         = 64 << 20 // bytes, for as many connections as a storm has
+	usualConnections    = 1000
+	memoryPerConnection = 40 << 10 // for each one more
+	memoryStep          = 64       // connections more or less that are worth a new limit
 )
 
 // memoryLimit is the soft limit, in bytes, for a number of connections.
-func memoryLimit(connections int64) int64 { return memoryAtRest + connections*memoryPerConnection }
+func memoryLimit(connections int64) int64 {
+	return memoryUsual + max(0, connections-usualConnections)*memoryPerConnection
+}
 
 // saveMemory keeps the limit in step with the connections. One that the operator has set (GOMEMLIMIT) stays.
 func (s *server) saveMemory(ctx context.Context) {

@@ -192,7 +192,7 @@ func TestMemoryIsLimitedByWhatConnectionsNeed(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { s.saveMemory(ctx) })
-		for _, step := range []struct{ connections, counted int64 }{{0, 0}, {1000, 1000}, {1010, 1000}, {10, 10}} {
+		for _, step := range []struct{ connections, counted int64 }{{0, 0}, {1000, 1000}, {4000, 4000}, {4010, 4000}, {10, 10}} {
 			s.conns.Store(step.connections)
 			<-time.After(2 * time.Second)
 			synctest.Wait()
