@@ -32,8 +32,20 @@ func (c *call) write(code int, body []byte) error {
 	header["Content-Length"] = []string{strconv.Itoa(len(body))}
 	c.code = code
 	c.w.WriteHeader(code)
-	_, _ = c.w.Write(body)
+	_, err := c.w.Write(body)
+	c.lost = err != nil
 	return nil
+}
+
+// send answers with what lies in a buffer, and frees it. Where the answer was not taken the buffer goes to the garbage collector:
+// Go's HTTP/2 gives up on a client that went away while a goroutine of its own may still read the bytes, which are another request's
+// soon.
+func (c *call) send(out *buffer) error {
+	err := c.write(http.StatusOK, out.bytes)
+	if !c.lost {
+		out.free()
+	}
+	return err
 }
 
 // refuse answers with errors, in Vault's shape.

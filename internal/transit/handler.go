@@ -137,7 +137,8 @@ type call struct {
 	text      string // of the token
 	peer      token.Peer
 	grant     *token.Grant
-	code      int // of the answer, 0 before it
+	code      int  // of the answer, 0 before it
+	lost      bool // the answer was not taken
 }
 
 // ServeHTTP implements [http.Handler].
@@ -296,29 +297,16 @@ func (h *handler) seal(c *call) error {
 		return inVaultsWords(err)
 	}
 	out := buffers.get()
-	defer out.free()
 	out.reserve(len(sealed.Envelope))
 	out.bytes = appendSealed(out.bytes, sealed)
-	return c.write(http.StatusOK, out.bytes)
+	return c.send(out)
 }
 
 // open answers decrypt/.
 func (h *handler) open(c *call) error {
-	body, err := h.body(c)
+	version, raw, err := h.ciphertext(c)
 	if err != nil {
 		return err
-	}
-	defer body.free()
-	ciphertext, err := parseRequest(body.bytes, "ciphertext")
-	if err != nil {
-		return mistake("%w", err)
-	}
-	if ciphertext = trim(ciphertext); len(ciphertext) == 0 {
-		return mistake("missing ciphertext to decrypt")
-	}
-	version, raw, err := parse(ciphertext)
-	if err != nil {
-		return mistake("%w", err)
 	}
 	end, err := h.begin(c)
 	if err != nil {
@@ -334,10 +322,29 @@ func (h *handler) open(c *call) error {
 	}
 	defer clear(opened.Payload)
 	out := buffers.get()
-	defer out.free()
 	out.reserve(len(opened.Payload))
 	out.bytes = appendOpened(out.bytes, opened.Payload)
-	return c.write(http.StatusOK, out.bytes)
+	return c.send(out)
+}
+
+// ciphertext reads what is to be opened. The body is not kept: an opening may wait for its turn, beside thousands of others.
+func (h *handler) ciphertext(c *call) (version int, raw []byte, err error) {
+	body, err := h.body(c)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer body.free()
+	ciphertext, err := parseRequest(body.bytes, "ciphertext")
+	if err != nil {
+		return 0, nil, mistake("%w", err)
+	}
+	if ciphertext = trim(ciphertext); len(ciphertext) == 0 {
+		return 0, nil, mistake("missing ciphertext to decrypt")
+	}
+	if version, raw, err = parse(ciphertext); err != nil {
+		return 0, nil, mistake("%w", err)
+	}
+	return version, raw, nil
 }
 
 // decodePlaintext decodes the base64 of what is to be sealed. The caller wipes it.

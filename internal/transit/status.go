@@ -109,9 +109,11 @@ func judge(err error) verdict {
 // more says where there is more.
 const more = "; the seal server's log says more"
 
-// inVaultsWords answers as Vault's transit does where clients and scripts may look for its words.
+// inVaultsWords answers mistakes as Vault's transit does where clients and scripts may look for its words.
 func inVaultsWords(err error) error {
 	switch {
+	case judge(err).code != http.StatusBadRequest: // a damaged record, or an HSM that is away beside one that knows nothing of it
+		return err
 	case errors.Is(err, keyring.ErrKeyNotFound):
 		return mistake("encryption key not found: %w", err)
 	case errors.Is(err, envelope.ErrMalformed), errors.Is(err, envelope.ErrContext):
