@@ -157,17 +157,18 @@ func (c *client) once(ctx context.Context, op Op, path string, content []byte) (
 	began := time.Now()
 	status, header, body, err := c.send(ctx, path, content)
 	after, _ := strconv.Atoi(header.Get("Retry-After"))
-	c.config.Observe(Call{Op: op, Status: status, RetryAfter: after > 0, Took: time.Since(began), Err: err})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
-	}
 	var got answer
-	err = json.Unmarshal(body, &got)
+	malformed := json.Unmarshal(body, &got)
+	c.config.Observe(Call{
+		Op: op, Status: status, RetryAfter: after > 0, Reason: strings.Join(got.Errors, "; "), Took: time.Since(began), Err: err,
+	})
 	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", op, err)
 	case status >= http.StatusBadRequest:
 		return nil, &StatusError{op, status, got.Errors, time.Duration(after) * time.Second} // whatever its body is
-	case err != nil:
-		return nil, fmt.Errorf("%w to %s: %d: %w", ErrWrong, op, status, err)
+	case malformed != nil:
+		return nil, fmt.Errorf("%w to %s: %d: %w", ErrWrong, op, status, malformed)
 	}
 	return &got, nil
 }

@@ -55,6 +55,8 @@ type Call struct {
 	Status int
 	// RetryAfter tells whether the answer said when to come again.
 	RetryAfter bool
+	// Reason is what the server said where it refused.
+	Reason string
 	// Took is the time until the answer was read, or given up.
 	Took time.Duration
 	// Err is why there was no answer.

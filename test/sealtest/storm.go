@@ -15,13 +15,14 @@ type Tally struct {
 	mu    sync.Mutex
 	calls map[Op]map[int]int
 	took  map[Op][]time.Duration
-	bare  int     // 429 and 503 that do not say when to come again
-	lost  []error // why calls had no answer
+	bare  int            // 429 and 503 that do not say when to come again
+	lost  []error        // why calls had no answer
+	said  map[string]int // in refusals
 }
 
 // NewTally is one that has counted nothing.
 func NewTally() *Tally {
-	return &Tally{calls: map[Op]map[int]int{}, took: map[Op][]time.Duration{}}
+	return &Tally{calls: map[Op]map[int]int{}, took: map[Op][]time.Duration{}, said: map[string]int{}}
 }
 
 // Add counts a call.
@@ -35,6 +36,9 @@ func (t *Tally) Add(call Call) {
 	t.took[call.Op] = append(t.took[call.Op], call.Took)
 	if (call.Status == http.StatusServiceUnavailable || call.Status == http.StatusTooManyRequests) && !call.RetryAfter {
 		t.bare++
+	}
+	if call.Reason != "" {
+		t.said[call.Reason]++
 	}
 	if call.Err != nil {
 		t.lost = append(t.lost, call.Err)
@@ -98,6 +102,9 @@ func (t *Tally) String() string {
 		took := slices.Clone(t.took[op])
 		lines = append(lines, fmt.Sprintf("%s: answers %v, p50 %s, p99 %s, longest %s", op, answers,
 			quantile(took, 0.5).Round(time.Millisecond), quantile(took, 0.99).Round(time.Millisecond), quantile(took, 1).Round(time.Millisecond)))
+	}
+	for reason, n := range t.said {
+		lines = append(lines, fmt.Sprintf("refused %d times: %s", n, reason))
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
