@@ -1,6 +1,7 @@
 package test
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"math"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
@@ -548,4 +550,54 @@ func anchors(page string) (names []string) {
 		names = append(names, strings.ReplaceAll(name, " ", "-"))
 	}
 	return names
+}
+
+// TestTheServersDashboardAndAlertsAreWellFormed reads them as Grafana and the Prometheus operator do; which metrics they name is
+// compared with a running server.
+func TestTheServersDashboardAndAlertsAreWellFormed(t *testing.T) {
+	var dashboard struct {
+		UID    string `json:"uid"`
+		Panels []struct {
+			ID      int    `json:"id"`
+			Type    string `json:"type"`
+			Title   string `json:"title"`
+			Targets []any  `json:"targets"`
+		} `json:"panels"`
+	}
+	must(t, json.Unmarshal([]byte(readFile(t, vaulttest.Root(), "deploy/grafana/nitroseal-serve.json")), &dashboard))
+	for i, panel := range dashboard.Panels {
+		if panel.ID != i+1 || panel.Title == "" || panel.Type != "row" && len(panel.Targets) == 0 {
+			t.Errorf("panel %d is %+v", i, panel)
+		}
+	}
+	if dashboard.UID == "nitroseal" || len(dashboard.Panels) < 20 {
+		t.Errorf("the dashboard %q has %d panels", dashboard.UID, len(dashboard.Panels))
+	}
+	var rules struct {
+		APIVersion string         `json:"apiVersion"`
+		Kind       string         `json:"kind"`
+		Metadata   map[string]any `json:"metadata"`
+		Spec       struct {
+			Groups []struct {
+				Name  string `json:"name"`
+				Rules []struct {
+					Alert       string            `json:"alert"`
+					Expr        string            `json:"expr"`
+					For         string            `json:"for"`
+					Labels      map[string]string `json:"labels"`
+					Annotations map[string]string `json:"annotations"`
+				} `json:"rules"`
+			} `json:"groups"`
+		} `json:"spec"`
+	}
+	decodeStrictly(t, filepath.Join(vaulttest.Root(), "deploy/grafana/nitroseal-serve-alerts.yaml"), &rules)
+	if len(rules.Spec.Groups) != 1 || len(rules.Spec.Groups[0].Rules) < 10 {
+		t.Fatalf("the alerts are %+v", rules)
+	}
+	for _, rule := range rules.Spec.Groups[0].Rules {
+		severe := slices.Contains([]string{"critical", "warning"}, rule.Labels["severity"])
+		if _, err := time.ParseDuration(cmp.Or(rule.For, "0s")); err != nil || !severe || rule.Expr == "" || rule.Annotations["summary"] == "" {
+			t.Errorf("%s is %+v: %v", rule.Alert, rule, err)
+		}
+	}
 }
