@@ -49,6 +49,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static CK_FUNCTION_LIST card;             /* what the caller gets */
@@ -67,23 +68,49 @@ static sessions bare;                     /* a bare RSA operation is under way w
 
 /* ---- control and counters ---- */
 
+/*
+ * The text of the control file as it is now. A file that was not replaced is not read again: reading it a dozen times took
+ * longer than all else but the operation itself. The caller holds control_mu.
+ */
+static pthread_mutex_t control_mu = PTHREAD_MUTEX_INITIALIZER;
+static char control[8192];
+static struct stat control_seen;
+
+static const char *control_text(void)
+{
+	struct stat now;
+	const char *path = getenv("CARD_CONTROL");
+	if (!path || stat(path, &now) != 0) {
+		memset(&control_seen, 0, sizeof control_seen);
+		return "";
+	}
+	if (now.st_dev == control_seen.st_dev && now.st_ino == control_seen.st_ino && now.st_size == control_seen.st_size &&
+	    memcmp(&now.st_mtim, &control_seen.st_mtim, sizeof now.st_mtim) == 0 &&
+	    memcmp(&now.st_ctim, &control_seen.st_ctim, sizeof now.st_ctim) == 0)
+		return control;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, control, sizeof control - 1);
+	if (n < 0 || n == sizeof control - 1 || fstat(fd, &control_seen) != 0)
+		abort();
+	close(fd);
+	control[n] = 0;
+	return control;
+}
+
 /* The value of a command as it is now, or otherwise. The caller owns out. */
 static const char *command(const char *name, const char *otherwise, char *out, size_t size)
 {
-	char line[512];
 	size_t length = strlen(name);
-	const char *path = getenv("CARD_CONTROL"), *value = otherwise;
-	FILE *f = path ? fopen(path, "re") : NULL;
-	if (!f)
-		return otherwise;
-	while (fgets(line, sizeof line, f)) {
+	const char *value = otherwise;
+	pthread_mutex_lock(&control_mu);
+	for (const char *line = control_text(); *line; line += strcspn(line, "\n"), line += *line == '\n') {
 		if (strncmp(line, name, length) == 0 && line[length] == '=') {
-			line[strcspn(line, "\n")] = 0;
-			snprintf(out, size, "%s", line + length + 1);
+			line += length + 1;
+			snprintf(out, size, "%.*s", (int)strcspn(line, "\n"), line);
 			value = out;
 		}
 	}
-	fclose(f);
+	pthread_mutex_unlock(&control_mu);
 	return value;
 }
 
@@ -117,12 +144,16 @@ static int open_beside(const char *suffix, int flags)
 
 static void note(const char *what)
 {
+	static int fd = -1;
+	static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER;
 	char line[128];
-	int fd = open_beside(".calls", O_WRONLY | O_CREAT | O_APPEND);
 	int n = snprintf(line, sizeof line, "%s\n", what);
-	if (fd < 0 || write(fd, line, n) != n) /* one write, so lines of several processes do not mix */
+	pthread_mutex_lock(&opening);
+	if (fd < 0)
+		fd = open_beside(".calls", O_WRONLY | O_CREAT | O_APPEND);
+	pthread_mutex_unlock(&opening);
+	if (fd < 0 || write(fd, line, n) != n) /* one write, so lines of several threads and processes do not mix */
 		abort();
-	close(fd);
 }
 
 /* Adds change to the tries left, or restores them where change is 0. Returns what is left. */
