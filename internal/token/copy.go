@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 )
 
@@ -52,7 +53,7 @@ func encodeCopy(tokens map[string]Token, origin string, at time.Time) (raw []byt
 
 // readCopy reads the copy of an origin's list, and when the store told it.
 func readCopy(path, origin string) (tokens map[string]Token, read time.Time, err error) {
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not make the server wait
 	if err != nil {
 		return nil, time.Time{}, err
 	}
@@ -63,6 +64,9 @@ func readCopy(path, origin string) (tokens map[string]Token, read time.Time, err
 	}
 	if mode := info.Mode().Perm(); !info.Mode().IsRegular() || mode&0o022 != 0 {
 		return nil, time.Time{}, fmt.Errorf("%s: others may write it (mode %04o), so it says nothing about who may ask", path, mode)
+	}
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
+		return nil, time.Time{}, fmt.Errorf("%s: it belongs to another user, so it says nothing about who may ask", path)
 	}
 	raw, err := io.ReadAll(io.LimitReader(file, maxCopy+1))
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"slices"
@@ -251,15 +252,15 @@ func (r *Registry) lost(failure error) {
 			r.logger.Warn("the store does not tell the tokens; those of the copy on this disk are taken, also where one was revoked since",
 				"copy", r.options.Cache, "of", read, "tokens", len(tokens), "cause", failure)
 			r.failing = true
-		} else {
-			r.logger.Debug("there is no copy of the tokens on this disk", "cause", err)
+		} else if !r.failing && !errors.Is(err, fs.ErrNotExist) {
+			r.logger.Warn("the copy of the tokens on this disk is not used", "cause", err)
 		}
 	}
 	if !r.failing {
 		r.failing = true
 		text := "the store does not tell the tokens; the last list goes on, and what is revoked or made meanwhile comes later"
 		if r.Status().Source == SourceNone {
-			text = "the store does not tell the tokens, and there is no copy on this disk: every token is refused until it does"
+			text = "the store does not tell the tokens, and no copy on this disk does: every token is refused until it does"
 		}
 		r.logger.Error(text, "cause", failure)
 	}

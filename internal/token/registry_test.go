@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -370,19 +371,45 @@ func TestARestartWithoutTheStoreKnowsTheTokens(t *testing.T) {
 			}
 			return options
 		},
+		"of another user": func() RegistryOptions {
+			give := func() error { return os.Chown(path, 65534, -1) }
+			if os.Geteuid() != 0 { // nobody else gives files away
+				give = func() error { return os.Chmod(path, 0o620) }
+			}
+			if err := give(); err != nil {
+				t.Fatal(err)
+			}
+			return options
+		},
+		"that nobody writes": func() RegistryOptions {
+			if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			return options
+		},
 		"that was changed": func() RegistryOptions {
-			if err := errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, []byte(strings.Replace(string(raw), `"prod"`, `"root"`, 1)+"x"), 0o600)); err != nil {
+			if err := os.WriteFile(path, []byte(strings.Replace(string(raw), `"prod"`, `"root"`, 1)+"x"), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			return options
 		},
 	} {
-		r := again(spoil())
+		if err := errors.Join(os.Remove(path), os.WriteFile(path, raw, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		var said strings.Builder
+		spoiled := spoil()
+		spoiled.Logger = slog.New(slog.NewTextHandler(&said, nil))
+		r := again(spoiled)
+		_ = r.Refresh(t.Context())
+		if n := strings.Count(said.String(), "the copy of the tokens on this disk is not used"); n != 1 {
+			t.Errorf("of a copy %s the log tells %d times:\n%s", sentence, n, said.String())
+		}
 		if takes(t, r, text) || r.Status().Source != SourceNone {
 			t.Errorf("a copy %s is used: %+v", sentence, r.Status())
 		}
 	}
-	if err := errors.Join(os.Remove(path), os.WriteFile(path, raw, 0o600)); err != nil { // its mode is spoiled as well
+	if err := errors.Join(os.Remove(path), os.WriteFile(path, raw, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	shelf.fail(func(operation, _ string) error { // it tells the ids and no more
