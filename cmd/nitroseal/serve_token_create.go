@@ -29,8 +29,8 @@ func newServeTokenCreateCommand(a *app) *cobra.Command {
 written to a new file with mode 0600 that only this user reads; a file that is there is never overwritten.
 
 Vault reads it from a file by token = "file:///etc/vault.d/seal.token" in its stanza seal "transit", or from the environment variable
-VAULT_TOKEN. It is written without a line break, which Vault would take for a part of it. A running server takes it within five seconds. To replace a token make another one for the same keys, give it to the
-cluster, restart its nodes one by one, and revoke the old one.
+VAULT_TOKEN. It is written without a line break, which Vault would take for a part of it. A running server takes it within five seconds. To
+replace a token make another one for the same keys, give it to the cluster, restart its nodes one by one, and revoke the old one.
 
 Each sealed cluster needs a wrapping key of its own name; several names may share one key in the HSM (nitroseal key adopt), because the name is
 bound in what is sealed. A key that is not there yet, or not ready, is warned of.`,
