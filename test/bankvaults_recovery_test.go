@@ -19,7 +19,7 @@ import (
 // over as recovery keys, proved at the running Vault, and what was left is deleted.
 func TestTheWayOutOfBankVaultsWithRecoveryKeys(t *testing.T) {
 	authority := vaulttest.NewAuthority(t)
-	vault := vaulttest.Start(t, vaulttest.Options{Bare: true, Storage: vaulttest.InMem, Authority: authority, Seals: unsealer(t)})
+	vault := vaulttest.Start(t, vaulttest.Options{Bare: true, Storage: vaulttest.InMem, Authority: authority, Seals: []vaulttest.Seal{vaulttest.StartTransit(t)}})
 	made, err := vault.Anonymous(t).Sys().Init(&api.InitRequest{RecoveryShares: 3, RecoveryThreshold: 2})
 	must(t, err)
 	vault.RootToken = made.RootToken

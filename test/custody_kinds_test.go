@@ -38,7 +38,7 @@ func newOperator(t *testing.T, options vaulttest.Options, more string, files map
 // A Vault that unseals itself has recovery keys in place of unseal keys. They are kept the same way, and nobody sends them to
 // unseal it.
 func TestCustodyOfAVaultThatUnsealsItself(t *testing.T) {
-	h, vault, f := newOperator(t, vaulttest.Options{Seals: unsealer(t)}, "recovery_shares = 4\n recovery_threshold = 2", nil)
+	h, vault, f := newOperator(t, vaulttest.Options{Seals: []vaulttest.Seal{vaulttest.StartTransit(t)}}, "recovery_shares = 4\n recovery_threshold = 2", nil)
 	h.Must(t, "init", "eu")
 	vault.WaitUnsealed(t, unsealLimit)
 	kept := func() [][]byte {

@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/hashicorp/vault/api"
-
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
@@ -31,7 +29,7 @@ func TestVaultIsAsItIsPlayed(t *testing.T) {
 		case nodetest.Alone:
 			options.Storage = vaulttest.InMem
 		case nodetest.Auto:
-			options.Storage, options.Seals = vaulttest.InMem, unsealer(t)
+			options.Storage, options.Seals = vaulttest.InMem, []vaulttest.Seal{vaulttest.StartTransit(t)}
 		}
 		server := vaulttest.Start(t, options)
 		ca, err := os.ReadFile(server.CAFile)
@@ -44,15 +42,4 @@ func TestVaultIsAsItIsPlayed(t *testing.T) {
 			},
 		}
 	}, update)
-}
-
-// unsealer is a Vault whose own transit engine unseals another one.
-func unsealer(t *testing.T) []vaulttest.Seal {
-	t.Helper()
-	server := vaulttest.Start(t, vaulttest.Options{Storage: vaulttest.InMem})
-	client := server.Client(t)
-	must(t, client.Sys().MountWithContext(t.Context(), "transit", &api.MountInput{Type: "transit"}))
-	_, err := client.Logical().WriteWithContext(t.Context(), "transit/keys/seal", map[string]any{})
-	must(t, err)
-	return []vaulttest.Seal{{Address: server.Address, CAFile: server.CAFile, Mount: "transit/", Key: "seal", Token: server.RootToken}}
 }

@@ -270,7 +270,7 @@ func clusterFromShamir(t *testing.T, server SealServer, key string) {
 }
 
 func transitToTransit(t *testing.T, server SealServer, key string) {
-	old := vaultsOwnTransit(t)
+	old := vaulttest.StartTransit(t)
 	first := server.Seal(t, key)
 	server.AddKey(t, key+"-next")
 	second := server.Seal(t, key+"-next")
@@ -286,19 +286,6 @@ func transitToTransit(t *testing.T, server SealServer, key string) {
 		vault.Restart(t)
 		recalls(t, vault, "secret", "kept")
 		must(t, vault.SealHealthy(t))
-	}
-}
-
-// vaultsOwnTransit is the seal that the transit engine of another Vault is.
-func vaultsOwnTransit(t testing.TB) vaulttest.Seal {
-	t.Helper()
-	server := vaulttest.Start(t, vaulttest.Options{Storage: vaulttest.InMem})
-	client := server.Client(t)
-	must(t, client.Sys().MountWithContext(t.Context(), "transit", &api.MountInput{Type: "transit"}))
-	_, err := client.Logical().WriteWithContext(t.Context(), "transit/keys/seal", map[string]any{})
-	must(t, err)
-	return vaulttest.Seal{
-		Address: server.Address, CAFile: server.CAFile, Mount: "transit/", Key: "seal", Token: server.RootToken,
 	}
 }
 

@@ -98,6 +98,17 @@ func (s *Server) UnsealStandby(t testing.TB) {
 	s.WaitUnsealed(t, Patience)
 }
 
+// StartTransit runs a Vault whose own transit engine is the seal of others.
+func StartTransit(t testing.TB) Seal {
+	t.Helper()
+	server := Start(t, Options{Storage: InMem})
+	client := server.Client(t)
+	must(t, client.Sys().MountWithContext(t.Context(), "transit", &api.MountInput{Type: "transit"}))
+	_, err := client.Logical().WriteWithContext(t.Context(), "transit/keys/seal", map[string]any{})
+	must(t, err)
+	return Seal{Address: server.Address, CAFile: server.CAFile, Mount: "transit/", Key: "seal", Token: server.RootToken}
+}
+
 // MustNotStart starts a server that Stop or Kill ended, which must end by itself and say each of the words: Vault does where its
 // seal does not answer.
 func (s *Server) MustNotStart(t testing.TB, words ...string) {
