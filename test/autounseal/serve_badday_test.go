@@ -222,7 +222,7 @@ func killedInTheMiddle(t testing.TB) func(*testing.T) {
 		vault.Kill(t)
 		before = card.Calls(t, "C_Decrypt")
 		card.Fault(t, frozen)
-		vault.Up(t)
+		vault.Launch(t)
 		inside(before, 1)
 		s.Kill(t) // nothing waits for it this time: Vault tries again by itself
 		card.Mend(t, frozen)
@@ -248,7 +248,7 @@ func killedInTheMiddle(t testing.TB) func(*testing.T) {
 		before = card.Calls(t, "C_Decrypt")
 		slow := pkcs11test.Slow(2 * time.Second)
 		card.Fault(t, slow)
-		vault.Up(t)
+		vault.Launch(t)
 		inside(before, 1)
 		card.Fault(t, frozen)
 		inside(before, 2)

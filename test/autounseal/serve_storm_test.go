@@ -195,11 +195,12 @@ func TestAThousandSealsComeUpWithALease(t *testing.T) {
 	}
 
 	s.Kill(t)
-	s.Start(t)
 	card.Fault(t, pkcs11test.Slow(600*time.Millisecond))
 	before := card.Operations(t)
+	s.run(t)
 	storm(t, seals, tally)
-	if used := card.Operations(t) - before; used > len(versions) {
+	// One is for the authentication key of a version, which a server opens at its start.
+	if used := card.Operations(t) - before; used > 2*len(versions) {
 		t.Errorf("%d operations for %d versions of the wrapping key", used, len(versions))
 	}
 	s.healthy(t)
