@@ -244,8 +244,12 @@ func TestWrappersThatOpenBaoForgotAreEnded(t *testing.T) {
 	settings, used := f.settings(), f.wrapper()
 	forgotten := f.wrapper()
 	for range 3 * maxSeals {
-		if _, err := f.configure(settings); err != nil {
+		made, err := f.configure(settings)
+		if err != nil {
 			t.Fatal(err)
+		}
+		if w, err := f.find(made.GetWrapperId()); err == nil {
+			w.running.Wait()
 		}
 		if _, err := f.Type(t.Context(), &pb.TypeRequest{WrapperId: used}); err != nil {
 			t.Fatalf("a wrapper in use was ended: %v", err)
@@ -253,8 +257,14 @@ func TestWrappersThatOpenBaoForgotAreEnded(t *testing.T) {
 	}
 	_, err := f.encrypt(forgotten, "x", "")
 	wantCode(t, err, codes.NotFound, "")
-	if kept := len(f.seals); kept != maxSeals {
-		t.Errorf("%d wrappers are kept, want %d", kept, maxSeals)
+	if kept, held := len(f.seals), f.held(); kept != maxSeals || held != maxSeals {
+		t.Errorf("%d wrappers are kept and %d devices, want %d", kept, held, maxSeals)
+	}
+	if _, err := f.Finalize(t.Context(), &pb.FinalizeRequest{WrapperId: used}); err != nil || f.held() != maxSeals-1 {
+		t.Errorf("%d devices are kept after Finalize, %v", f.held(), err)
+	}
+	if err := f.Close(); err != nil || f.held() != 0 {
+		t.Errorf("%d devices are kept at the end, %v", f.held(), err)
 	}
 }
 

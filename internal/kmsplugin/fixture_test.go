@@ -32,6 +32,9 @@ type fixture struct {
 	token *hsmtest.Memory  // "rack"
 	other *hsmtest.Memory  // "vault", which no stanza describes
 	keys  *keyring.Keyring // as an operator's machine has it
+
+	mu     sync.Mutex
+	opened []*hsmtest.Memory // what wrappers have opened
 	dir   string
 	log   *log
 }
@@ -73,7 +76,10 @@ func newFixture(t testing.TB) *fixture {
 		Devices: device.New(device.Options{
 			Openers: map[string]device.Opener{
 				device.TypeNetHSM: func(context.Context, string, device.Config, device.Secrets) (hsm.Device, error) {
-					return f.token.Attach(), nil
+					f.mu.Lock()
+					defer f.mu.Unlock()
+					f.opened = append(f.opened, f.token.Attach())
+					return f.opened[len(f.opened)-1], nil
 				},
 			},
 			Secrets: device.SecretFiles{Dir: f.dir},
@@ -89,6 +95,19 @@ func newFixture(t testing.TB) *fixture {
 		}
 	})
 	return f
+}
+
+// held is how many devices are open.
+func (f *fixture) held() (open int) {
+	f.t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, device := range f.opened {
+		if _, err := device.Info(context.WithoutCancel(f.t.Context())); err == nil {
+			open++
+		}
+	}
+	return open
 }
 
 // put writes a file and returns its path.
