@@ -29,6 +29,7 @@ type wardrobe struct {
 	current atomic.Pointer[armour] // nil for a plain listener
 
 	mu        sync.Mutex // one look at a time; guards what follows
+	listen    Listen     // what it is worn for
 	complaint string     // what the log was last told
 }
 
@@ -103,11 +104,11 @@ func flag(set bool) byte {
 }
 
 // look takes a changed certificate into use, or says why the one in use stays.
-func (w *wardrobe) look(l Listen) {
+func (w *wardrobe) look() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	before := w.current.Load()
-	found, err := load(l, before)
+	found, err := load(w.listen, before)
 	switch {
 	case err != nil:
 		if err.Error() != w.complaint {
@@ -126,11 +127,15 @@ func (w *wardrobe) look(l Listen) {
 	}
 }
 
-// wear takes what was loaded into use.
-func (w *wardrobe) wear(a *armour) {
+// wear takes what was loaded for a listener into use, or what its files hold meanwhile: a new configuration may have waited for its
+// HSM in between.
+func (w *wardrobe) wear(l Listen, a *armour) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.complaint = ""
+	if newest, err := load(l, w.current.Load()); err == nil {
+		a = newest
+	}
+	w.listen, w.complaint = l, ""
 	w.current.Store(a)
 	w.metrics.certificateReloaded.Set(1)
 }

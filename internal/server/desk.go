@@ -79,7 +79,7 @@ func (d *desk) Open(ctx context.Context, name string, raw []byte, want envelope.
 	defer cancel()
 	if g := (*d.gates.Load())[name]; g != nil {
 		begun := time.Now()
-		leave, err := g.enter(ctx, d.recent.has(raw))
+		leave, err := g.enter(ctx, d.recent.has(raw), len(raw))
 		d.metrics.waited.Observe(time.Since(begun).Seconds())
 		if err != nil {
 			d.turnedAway(name, err)

@@ -16,8 +16,10 @@ import (
 const (
 	// openLimit is how long an opening may take in all. A seal's client gives up after 60 s.
 	openLimit = 45 * time.Second
-	// maxWaiting is how many openings wait at one gate.
-	maxWaiting = 8192
+	// maxWaiting is how many openings wait at one gate, and maxWaitingBytes what their envelopes take in memory: a seal's has one or
+	// two kilobytes, and who sends the largest there is shall not take the memory of all others.
+	maxWaiting      = 8192
+	maxWaitingBytes = 32 << 20
 	// aged is how long an opening that yields to all others does so. Then every fourth place is for those.
 	aged      = 15 * time.Second
 	agedShare = 4
@@ -38,20 +40,21 @@ type gate struct {
 	inside  int
 	urgent  list.List // of *waiter: those who have come first are first
 	patient list.List // those who yield
+	bytes   int       // of the envelopes of those who wait
 	turn    int       // of places given while aged ones waited
 	closed  bool
 }
 
 // waiter is an opening that waits.
 type waiter struct {
-	since   time.Time
-	in      chan error // one value: nil for "you are in"
-	patient bool
+	since time.Time
+	in    chan error // one value: nil for "you are in"
+	bytes int        // of its envelope
 }
 
-// enter waits for a place and returns what gives it back. A patient opening yields to those that are not. Where the wait
-// would be longer than ctx allows, that is said at once, with a [*transit.BusyError].
-func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error) {
+// enter waits for a place with an envelope of so many bytes, and returns what gives the place back. A patient opening yields to those
+// that are not. Where the wait would be longer than ctx allows, that is said at once, with a [*transit.BusyError].
+func (g *gate) enter(ctx context.Context, patient bool, bytes int) (leave func(), err error) {
 	g.mu.Lock()
 	if g.closed {
 		g.mu.Unlock()
@@ -62,16 +65,17 @@ func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error
 		g.mu.Unlock()
 		return g.leave, nil
 	}
-	if err := g.hopeless(ctx, patient); err != nil {
+	if err := g.hopeless(ctx, patient, bytes); err != nil {
 		g.mu.Unlock()
 		return nil, err
 	}
-	w := &waiter{since: g.now(), in: make(chan error, 1), patient: patient}
+	w := &waiter{since: g.now(), in: make(chan error, 1), bytes: bytes}
 	queue := &g.urgent
 	if patient {
 		queue = &g.patient
 	}
 	place := queue.PushBack(w)
+	g.bytes += bytes
 	g.mu.Unlock()
 
 	select {
@@ -90,7 +94,7 @@ func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error
 			g.give()
 		}
 	default:
-		queue.Remove(place)
+		g.remove(queue, place)
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return nil, fmt.Errorf("waiting for an HSM: %w", ctx.Err()) // nobody reads it
@@ -99,14 +103,15 @@ func (g *gate) enter(ctx context.Context, patient bool) (leave func(), err error
 }
 
 // hopeless returns why an opening need not begin to wait; nil where its turn may come in time.
-func (g *gate) hopeless(ctx context.Context, patient bool) error {
+func (g *gate) hopeless(ctx context.Context, patient bool, bytes int) error {
 	before := g.inside + g.urgent.Len()
 	if patient {
 		before += g.patient.Len()
 	}
 	wait := time.Duration(before) * g.pace()
 	deadline, bounded := ctx.Deadline()
-	if g.urgent.Len()+g.patient.Len() < maxWaiting && (!bounded || wait < deadline.Sub(g.now())) {
+	room := g.urgent.Len()+g.patient.Len() < maxWaiting && g.bytes+bytes <= maxWaitingBytes
+	if room && (!bounded || wait < deadline.Sub(g.now())) {
 		return nil
 	}
 	return &transit.BusyError{After: g.after(wait - openLimit/2), Cause: "too many openings wait for an HSM"}
@@ -153,7 +158,13 @@ func (g *gate) next() *waiter {
 	if first == nil {
 		return nil
 	}
-	w, _ := queue.Remove(first).(*waiter) // nothing else is in it
+	return g.remove(queue, first)
+}
+
+// remove takes one out of its queue.
+func (g *gate) remove(queue *list.List, place *list.Element) *waiter {
+	w, _ := queue.Remove(place).(*waiter) // nothing else is in it
+	g.bytes -= w.bytes
 	return w
 }
 
@@ -164,8 +175,7 @@ func (g *gate) close() {
 	g.closed = true
 	for _, queue := range []*list.List{&g.urgent, &g.patient} {
 		for first := queue.Front(); first != nil; first = queue.Front() {
-			w, _ := queue.Remove(first).(*waiter) // nothing else is in it
-			w.in <- closing()
+			g.remove(queue, first).in <- closing()
 		}
 	}
 }

@@ -34,7 +34,7 @@ type visits struct {
 func (v *visits) visit(ctx context.Context, name string, patient bool, stay time.Duration) {
 	v.running.Go(func() {
 		begun := time.Now()
-		leave, err := v.gate.enter(ctx, patient)
+		leave, err := v.gate.enter(ctx, patient, 1)
 		v.mu.Lock()
 		if v.errs == nil {
 			v.errs, v.took = map[string]error{}, map[string]time.Duration{}
@@ -178,15 +178,15 @@ func TestAWaitThatNobodyForesawEndsInTime(t *testing.T) {
 func TestAQueueIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, 0)
-		leave, err := g.enter(t.Context(), false)
+		leave, err := g.enter(t.Context(), false, 1)
 		must(t, err)
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		for range maxWaiting {
-			running.Go(func() { _, _ = g.enter(ctx, true) })
+			running.Go(func() { _, _ = g.enter(ctx, true, 1) })
 		}
 		synctest.Wait()
-		_, err = g.enter(t.Context(), false)
+		_, err = g.enter(t.Context(), false, 1)
 		if busy := (*transit.BusyError)(nil); !errors.As(err, &busy) {
 			t.Errorf("one more: %v", err)
 		}
@@ -241,7 +241,7 @@ func TestAGateKeepsItsPromisesWhateverHappens(t *testing.T) {
 					<-time.After(time.Duration(one.at) * time.Second)
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(one.gives)*time.Second)
 					defer cancel()
-					leave, err := v.gate.enter(ctx, one.patient)
+					leave, err := v.gate.enter(ctx, one.patient, 1)
 					if err != nil {
 						return
 					}

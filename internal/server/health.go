@@ -93,9 +93,12 @@ func (s *server) health(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header.Set("Content-Type", "application/json")
 	header.Set("Cache-Control", "no-store")
-	header.Set("Content-Length", strconv.Itoa(len(body)+1))
+	empty := code == http.StatusNoContent || code == http.StatusNotModified // a length would announce what does not come
+	if !empty {
+		header.Set("Content-Length", strconv.Itoa(len(body)+1))
+	}
 	w.WriteHeader(code)
-	if r.Method != http.MethodHead {
+	if r.Method != http.MethodHead && !empty {
 		_, _ = w.Write(append(body, '\n')) // whoever went away does not read it
 	}
 }

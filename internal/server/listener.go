@@ -146,6 +146,12 @@ func stale(r *http.Request, worn *armour) bool {
 	return ok && v.clients != worn.clients
 }
 
+// matters tells whether a request over a stale connection gets more from it than from a new one: what its certificate was worth, or
+// that it needed none.
+func (a *armour) matters(r *http.Request) bool {
+	return r.TLS == nil || len(r.TLS.PeerCertificates) > 0 || a.config.ClientAuth == tls.RequireAndVerifyClientCert
+}
+
 // newFront begins to listen. Nobody is answered before serve.
 func newFront(ctx context.Context, address string, handler http.Handler, limits timing, logger *slog.Logger) (*front, error) {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)

@@ -40,7 +40,8 @@ func (s *server) healthz(w http.ResponseWriter, _ *http.Request) {
 // readiness is the answer of /readyz. It holds no secret: names, states and the sentences of errors.
 type readiness struct {
 	Ready   bool              `json:"ready"`
-	Reasons []string          `json:"reasons"` // why not, empty where it is
+	Reasons []string          `json:"reasons"`         // why not, empty where it is
+	Audit   string            `json:"audit,omitempty"` // why no opening can be announced; sealing works all the same
 	Keys    []keyReadiness    `json:"keys"`
 	Devices []deviceReadiness `json:"devices"`
 }
@@ -91,8 +92,8 @@ func (s *server) readyz(w http.ResponseWriter, _ *http.Request) {
 	case counted == 0:
 		answer.Reasons = append(answer.Reasons, "no key is fit for use")
 	}
-	if known := in.audit.Load(); known != nil && *known != nil {
-		answer.Reasons = append(answer.Reasons, "nothing would be sealed or opened: "+shorten((*known).Error()))
+	if err := in.deaf(); err != nil {
+		answer.Audit = "nothing is opened: " + shorten(err.Error())
 	}
 	for _, d := range in.site.Devices {
 		shown := deviceReadiness{Device: d.HSM.Name()}

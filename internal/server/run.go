@@ -77,7 +77,7 @@ func Run(ctx context.Context, options Options) error {
 	if err != nil {
 		return err
 	}
-	s.wardrobe.wear(worn)
+	s.wardrobe.wear(first.site.Listen, worn)
 	if s.front, err = s.open(ctx, first.site.Listen); err != nil {
 		return errors.Join(err, first.site.close())
 	}
@@ -172,16 +172,34 @@ func (s *server) serve(f *front) {
 
 // ServeHTTP implements [http.Handler] by the service in use.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if stale(r, s.wardrobe.current.Load()) {
+	if worn := s.wardrobe.current.Load(); stale(r, worn) {
 		w.Header().Set("Connection", "close")
+		if worn.matters(r) {
+			turnAway(w, "whom the server trusts has changed: connect again")
+			return
+		}
 	}
 	for {
-		if in := s.service.Load(); in.requests.begin() {
+		in := s.service.Load()
+		if in.requests.begin() {
 			defer in.requests.end()
 			in.handler.ServeHTTP(w, r)
 			return
 		}
+		if s.service.Load() == in { // nothing comes after it
+			turnAway(w, "the server is stopping")
+			return
+		}
 	}
+}
+
+// turnAway has whoever asks come again, most often over another connection.
+func turnAway(w http.ResponseWriter, why string) {
+	header := w.Header()
+	header.Set("Content-Type", "application/json")
+	header.Set("Retry-After", "1")
+	w.WriteHeader(http.StatusServiceUnavailable)
+	_, _ = fmt.Fprintf(w, `{"errors":[%q]}`+"\n", why) // whoever went away does not read it
 }
 
 // loop serves until ctx ends or the listener fails.
@@ -257,7 +275,7 @@ func (s *server) reload(ctx context.Context) {
 	if old.site.Audit != nil {
 		old.site.Audit.Reopen() // also where the new configuration is refused: log files were rotated
 	}
-	s.wardrobe.look(old.site.Listen)
+	s.wardrobe.look()
 	err := s.replace(ctx, old)
 	if ctx.Err() != nil && err != nil {
 		return // the server stops
@@ -308,7 +326,7 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 	if err = s.monitor.Listen(next.site.Monitor); err != nil {
 		return err
 	}
-	s.wardrobe.wear(worn)
+	s.wardrobe.wear(next.site.Listen, worn)
 	s.limitConnections(next.site.Listen)
 	s.service.Store(next)
 	s.coming.Store(nil)
@@ -372,9 +390,7 @@ func (s *server) sealOnDemand(ctx context.Context, demand <-chan os.Signal) {
 // renewCertificates takes a renewed certificate into use.
 func (s *server) renewCertificates(ctx context.Context) {
 	for monitor.Sleep(ctx, s.timing.certificates) {
-		if in := s.service.Load(); in.site.Listen.Certificate != nil {
-			s.wardrobe.look(in.site.Listen)
-		}
+		s.wardrobe.look()
 	}
 }
 

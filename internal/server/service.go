@@ -185,7 +185,7 @@ func (s *service) lookAtRecords() {
 	}
 }
 
-// checkAudit finds out now and then whether a request could be announced: not only when one is.
+// checkAudit finds out now and then whether an opening could be announced: not only when one is.
 func (s *service) checkAudit(ctx context.Context) {
 	for {
 		limited, cancel := context.WithTimeout(ctx, lookLimit)
@@ -198,6 +198,27 @@ func (s *service) checkAudit(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// deaf returns why no opening could be announced; nil where one could.
+func (s *service) deaf() error {
+	if s.site.Audit == nil {
+		return nil
+	}
+	var failing error
+	sinks := s.site.Audit.Sinks()
+	failed := 0
+	for _, sink := range sinks {
+		if sink.Err != nil {
+			failing = sink.Err
+			failed++
+		}
+	}
+	known := s.audit.Load()
+	if failing == nil || failed < len(sinks) && (known == nil || *known == nil) { // one that only has copies does not suffice
+		return nil
+	}
+	return failing
 }
 
 // views tells how the served keys fare.

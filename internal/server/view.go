@@ -61,7 +61,7 @@ func (s *service) lookAt(ctx context.Context, name string, leases []keyring.Leas
 			v.health.LeaseUntil, v.health.LeaseLocked = &until, &l.Locked
 		}
 	}
-	v.health.Opens = warmed && (v.health.RecipientsUp > 0 || v.health.LeaseUntil != nil)
+	v.health.Opens = warmed && (v.health.RecipientsUp > 0 || v.health.LeaseUntil != nil) && s.deaf() == nil
 	return v
 }
 
