@@ -1,6 +1,7 @@
 package token
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -439,8 +440,15 @@ func TestUntilAllTokensWereToldNobodyKnowsThemAll(t *testing.T) {
 		texts[made.ID] = text
 	}
 	ids := slices.Sorted(maps.Keys(texts))
-	for name, cache := range map[string]string{"with a place for a copy": filepath.Join(t.TempDir(), "tokens.cache"), "without": ""} {
+	for name, cache := range map[string]string{"with an old copy": filepath.Join(t.TempDir(), "tokens.cache"), "without": ""} {
 		t.Run(name, func(t *testing.T) {
+			old, _, err := encodeCopy(nil, "", time.Now())
+			if cache != "" {
+				err = errors.Join(err, os.WriteFile(cache, old, 0o600))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
 			var said strings.Builder
 			r := NewRegistry(RegistryOptions{Store: shelf, Cache: cache, Logger: slog.New(slog.NewTextHandler(&said, nil))})
 			for told := range ids { // each time it tells one more
@@ -459,6 +467,9 @@ func TestUntilAllTokensWereToldNobodyKnowsThemAll(t *testing.T) {
 				complete := told == len(ids)-1
 				if (err == nil) != complete || (r.Status().Source == SourceNone) == complete {
 					t.Errorf("after %d of %d items: %v, %+v", told+1, len(ids), err, r.Status())
+				}
+				if now, err := os.ReadFile(cache); cache != "" && bytes.Equal(now, old) == complete {
+					t.Errorf("after %d of %d items the copy is %s, %v", told+1, len(ids), now, err)
 				}
 			}
 			if strings.Count(said.String(), "the tokens were read") != 1 {
