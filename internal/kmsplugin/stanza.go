@@ -208,12 +208,13 @@ func path(field func(*stanza) *string) func(*stanza, string) error {
 	}
 }
 
+// truth is true or false. OpenBao makes 1 and 0 of those that stand without quotation marks.
 func truth(field func(*stanza) *bool) func(*stanza, string) error {
 	return func(s *stanza, value string) error {
 		switch strings.TrimSpace(value) {
-		case "true":
+		case "true", "1":
 			*field(s) = true
-		case "false":
+		case "false", "0":
 			*field(s) = false
 		default:
 			return fmt.Errorf("is neither \"true\" nor \"false\"")

@@ -52,6 +52,9 @@ func TestStanzasAreRead(t *testing.T) {
 		"several HSMs in a file": {
 			map[string]string{"config": "/etc/nitroseal/nitroseal.hcl"}, stanza{config: "/etc/nitroseal/nitroseal.hcl"},
 		},
+		"truths without quotation marks, which OpenBao hands over as numbers": {
+			map[string]string{"config": "/c.hcl", "accept_single_hsm": "1", "backup_confirmed": "0"}, stanza{config: "/c.hcl", acceptSingleHSM: true},
+		},
 		"blanks around a value": {
 			map[string]string{"type": " nethsm ", "urls": " https://a ", "username": " operator "},
 			stanza{device: device.Config{Type: "nethsm", URLs: []string{"https://a"}, Username: "operator"}},
