@@ -35,8 +35,8 @@ type fixture struct {
 
 	mu     sync.Mutex
 	opened []*hsmtest.Memory // what wrappers have opened
-	dir   string
-	log   *log
+	dir    string
+	log    *log
 }
 
 // log is a log that is read while it is written.
