@@ -48,6 +48,7 @@ type gate struct {
 // waiter is an opening that waits.
 type waiter struct {
 	since time.Time
+	ends  time.Time  // when nobody waits for it any more; zero for never
 	in    chan error // one value: nil for "you are in"
 	bytes int        // of its envelope
 }
@@ -70,6 +71,7 @@ func (g *gate) enter(ctx context.Context, patient bool, bytes int) (leave func()
 		return nil, err
 	}
 	w := &waiter{since: g.now(), in: make(chan error, 1), bytes: bytes}
+	w.ends, _ = ctx.Deadline()
 	queue := &g.urgent
 	if patient {
 		queue = &g.patient
@@ -108,13 +110,19 @@ func (g *gate) hopeless(ctx context.Context, patient bool, bytes int) error {
 	if patient {
 		before += g.patient.Len()
 	}
-	wait := time.Duration(before) * g.pace()
+	wait := g.takes(before)
 	deadline, bounded := ctx.Deadline()
 	room := g.urgent.Len()+g.patient.Len() < maxWaiting && g.bytes+bytes <= maxWaitingBytes
 	if room && (!bounded || wait < deadline.Sub(g.now())) {
 		return nil
 	}
 	return &transit.BusyError{After: g.after(wait - openLimit/2), Cause: "too many openings wait for an HSM"}
+}
+
+// takes is how long it takes until an opening with so many before it is done.
+func (g *gate) takes(before int) time.Duration {
+	parallel := max(1, g.width()/2) // itself lasts as long as the ends of so many are apart
+	return time.Duration(before+parallel) * g.pace()
 }
 
 // after bounds a pause.
@@ -136,6 +144,14 @@ func (g *gate) give() {
 		w := g.next()
 		if w == nil {
 			return
+		}
+		// Half as long again, because no two operations take the same time, and with a queue as long as is possible everybody has
+		// just what is needed: an HSM would do them all for nobody.
+		if wait := g.takes(g.inside) * 3 / 2; wait > 0 && !w.ends.IsZero() && w.ends.Sub(g.now()) < wait {
+			w.in <- &transit.BusyError{
+				After: g.after(g.takes(g.inside+g.urgent.Len()) - openLimit/2), Cause: "waiting for an HSM took too long",
+			}
+			continue
 		}
 		g.inside++
 		w.in <- nil
