@@ -104,6 +104,10 @@ func (k *KEK) Envelope() *Envelope { return k.sealed }
 // Raw returns the text of that envelope.
 func (k *KEK) Raw() []byte { return []byte(k.sealed.raw) }
 
+// Equal tells whether both are the same key, sealed in the same text. Two texts that hold the same key may open with different HSM
+// keys: for several recipients, nothing but opening tells whether each one's part is whole.
+func (k *KEK) Equal(other *KEK) bool { return k.encoded == other.encoded }
+
 // Check returns [ErrNotAuthentic] where what the envelope held is not the key that it names.
 func (k *KEK) Check(key []byte) error {
 	if len(key) != KEKSize || KEKID(key) != k.id {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/memory"
 )
@@ -40,8 +41,9 @@ type flight struct {
 	done    chan struct{} // closed when the rest is set
 	opened  *lease        // nil where it failed
 	err     error
-	held    bool // as a lease: else the last who leaves wipes it
-	waiters int  // who has not left, the leader included; under leases.mu
+	held    bool          // as a lease: else the last who leaves wipes it
+	length  time.Duration // of the lease that the key had when it began
+	waiters int           // who has not left, the leader included; under leases.mu
 	ctx     context.Context
 	cancel  context.CancelFunc
 }
@@ -52,13 +54,22 @@ func (k *Keyring) sealLeased(rec *record, v *version, c envelope.Context, auth *
 	if c.Use != envelope.UseTransit || rec.lease() == 0 || v.kek == nil || len(payload) > envelope.MaxLeasedPayload {
 		return nil, false, nil
 	}
-	if l := k.leaseOf(rec, leaseID{rec.Name, v.Number, v.kek.ID()}); l != nil {
+	if l := k.sealingLease(rec, v); l != nil {
 		if raw, ok, err = l.seal(c, auth, payload); ok {
 			return raw, true, err
 		}
 	}
 	k.openSoon(rec, v.kek)
 	return nil, false, nil
+}
+
+// sealingLease returns the lease of a version's KEK, nil where it is not open. What is sealed carries the KEK as the lease opened
+// it, so that must be as the record has it: a copy that an envelope brought may open with one of the HSMs alone.
+func (k *Keyring) sealingLease(rec *record, v *version) *lease {
+	if l := k.leaseOf(rec, leaseID{rec.Name, v.Number, v.kek.ID()}); l != nil && l.kek.Equal(v.kek) {
+		return l
+	}
+	return nil
 }
 
 // openLeased opens a leased envelope: with the lease of its KEK or, where none is open, by opening the KEK that it carries
@@ -100,7 +111,7 @@ func (k *Keyring) OpenLease(ctx context.Context, name string) error {
 		return err
 	}
 	v := rec.sealsWith(envelope.UseTransit)
-	if rec.lease() == 0 || v == nil || v.kek == nil || k.leaseOf(rec, leaseID{name, v.Number, v.kek.ID()}) != nil {
+	if rec.lease() == 0 || v == nil || v.kek == nil || k.sealingLease(rec, v) != nil {
 		return nil
 	}
 	auth, err := k.authKey(ctx, rec, v.Number)
@@ -176,7 +187,7 @@ func (k *Keyring) openKEK(
 ) (opened *lease, leave func(), err error) {
 	id := flightID{leaseID{rec.Name, v.Number, kek.ID()}, string(kek.Raw())}
 	for {
-		f, leads := k.board(ctx, id)
+		f, leads := k.board(ctx, id, rec.lease())
 		if leads {
 			k.fly(f, id, rec, v, kek, auth)
 		}
@@ -201,14 +212,14 @@ func (k *Keyring) openKEK(
 }
 
 // board takes part in the opening of a KEK, or begins one and leads it.
-func (k *Keyring) board(ctx context.Context, id flightID) (f *flight, leads bool) {
+func (k *Keyring) board(ctx context.Context, id flightID, length time.Duration) (f *flight, leads bool) {
 	k.leases.mu.Lock()
 	defer k.leases.mu.Unlock()
 	if f := k.leases.flights[id]; f != nil {
 		f.waiters++
 		return f, false
 	}
-	f = &flight{done: make(chan struct{}), waiters: 1, ctx: ctx}
+	f = &flight{done: make(chan struct{}), waiters: 1, ctx: ctx, length: length}
 	if k.leases.flights == nil {
 		k.leases.flights = map[flightID]*flight{}
 	}
@@ -252,7 +263,19 @@ func (k *Keyring) fly(f *flight, id flightID, rec *record, v *version, kek *enve
 	})
 	defer stop()
 
-	f.opened, f.err = k.unsealKEK(ctx, id.leaseID, rec, v, kek, auth)
+	f.err = errCutOff // stays where a provider panics: nobody may wait for ever
+	defer func() { k.land(f, id, ended) }()
+	f.opened, f.err = k.unsealKEK(ctx, id.leaseID, v, kek, auth)
+	if f.err == nil {
+		f.opened.length = k.leaseNow(ctx, rec)
+	}
+}
+
+// errCutOff is what those see who waited for an opening that did not come to its end.
+var errCutOff = fmt.Errorf("opening the key encryption key was cut off: %w: try again", hsm.ErrUnavailable)
+
+// land ends a flight for all who are in it, and holds what it opened unless all leases were ended meanwhile.
+func (k *Keyring) land(f *flight, id flightID, ended uint64) {
 	var replaced *lease
 	k.leases.mu.Lock()
 	delete(k.leases.flights, id)
@@ -266,14 +289,27 @@ func (k *Keyring) fly(f *flight, id flightID, rec *record, v *version, kek *enve
 		replaced.aes.Wipe()
 	}
 	if f.held {
-		k.logger.Info("lease opened", "key", rec.Name, "version", v.Number, "kid", id.kid, "device", f.opened.device, "lease",
-			rec.lease(), "renewed", replaced != nil, "locked", f.opened.aes.Locked())
+		k.logger.Info("lease opened", "key", id.key, "version", id.version, "kid", id.kid, "device", f.opened.device, "lease",
+			f.length, "renewed", replaced != nil, "locked", f.opened.aes.Locked())
 	}
+}
+
+// leaseNow returns how long an opened KEK may be held: somebody may have changed the lease, or deleted the key, since the record was
+// read.
+func (k *Keyring) leaseNow(ctx context.Context, rec *record) time.Duration {
+	now, err := k.lookup(ctx, rec.Name)
+	switch {
+	case errors.Is(err, ErrKeyNotFound):
+		return 0
+	case err != nil: // what could be read last holds, as for everything else
+		return rec.lease()
+	}
+	return min(rec.lease(), now.lease())
 }
 
 // unsealKEK opens a KEK with one HSM operation and puts it into locked memory.
 func (k *Keyring) unsealKEK(
-	ctx context.Context, id leaseID, rec *record, v *version, kek *envelope.KEK, auth *envelope.AuthKey,
+	ctx context.Context, id leaseID, v *version, kek *envelope.KEK, auth *envelope.AuthKey,
 ) (*lease, error) {
 	key, rcpt, err := k.openAnywhere(ctx, kek.Envelope(), kek.Envelope().Context(), v, auth)
 	if err != nil {
@@ -287,7 +323,7 @@ func (k *Keyring) unsealKEK(
 	if err != nil {
 		return nil, fmt.Errorf("keeping the key encryption key: %w", err)
 	}
-	return &lease{id: id, kek: kek, aes: aes, device: rcpt.Device, opened: k.moment(), length: rec.lease()}, nil
+	return &lease{id: id, kek: kek, aes: aes, device: rcpt.Device, opened: k.moment()}, nil
 }
 
 // lease is how long an opened KEK of the key is held; 0 for strict mode.

@@ -160,12 +160,12 @@ func (k *Keyring) endWhere(over func(*lease) bool) {
 	}
 }
 
-// shorten makes the leases of a key no longer than its setting is now. What is being opened by an older one is not held.
+// shorten makes the leases of a key no longer than its setting is now. What is being opened by a longer one is not held.
 func (k *Keyring) shorten(name string, setting time.Duration) {
 	now := k.moment()
 	k.leases.mu.Lock()
-	for id := range k.leases.flights {
-		if id.key == name {
+	for id, f := range k.leases.flights {
+		if id.key == name && f.length > setting {
 			k.leases.ended++
 			break
 		}

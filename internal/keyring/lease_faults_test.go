@@ -1,0 +1,164 @@
+package keyring
+
+import (
+	"context"
+	"encoding/base64"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
+)
+
+// withoutSecond returns a leased envelope whose KEK no longer opens with the second of its two recipients.
+func withoutSecond(t *testing.T, raw []byte) []byte {
+	t.Helper()
+	b64 := base64.RawURLEncoding
+	const begin = `{"protected":"`
+	protected, rest, _ := strings.Cut(string(raw[len(begin):]), `"`)
+	header, err := b64.DecodeString(protected)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, kek, _ := strings.Cut(string(header), `"kek":"`)
+	kek, after, _ := strings.Cut(kek, `"`)
+	sealed, err := b64.DecodeString(kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const member = `"encrypted_key":"`
+	at := strings.LastIndex(string(sealed), member) + len(member)
+	copy(sealed[at:], "AAAAAAAA")
+	header = []byte(before + `"kek":"` + b64.EncodeToString(sealed) + `"` + after)
+	return []byte(begin + b64.EncodeToString(header) + `"` + rest)
+}
+
+// Who may ask for openings decides what KEK is opened, and a copy of ours that opens on one HSM alone is still ours.
+func TestWhatIsSealedCarriesTheKEKOfTheRecordWhicheverCopyWasOpened(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.addTwo()
+		f.openLease()
+		crippled := withoutSecond(t, f.encrypt("x").Envelope)
+		f.EndLeases()
+		if _, err := f.decrypt(crippled); err == nil {
+			t.Fatal("an envelope that was changed opened")
+		}
+		first := f.encrypt("sealed at once").Envelope
+		synctest.Wait()
+		leased := f.encrypt("sealed later")
+		if !leased.Leased {
+			t.Error("a copy that was changed keeps the lease from being opened")
+		}
+		pass(testLease - time.Minute) // its last fifth
+		f.encrypt("renews")
+		synctest.Wait()
+		last := f.encrypt("sealed after a renewal").Envelope
+		f.EndLeases()
+		f.devices.set("one", nil)
+		f.decrypts(first, "sealed at once")
+		f.decrypts(leased.Envelope, "sealed later")
+		f.decrypts(last, "sealed after a renewal")
+	})
+}
+
+// panics is a device of which a provider's mistake comes out once.
+type panics struct {
+	Devices
+	once sync.Once
+}
+
+func (p *panics) Device(ctx context.Context, name string) (hsm.Device, error) {
+	p.once.Do(func() { pass(time.Second); panic("a mistake") })
+	return p.Devices.Device(ctx, name)
+}
+
+func TestAPanicWhileAKEKIsOpenedLeavesNobodyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.EndLeases()
+		f.Keyring.devices = &panics{Devices: f.devices}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		open := func() error {
+			_, err := f.Unwrap(ctx, "prod", envelope.UseTransit, raw, nil)
+			return err
+		}
+		var all sync.WaitGroup
+		all.Go(func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("the panic was swallowed")
+				}
+			}()
+			_ = open()
+		})
+		synctest.Wait()
+		all.Go(func() {
+			if err := open(); err == nil || ctx.Err() != nil {
+				t.Errorf("who waited: %v", err)
+			}
+		})
+		all.Wait()
+		if err := open(); err != nil {
+			t.Errorf("who comes later: %v", err)
+		}
+	})
+}
+
+func TestARecordThatIsReadAnewMeanwhileDoesNotCostTheLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.EndLeases()
+		f.one.Delay(time.Second)
+		f.spends(1, "two openings, and between them somebody wrote the record of a key", func() {
+			var all sync.WaitGroup
+			all.Go(func() { f.decrypts(raw, "x") })
+			synctest.Wait()
+			f.Invalidate("")
+			all.Wait()
+			f.decrypts(raw, "x")
+		})
+	})
+}
+
+// Whoever looked the record up before the lease was taken away may open the KEK only afterwards.
+func TestALeaseThatWasTakenAwayJustBeforeItIsOpenedIsNotHeld(t *testing.T) {
+	for name, takeAway := range map[string]func(f *fixture){
+		"by its setting": func(f *fixture) { f.configure(Settings{Lease: ptr(time.Duration(0))}) },
+		"with the wrapping key": func(f *fixture) {
+			f.configure(Settings{DeletionAllowed: ptr(true)})
+			if err := f.Delete(f.t.Context(), "prod", DeleteRequest{}); err != nil {
+				f.t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newLeased(t)
+			rec, err := f.lookup(t.Context(), "prod")
+			if err != nil {
+				t.Fatal(err)
+			}
+			auth, err := f.authKey(t.Context(), rec, 1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			takeAway(f)
+			_, leave, err := f.openKEK(t.Context(), rec, rec.version(1), rec.version(1).kek, auth)
+			if err != nil {
+				t.Fatal(err)
+			}
+			leave()
+			if held := f.Leases(); len(held) != 0 {
+				t.Errorf("held %+v", held)
+			}
+		})
+	}
+}
