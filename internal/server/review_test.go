@@ -12,10 +12,12 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/internal/transit"
@@ -205,4 +207,23 @@ func TestOpeningsThatWaitTakeBoundedMemory(t *testing.T) {
 		come(t.Context(), 1)
 		running.Wait()
 	})
+}
+
+// TestAReloadBeforeKeysCanSealDoesNotSayReady: systemd would start a Vault, and it would end.
+func TestAReloadBeforeKeysCanSealDoesNotSayReady(t *testing.T) {
+	w := newWorld(t)
+	w.token(token.Spec{})
+	w.units[0].away(hsm.ErrUnavailable)
+	r := w.start(nil)
+	r.reload <- syscall.SIGHUP
+	eventually(t, "the configuration is read", func() bool { return r.logged.count("the new configuration is in use") == 1 })
+	r.reload <- syscall.SIGHUP // taken when the loop has turned
+	if told := r.told.String(); strings.Contains(told, "READY=1") {
+		t.Errorf("systemd was told\n%s", told)
+	}
+	w.units[0].away(nil)
+	r.waitReady()
+	eventually(t, "systemd is told", func() bool { return r.told.count("READY=1") >= 1 })
+	r.reload <- syscall.SIGHUP
+	eventually(t, "systemd is told of a reload", func() bool { return r.told.count("RELOADING=1") == 1 && r.told.count("READY=1") == 2 })
 }

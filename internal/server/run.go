@@ -235,6 +235,10 @@ func (s *server) loop(ctx context.Context, reload <-chan os.Signal) error {
 			s.monitor.Retry()
 			relisten.Reset(monitor.Jittered(monitor.RetryPause))
 		case <-reload:
+			if !ready { // systemd waits for the first time, and starts Vaults when it hears of readiness
+				s.reload(ctx)
+				continue
+			}
 			s.notify.Reloading()
 			s.reload(ctx)
 			s.notify.Ready(s.status())
