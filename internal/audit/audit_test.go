@@ -331,6 +331,30 @@ func TestManyActsAtOneTimeCostFewWrites(t *testing.T) {
 	})
 }
 
+func TestAThousandActsAtOneTimeFindRoomInASinkThatIsSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const acts = 4000 // connections that a seal server has at one time
+		sink := &fakeSink{name: "slow", write: func() error { time.Sleep(5 * time.Millisecond); return nil }}
+		l := open(t, Options{OutcomesLater: true}, sink)
+		var all sync.WaitGroup
+		for range acts {
+			all.Go(func() {
+				end, err := l.Begin(t.Context(), unseal)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				end(nil)
+			})
+		}
+		all.Wait()
+		must(t, l.Close())
+		if missed := l.Sinks()[0].Missed; missed > 0 || len(sink.lines) != 2*acts {
+			t.Errorf("%d lines, %d missed", len(sink.lines), missed)
+		}
+	})
+}
+
 func TestAQueueThatIsFullMissesLinesInsteadOfWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})

@@ -9,8 +9,10 @@ import (
 )
 
 const (
-	maxWaiting = 1024 // lines that wait for one sink; more are missed
-	maxBatch   = 64   // lines that are written together
+	// maxWaiting is how many lines wait for one sink; more are missed. A thousand Vaults that come back at one time announce
+	// a thousand openings, and as many ends of them follow: a sink that is well misses none of that.
+	maxWaiting = 8192
+	maxBatch   = 256 // lines that are written together
 )
 
 // writer is a sink with the goroutine that writes to it.
@@ -20,7 +22,7 @@ type writer struct {
 	now      func() time.Time
 	patience time.Duration // after which the sink counts as one that hangs
 
-	queue    chan entry
+	queue    chan *entry   // pointers: the room for them is there from the start
 	ended    chan struct{} // closed when the goroutine has ended
 	closeErr error         // of the sink, once ended
 
@@ -50,7 +52,7 @@ type answer struct {
 func newWriter(sink Sink, logger *slog.Logger, now func() time.Time, patience time.Duration) *writer {
 	w := &writer{
 		sink: sink, logger: logger, now: now, patience: patience,
-		queue: make(chan entry, maxWaiting), ended: make(chan struct{}), reopen: true,
+		queue: make(chan *entry, maxWaiting), ended: make(chan struct{}), reopen: true,
 	}
 	go w.run() // ends when the queue is closed; Log.Close waits for it
 	return w
@@ -61,7 +63,7 @@ func newWriter(sink Sink, logger *slog.Logger, now func() time.Time, patience ti
 func (w *writer) enqueue(r record, answers chan<- answer) (hangs bool, err error) {
 	hangs = w.hangs()
 	select {
-	case w.queue <- entry{record: r, answers: answers, hung: hangs}:
+	case w.queue <- &entry{record: r, answers: answers, hung: hangs}:
 		return hangs, nil
 	default:
 		err := fmt.Errorf("%s: %d lines wait for it already", w.sink.Name(), maxWaiting)
@@ -76,7 +78,7 @@ func (w *writer) check(answers chan<- answer) bool {
 		return false
 	}
 	select {
-	case w.queue <- entry{answers: answers, check: true}:
+	case w.queue <- &entry{answers: answers, check: true}:
 		return true
 	default:
 		return false
@@ -87,8 +89,8 @@ func (w *writer) check(answers chan<- answer) bool {
 func (w *writer) run() {
 	defer close(w.ended)
 	for first := range w.queue {
-		var checks []entry
-		batch := []entry{first}
+		var checks []*entry
+		batch := []*entry{first}
 	gather:
 		for !first.check && len(batch) < maxBatch {
 			select {
@@ -115,7 +117,7 @@ func (w *writer) run() {
 }
 
 // write writes a batch and keeps account of it.
-func (w *writer) write(batch []entry) error {
+func (w *writer) write(batch []*entry) error {
 	w.mu.Lock()
 	w.busy = time.Now()
 	reopen, before := w.reopen, w.pending
@@ -161,7 +163,7 @@ func (w *writer) write(batch []entry) error {
 }
 
 // give encodes a batch and hands it to the sink. The first line tells what was missed before it.
-func (w *writer) give(batch []entry, reopen bool, before missed) error {
+func (w *writer) give(batch []*entry, reopen bool, before missed) error {
 	if reopen {
 		if err := w.sink.Reopen(); err != nil {
 			return err
