@@ -334,7 +334,7 @@ func TestManyActsAtOneTimeCostFewWrites(t *testing.T) {
 func TestAThousandActsAtOneTimeFindRoomInASinkThatIsSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const acts = 4000 // connections that a seal server has at one time
-		sink := &fakeSink{name: "slow", write: func() error { time.Sleep(5 * time.Millisecond); return nil }}
+		sink := &fakeSink{name: "slow", write: func() error { <-time.After(5 * time.Millisecond); return nil }}
 		l := open(t, Options{OutcomesLater: true}, sink)
 		var all sync.WaitGroup
 		for range acts {
