@@ -100,8 +100,8 @@ OpenBao in its configuration, as args = ["ARGUMENT", …] of the stanza plugin "
   -secrets-dir=DIR          the directory under which the files lie that mounts may name as pin_file, password_file and so
                             on; none without it
   -nethsm-url=URL           a node that devices of type nethsm may name; repeat it for more. Without it they may name any
-                            node, but no file of -secrets-dir: whoever may write devices/ could have it sent to a server
-                            of their own
+                            node, but those of mounts no file of -secrets-dir: whoever may write devices/ could have it
+                            sent to a server of their own
   -state-dir=DIR            where a PIN is remembered that was wrong, so that it is sent once only, and where stores of
                             type "file" lie; must be the same for all plugins on this machine, and survive restarts.
                             Without it no PIN is sent at all
