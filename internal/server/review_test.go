@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -226,4 +228,28 @@ func TestAReloadBeforeKeysCanSealDoesNotSayReady(t *testing.T) {
 	eventually(t, "systemd is told", func() bool { return r.told.count("READY=1") >= 1 })
 	r.reload <- syscall.SIGHUP
 	eventually(t, "systemd is told of a reload", func() bool { return r.told.count("RELOADING=1") == 1 && r.told.count("READY=1") == 2 })
+}
+
+// TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd.
+func TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd(t *testing.T) {
+	used := make([][]byte, 128)
+	for i := range used {
+		used[i] = make([]byte, 1<<20)
+	}
+	runtime.GC()
+	synctest.Test(t, func(t *testing.T) {
+		s := &server{timing: usual()}
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { s.saveMemory(ctx) })
+		<-time.After(2 * time.Second)
+		synctest.Wait()
+		if limit := debug.SetMemoryLimit(-1); limit < 128<<20*5/4 {
+			t.Errorf("with 128 MiB in use the limit is %d MiB", limit>>20)
+		}
+		stop()
+		running.Wait()
+	})
+	runtime.KeepAlive(used) // and no longer
+	runtime.GC() // other tests count what is in use as well
 }
