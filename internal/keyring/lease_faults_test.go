@@ -3,6 +3,7 @@ package keyring
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"strings"
 	"sync"
 	"testing"
@@ -160,5 +161,66 @@ func TestALeaseThatWasTakenAwayJustBeforeItIsOpenedIsNotHeld(t *testing.T) {
 				t.Errorf("held %+v", held)
 			}
 		})
+	}
+}
+
+func TestAnOpenLeaseOpensNoVersionThatIsTooOld(t *testing.T) {
+	f := newLeased(t)
+	f.openLease()
+	raw := f.encrypt("x").Envelope
+	f.rotate("two", "rsa")
+	f.backup()
+	f.configure(Settings{MinDecryptionVersion: ptr(2)})
+	f.lookedUp()
+	if len(f.Leases()) == 0 {
+		t.Fatal("no lease is open")
+	}
+	if _, ok, err := f.OpenLeased("prod", raw, envelope.Context{Use: envelope.UseTransit}); ok || err != nil {
+		t.Errorf("OpenLeased: %v, %v", ok, err)
+	}
+	if _, err := f.decrypt(raw); !errors.Is(err, ErrVersionTooOld) {
+		t.Errorf("opening: %v", err)
+	}
+}
+
+// A record that another process wrote says what holds from when it is read, also before [Keyring.Invalidate] is heard.
+func TestALeaseThatAnotherProcessMadeShorterEndsWhenTheRecordIsRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		other := New(Config{Records: f.store, Devices: f.devices, SealAuthKeys: true})
+		if _, err := other.Configure(t.Context(), "prod", Settings{Lease: ptr(MinLease)}); err != nil {
+			t.Fatal(err)
+		}
+		f.cache.drop("prod")
+		f.spends(0, "within it", func() { f.decrypts(raw, "x") })
+		pass(MinLease)
+		f.spends(1, "after it", func() { f.decrypts(raw, "x") })
+	})
+}
+
+// Only who has the authentication key can make one, which is no reason to hold it under a wrong name.
+func TestAKEKThatIsNotTheOneItNamesIsNotHeld(t *testing.T) {
+	f := newLeased(t)
+	rec, err := f.lookup(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	auth, err := f.authKey(t.Context(), rec, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := rec.version(1)
+	raw, err := envelope.Seal(v.kek.Envelope().Context(), v.sealTo(), auth, envelope.NewKEK())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := envelope.ParseKEK(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := f.openKEK(t.Context(), rec, v, other, auth); !errors.Is(err, envelope.ErrNotAuthentic) || len(f.Leases()) != 0 {
+		t.Errorf("opened: %v; held %+v", err, f.Leases())
 	}
 }
