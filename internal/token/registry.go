@@ -1,6 +1,7 @@
 package token
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -178,13 +179,15 @@ func (r *Registry) Refresh(ctx context.Context) error {
 			s.Source = SourceStore
 		}
 	})
-	r.save(tokens, at, err)
+	if untold == 0 {
+		r.save(tokens, at)
+	}
 	return err
 }
 
 // read asks the store. Items that are known are not read again each time, since they never change; those that are not listed any
 // more are gone in any case, also where others could not be read, which is an error beside the result. Untold are those of which
-// nothing is known.
+// nothing is known because the store stopped answering.
 func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]Token, damaged, untold int, err error) {
 	ids, err := list(ctx, r.options.Store)
 	if err != nil {
@@ -199,15 +202,16 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 	}
 	tokens = make(map[string]Token, len(ids))
 	var failure error
+	away := false // it is not asked for the rest, each for as long as it takes to give up
 	for _, id := range ids {
 		t, have := before[id]
-		if have && (failure != nil || now.Sub(r.checked[id]) < againAfter) {
+		if have && (away || now.Sub(r.checked[id]) < againAfter) {
 			tokens[id] = t
 		}
 		if tokens[id].ID != "" {
 			continue
 		}
-		if failure != nil {
+		if away {
 			untold++
 			continue
 		}
@@ -222,10 +226,12 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 			damaged++
 			r.complain(id, err)
 		default:
-			failure = err
-			if have {
+			failure = cmp.Or(failure, err)
+			away = errors.Is(err, store.ErrUnavailable) || ctx.Err() != nil
+			switch {
+			case have:
 				tokens[id] = t
-			} else {
+			case away:
 				untold++
 			}
 		}
@@ -296,8 +302,8 @@ func (r *Registry) tell(before, after map[string]Token, err error) {
 }
 
 // save copies the list to the local disk where it changed, so that a restart without the store knows it.
-func (r *Registry) save(tokens map[string]Token, at time.Time, incomplete error) {
-	if r.options.Cache == "" || incomplete != nil {
+func (r *Registry) save(tokens map[string]Token, at time.Time) {
+	if r.options.Cache == "" {
 		return
 	}
 	raw, sum, err := encodeCopy(tokens, r.options.Origin, at)

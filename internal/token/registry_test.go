@@ -480,6 +480,40 @@ func TestUntilAllTokensWereToldNobodyKnowsThemAll(t *testing.T) {
 	}
 }
 
+// A file that root has put back from a backup, for example.
+func TestAnItemThatMayNotBeReadHarmsNoOther(t *testing.T) {
+	shelf := newShelf(t)
+	texts := map[string]string{}
+	for range 3 {
+		made, text := prod(t, shelf)
+		texts[made.ID] = text
+	}
+	ids := slices.Sorted(maps.Keys(texts))
+	shelf.fail(func(operation, name string) error {
+		if operation == "get" && name == folder+ids[0] {
+			return store.ErrDenied
+		}
+		return nil
+	})
+	cache := filepath.Join(t.TempDir(), "tokens.cache")
+	r := NewRegistry(RegistryOptions{Store: shelf, Cache: cache})
+	for range 2 {
+		if err := r.Refresh(t.Context()); !errors.Is(err, store.ErrDenied) || r.Status().Source != SourceStore {
+			t.Errorf("%v, %+v: nobody waits for what a person has to mend", err, r.Status())
+		}
+		if takes(t, r, texts[ids[0]]) || !takes(t, r, texts[ids[1]]) || !takes(t, r, texts[ids[2]]) {
+			t.Errorf("of %v the tokens %v are known", ids, r.IDs())
+		}
+	}
+	if _, err := Revoke(t.Context(), shelf, ids[2]); err != nil {
+		t.Fatal(err)
+	}
+	_ = r.Refresh(t.Context())
+	if copied, _, err := readCopy(cache, ""); err != nil || len(copied) != 1 || copied[ids[1]].ID == "" {
+		t.Errorf("the copy has %v, %v", slices.Collect(maps.Keys(copied)), err)
+	}
+}
+
 // The store told which tokens there are before it went away: the copy knows no better.
 func TestACopyDoesNotBringBackWhatTheStoreSaidIsGone(t *testing.T) {
 	shelf := newShelf(t)
