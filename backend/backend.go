@@ -212,10 +212,10 @@ func (b *backend) clean(context.Context) {
 	ended := make(chan struct{})
 	go func() { // ends with the last job
 		defer close(ended)
-		b.jobs.wait()
-		if err := b.keys.Close(); err != nil {
+		if err := b.keys.Close(); err != nil { // what still runs uses it without leases
 			b.logger.Warn("closing the keyring", "error", err)
 		}
+		b.jobs.wait()
 		if err := b.clusters.custodian.Close(); err != nil {
 			b.logger.Warn("closing the connections to clusters", "error", err)
 		}

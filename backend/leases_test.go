@@ -124,3 +124,24 @@ func TestLeasesEndWithTheUseOfTheHSM(t *testing.T) {
 		})
 	}
 }
+
+// A job that must not be cut off may go on for minutes after the mount was ended.
+func TestNoLeaseIsHeldWhileAMountThatEndsWaitsForItsJobs(t *testing.T) {
+	m, _, _ := leased(t)
+	goOn := make(chan struct{})
+	m.jobs.start(m.closing, "a job", func(context.Context) { <-goOn })
+	cleaned := make(chan struct{})
+	go func() {
+		defer close(cleaned)
+		m.Cleanup(context.Background())
+	}()
+	defer func() {
+		close(goOn)
+		<-cleaned
+		m.remount()
+	}()
+	await(t, "the leases to end for good", func() bool {
+		m.keys.EndLeases()
+		return m.closing.Err() != nil && m.keys.OpenLease(t.Context(), "prod") == nil && len(m.keys.Leases()) == 0
+	})
+}
