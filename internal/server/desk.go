@@ -38,7 +38,7 @@ var _ transit.Keys = (*desk)(nil)
 const quietTime = 10 * time.Second
 
 func newDesk(keys Keys, names []string, m *metrics, logger *slog.Logger) *desk {
-	d := &desk{keys: keys, names: names, metrics: m, logger: logger, recent: newRecent(time.Now)}
+	d := &desk{keys: keys, names: names, metrics: m, logger: logger, recent: newRecent(recentFor, time.Now)}
 	d.gates.Store(&map[string]*gate{})
 	d.waiting.Store(&map[string]struct{}{})
 	return d

@@ -88,13 +88,34 @@ type gatekeeper struct {
 	wardrobe *wardrobe
 	most     *atomic.Int64
 	open     *atomic.Int64
+	regulars *recent
 	refused  func()
+}
+
+// full tells whether a connection is one too many. The last quarter is for addresses from which a good token came: whoever has none
+// could take the server from all others by connecting again and again.
+func (g *gatekeeper) full(conn net.Conn) bool {
+	open, most := g.open.Load(), g.most.Load()
+	return open >= most || open >= most-most/4 && !g.regulars.has(address(conn))
+}
+
+// address is what a peer cannot choose freely of its address.
+func address(conn net.Conn) []byte {
+	peer, ok := conn.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return nil
+	}
+	const own = 8 // bytes of an IPv6 address; a network of the last ones is anybody's
+	if ip := peer.AddrPort().Addr().Unmap(); ip.Is6() {
+		return ip.AsSlice()[:own]
+	}
+	return peer.IP.To4()
 }
 
 // Accept implements [net.Listener].
 func (g *gatekeeper) Accept() (net.Conn, error) {
 	raw, err := g.Listener.Accept()
-	for err == nil && g.open.Load() >= g.most.Load() {
+	for err == nil && g.full(raw) {
 		g.refused()
 		_ = raw.Close() // it has nothing to lose
 		raw, err = g.Listener.Accept()
@@ -116,8 +137,9 @@ func (g *gatekeeper) Accept() (net.Conn, error) {
 type visit struct {
 	net.Conn
 
-	gone    func()
-	clients uint64 // see armour
+	gone     func()
+	clients  uint64      // see armour
+	welcomed atomic.Bool // a good token came over it
 }
 
 // Close implements [net.Conn].
@@ -135,6 +157,13 @@ func withVisit(ctx context.Context, conn net.Conn) context.Context {
 		conn = secure.NetConn()
 	}
 	return context.WithValue(ctx, visitKey{}, conn)
+}
+
+// welcome notes where a good token came from.
+func (s *server) welcome(r *http.Request) {
+	if v, ok := r.Context().Value(visitKey{}).(*visit); ok && !v.welcomed.Load() && v.welcomed.CompareAndSwap(false, true) {
+		s.regulars.add(address(v))
+	}
 }
 
 // stale tells whether a request came over a connection whose client certificate was checked against CAs of before.

@@ -17,7 +17,7 @@ import (
 
 func TestWhatWasSealedIsRememberedForAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRecent(time.Now)
+		r := newRecent(recentFor, time.Now)
 		r.add([]byte("first"))
 		<-time.After(recentFor - time.Second)
 		r.add([]byte("second"))
@@ -37,7 +37,7 @@ func TestWhatWasSealedIsRememberedForAMinute(t *testing.T) {
 }
 
 func TestTheMemoryOfWhatWasSealedIsBounded(t *testing.T) {
-	r := newRecent(time.Now)
+	r := newRecent(recentFor, time.Now)
 	for i := range 5 * maxRecent {
 		r.add(fmt.Appendf(nil, "envelope %d", i))
 	}

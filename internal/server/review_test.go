@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -251,5 +252,28 @@ func TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd(t *testing.T) {
 		running.Wait()
 	})
 	runtime.KeepAlive(used) // and no longer
-	runtime.GC() // other tests count what is in use as well
+	runtime.GC()            // other tests count what is in use as well
+}
+
+// TestStrangersDoNotTakeAllConnections: they need no token to connect.
+func TestStrangersDoNotTakeAllConnections(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	r := w.start(func(site *Site) { site.Listen.MaxConnections = 8 }).waitReady()
+	vault := r.client()
+	if got := r.encrypt(vault, text, "prod", "a"); got.code != http.StatusOK {
+		t.Fatalf("%d %s", got.code, got.raw)
+	}
+	vault.CloseIdleConnections()
+	eventually(t, "nobody is connected", func() bool { return r.server.conns.Load() == 0 })
+	stranger := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	for range 12 {
+		conn, err := stranger.DialContext(t.Context(), "tcp", r.at)
+		must(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+	}
+	eventually(t, "some strangers are turned away", func() bool { return r.metric("nitroseal_serve_connections_refused_total") != "0" })
+	if got, err := r.try(vault, http.MethodPut, "/v1/transit/encrypt/prod", text, `{"plaintext":"YQ=="}`); err != nil || got.code != http.StatusOK {
+		t.Errorf("a Vault that was here before: %d, %v", got.code, err)
+	}
 }

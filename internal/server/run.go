@@ -33,6 +33,7 @@ type server struct {
 	metrics  *metrics
 	hooks    *Hooks
 	holders  holders
+	regulars *recent // addresses
 	notify   *monitor.Notifier
 	monitor  *monitor.Server
 	wardrobe wardrobe
@@ -66,6 +67,7 @@ func Run(ctx context.Context, options Options) error {
 		s.logger = slog.New(slog.DiscardHandler)
 	}
 	s.hooks = newHooks(s.metrics)
+	s.regulars = newRecent(regularFor, time.Now)
 	s.metrics.registry.MustRegister(&collector{s})
 	s.wardrobe.logger, s.wardrobe.metrics = s.logger, s.metrics
 	reload, stopReload := signals(options.Reload, syscall.SIGHUP)
@@ -155,7 +157,7 @@ func (s *server) serve(f *front) {
 	s.fronts.Go(func() {
 		defer close(f.ended)
 		err := f.http.Serve(&gatekeeper{
-			Listener: f.listener, wardrobe: &s.wardrobe, most: &s.most, open: &s.conns, refused: s.metrics.refusedConns.Inc,
+			Listener: f.listener, wardrobe: &s.wardrobe, most: &s.most, open: &s.conns, regulars: s.regulars, refused: s.metrics.refusedConns.Inc,
 		})
 		if !errors.Is(err, http.ErrServerClosed) {
 			select {

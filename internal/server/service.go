@@ -65,7 +65,10 @@ func newService(site *Site, s *server) (*service, error) {
 	options := transit.HandlerOptions{
 		Keys: w.desk, Tokens: doorkeeper{site.Tokens}, Mount: site.Mount, MaxBody: site.MaxBody, Logger: s.logger, Observe: s.metrics.request,
 		Health: http.HandlerFunc(s.health),
-		Limit:  func(grant *token.Grant) time.Duration { return s.holders.ask(grant, site.Limit, time.Now()) },
+		Limit: func(r *http.Request, grant *token.Grant) time.Duration {
+			s.welcome(r)
+			return s.holders.ask(grant, site.Limit, time.Now())
+		},
 	}
 	if site.Audit != nil {
 		options.Auditor = site.Audit

@@ -136,7 +136,7 @@ func newFixture(t testing.TB) *fixture {
 	f := &fixture{keys: &keys{}, diary: &diary{}, log: &strings.Builder{}}
 	handler, err := NewHandler(HandlerOptions{
 		Keys: f.keys, Tokens: tokens{}, Mount: "/transit/", Auditor: f.diary, MaxBody: 4096,
-		Limit: func(grant *token.Grant) time.Duration {
+		Limit: func(_ *http.Request, grant *token.Grant) time.Duration {
 			if grant.ID == "limitedid2" {
 				return 1500 * time.Millisecond
 			}

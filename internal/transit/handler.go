@@ -52,7 +52,7 @@ type HandlerOptions struct {
 	Mount   string  // "" for [DefaultMount]; it may have several parts
 	Auditor Auditor // nil for none
 	// Limit is asked before each request of a token: how long it should wait, 0 for not at all. Nil for no limit.
-	Limit func(grant *token.Grant) time.Duration
+	Limit func(r *http.Request, grant *token.Grant) time.Duration
 	// Health answers /v1/sys/health; nil for 404.
 	Health http.Handler
 	// Observe is told of each request and must return at once; nil for nobody.
@@ -238,7 +238,7 @@ func (h *handler) authenticate(c *call) error {
 	if h.Limit == nil {
 		return nil
 	}
-	if wait := h.Limit(grant); wait > 0 {
+	if wait := h.Limit(c.r, grant); wait > 0 {
 		return &limitError{wait}
 	}
 	return nil
