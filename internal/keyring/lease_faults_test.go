@@ -12,6 +12,7 @@ import (
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
+	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
 // withoutSecond returns a leased envelope whose KEK no longer opens with the second of its two recipients.
@@ -222,5 +223,43 @@ func TestAKEKThatIsNotTheOneItNamesIsNotHeld(t *testing.T) {
 	}
 	if _, _, err := f.openKEK(t.Context(), rec, v, other, auth); !errors.Is(err, envelope.ErrNotAuthentic) || len(f.Leases()) != 0 {
 		t.Errorf("opened: %v; held %+v", err, f.Leases())
+	}
+}
+
+// An HSM key that is being made must find room for its version, and a key record for what a restore adds.
+func TestALeaseLeavesRoomForAnotherVersion(t *testing.T) {
+	f := newFixture(t)
+	f.adopt()
+	if _, err := f.update(t.Context(), "prod", func(rec *record) error {
+		raw, err := rec.encode()
+		rec.CreatedBy = strings.Repeat("x", store.MaxValueSize-room-len(raw))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Configure(t.Context(), "prod", Settings{Lease: ptr(testLease)}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("a lease that takes its room: %v", err)
+	}
+	if key, err := f.Get(t.Context(), "prod"); err != nil || key.Lease != 0 || key.Versions[0].KEK != "" {
+		t.Errorf("the lease is %v, the KEK %q, %v", key.Lease, key.Versions[0].KEK, err)
+	}
+	if _, err := f.Configure(t.Context(), "prod", Settings{DeletionAllowed: ptr(true)}); err != nil {
+		t.Errorf("what takes no room: %v", err)
+	}
+}
+
+func TestARecordOfANewerReleaseIsNotCalledDamagedAlone(t *testing.T) {
+	f := newLeased(t)
+	rec, err := f.lookup(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := rec.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw = append([]byte(`{"later":1,`), raw[1:]...)
+	if _, err := decodeRecord("prod", raw); !errors.Is(err, ErrRecordMalformed) || !strings.Contains(err.Error(), "newer release") {
+		t.Errorf("read: %v", err)
 	}
 }

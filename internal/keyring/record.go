@@ -237,7 +237,7 @@ func decodeStrictly(raw []byte, into any) error {
 	decoder := json.NewDecoder(bytes.NewReader(raw))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(into); err != nil {
-		return fmt.Errorf("%w: not the JSON that this release writes", ErrRecordMalformed)
+		return fmt.Errorf("%w: not the JSON that this release writes; where a newer release wrote it, use that one", ErrRecordMalformed)
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return fmt.Errorf("%w: something follows the JSON", ErrRecordMalformed)

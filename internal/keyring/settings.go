@@ -54,11 +54,15 @@ func (k *Keyring) Configure(ctx context.Context, name string, settings Settings)
 		}
 		if settings.Lease != nil {
 			rec.LeaseSeconds = int64(*settings.Lease / time.Second)
+			wanting := len(rec.wantsKEK())
 			if err := k.giveKEKs(rec); err != nil {
 				return err
 			}
 			if len(rec.wantsKEK()) > 0 {
 				return fmt.Errorf("key %q changed meanwhile: %w: send the request again", name, store.ErrConflict)
+			}
+			if wanting > 0 { // an HSM key may be in the making, and its version must fit
+				return rec.hasRoom()
 			}
 		}
 		return nil
