@@ -277,3 +277,19 @@ func TestStrangersDoNotTakeAllConnections(t *testing.T) {
 		t.Errorf("a Vault that was here before: %d, %v", got.code, err)
 	}
 }
+
+// TestAReloadThatKnowsNoTokensIsRefusedAndSaysWhy: the HSM is not to blame.
+func TestAReloadThatKnowsNoTokensIsRefusedAndSaysWhy(t *testing.T) {
+	w := newWorld(t)
+	w.timing.settle = 200 * time.Millisecond
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	r.mu.Lock()
+	r.change = func(site *Site) { site.Tokens = token.NewRegistry(token.RegistryOptions{Store: &absentStore{Store: w.tokens}}) }
+	r.mu.Unlock()
+	r.reload <- syscall.SIGHUP
+	eventually(t, "it is refused", func() bool { return r.logged.count("the store of its tokens does not tell them") == 1 })
+	if got := r.encrypt(r.client(), text, "prod", "a"); got.code != http.StatusOK {
+		t.Errorf("the configuration in use: %d %s", got.code, got.raw)
+	}
+}

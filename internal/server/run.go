@@ -365,6 +365,9 @@ func (s *server) await(ctx context.Context, next, old *service) error {
 		select {
 		case <-look.C:
 		case <-limit.C:
+			if !(doorkeeper{next.site.Tokens}).knows() {
+				return errors.New("the store of its tokens does not tell them, and there is no copy: reload again when it does")
+			}
 			return errors.New("its keys need an HSM once before they can seal, and it does not answer: reload again when it does")
 		case <-ctx.Done():
 			return ctx.Err()

@@ -256,7 +256,9 @@ func peerOf(r *http.Request) token.Peer {
 		peer.Address = at.Addr().Unmap().WithZone("")
 	}
 	if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-		peer.Certificate = r.TLS.VerifiedChains[0][0]
+		if shown := r.TLS.VerifiedChains[0][0]; time.Now().Before(shown.NotAfter) { // it may have ended since the connection was made
+			peer.Certificate = shown
+		}
 	}
 	return peer
 }

@@ -1,12 +1,15 @@
 package transit
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
@@ -57,5 +60,17 @@ func TestAnAnswerThatWasNotTakenIsInNoOtherRequestsBuffer(t *testing.T) {
 	}
 	if string(client.kept) != before {
 		t.Errorf("the answer that was not taken is now %q", client.kept)
+	}
+}
+
+// TestACertificateThatEndedVouchesForNobody, also over a connection that was made before.
+func TestACertificateThatEndedVouchesForNobody(t *testing.T) {
+	for name, lasts := range map[string]time.Duration{"good": time.Minute, "ended": -time.Minute} {
+		certificate := &x509.Certificate{NotAfter: time.Now().Add(lasts)}
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/v1/transit/decrypt/prod", nil)
+		r.TLS = &tls.ConnectionState{VerifiedChains: [][]*x509.Certificate{{certificate}}}
+		if got := peerOf(r).Certificate; (got != nil) != (lasts > 0) {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }
