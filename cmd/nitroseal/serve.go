@@ -25,10 +25,10 @@ It listens where the block serve of the configuration says, over TLS; the certif
 token ("nitroseal serve token create"). /healthz, /readyz and /metrics (Prometheus) are on 127.0.0.1:9109. Several servers may run side by
 side with the same keys and the same store of tokens.
 
-Start it before the Vaults: one that gets no answer at its start ends. Without an HSM the server starts all the same, and answers 503 until one
-has answered once; from then on it seals without any, and answers 503 to what it cannot open until the HSM is back. Started by systemd it is
-ready when the served keys can seal, and tells its watchdog that it is alive. SIGHUP reads the configuration anew; where that is wrong, the one in use stays. SIGUSR1 forgets what leases hold, at once. SIGTERM and
-Ctrl-C end it when what is under way has ended.
+Start it before the Vaults: one that gets no answer at its start ends. Without an HSM the server starts all the same, and answers 503 until
+one has answered once; from then on it seals without any, and answers 503 to what it cannot open until the HSM is back. Started by systemd
+it is ready when the served keys can seal, and tells its watchdog that it is alive. SIGHUP reads the configuration anew; where that is
+wrong, the one in use stays. SIGUSR1 forgets what leases hold, at once. SIGTERM and Ctrl-C end it when what is under way has ended.
 
 What is opened is written to the audit log before it is done. The server's own log goes to stderr.`,
 		Example: `  nitroseal serve
