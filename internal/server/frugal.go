@@ -30,7 +30,7 @@ func liveMemory() int64 {
 	if sample[0].Value.Kind() != figures.KindUint64 {
 		return 0
 	}
-	return int64(min(sample[0].Value.Uint64(), math.MaxInt32)) //nolint:gosec // it fits
+	return int64(min(sample[0].Value.Uint64(), math.MaxInt32))
 }
 
 // saveMemory keeps the limit in step with the connections. One that the operator has set (GOMEMLIMIT) stays. Where more is in use than

@@ -282,3 +282,96 @@ func TestCapacityIsTheFormulaOfTheDocuments(t *testing.T) {
 		}
 	}
 }
+
+// TestOpeningsThatWaitTakeBoundedMemory: thousands of the largest envelopes there are would be a gigabyte.
+func TestOpeningsThatWaitTakeBoundedMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(1, 0)
+		leave, err := g.enter(t.Context(), false, maxWaitingBytes)
+		must(t, err) // who is in does not wait
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		come := func(ctx context.Context, bytes int) {
+			running.Go(func() {
+				if leave, err := g.enter(ctx, false, bytes); err == nil {
+					leave()
+				}
+			})
+			synctest.Wait()
+		}
+		come(ctx, maxWaitingBytes/2)
+		come(t.Context(), maxWaitingBytes/2)
+		var busy *transit.BusyError
+		if _, err := g.enter(t.Context(), false, 1); !errors.As(err, &busy) {
+			t.Errorf("one more: %v", err)
+		}
+		stop() // one of them goes away
+		synctest.Wait()
+		come(t.Context(), maxWaitingBytes/2)
+		if _, urgent, _ := g.load(); urgent != 2 {
+			t.Errorf("%d wait", urgent)
+		}
+		leave()
+		running.Wait()
+		if g.bytes != 0 || g.inside != 0 {
+			t.Errorf("left behind: %d bytes, %d inside", g.bytes, g.inside)
+		}
+		come(t.Context(), 1)
+		running.Wait()
+	})
+}
+
+// TestAnOverloadWastesNoOperation: whoever waits for as long as is possible would get his turn too late, and a server that is asked for
+// more than its HSM can do would do nothing but such.
+func TestAnOverloadWastesNoOperation(t *testing.T) {
+	const operation, lasts = 600 * time.Millisecond, 10 * time.Minute
+	for name, believed := range map[string]time.Duration{"as measured": operation, "a bit slower than measured": operation * 5 / 6} {
+		t.Run(name, func(t *testing.T) { overload(t, believed, operation, lasts) })
+	}
+}
+
+func overload(t *testing.T, believed, operation, lasts time.Duration) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(2, believed)
+		card := make(chan struct{}, 1)
+		var mu sync.Mutex
+		done, wasted := 0, 0
+		opening := func() {
+			ctx, cancel := context.WithTimeout(t.Context(), openLimit)
+			defer cancel()
+			leave, err := g.enter(ctx, false, 1)
+			if err != nil {
+				return
+			}
+			defer leave()
+			select {
+			case card <- struct{}{}:
+				defer func() { <-card }()
+			case <-ctx.Done():
+				return
+			}
+			<-time.After(operation) // a card does what it has begun
+			mu.Lock()
+			defer mu.Unlock()
+			if done++; ctx.Err() != nil {
+				wasted++
+			}
+		}
+		var asking sync.WaitGroup
+		begun := time.Now()
+		for i := range 400 { // Vaults that ask again and again, as those do that stay sealed
+			asking.Go(func() {
+				<-time.After(time.Duration(i) * 10 * time.Millisecond)
+				for time.Since(begun) < lasts {
+					opening()
+					<-time.After(5 * time.Second)
+				}
+			})
+		}
+		asking.Wait()
+		if wasted*100 > done {
+			t.Errorf("of %d operations %d were for nobody", done, wasted)
+		}
+	})
+}

@@ -2,10 +2,15 @@ package server
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/internal/audit"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
@@ -50,5 +55,76 @@ func TestHealthTellsHowTheKeysFare(t *testing.T) {
 	}
 	if about := r.page("/v1/sys/health"); json.Unmarshal([]byte(about), &Health{}) != nil || len(about) < 100 {
 		t.Errorf("at the listener about the server: %s", about)
+	}
+}
+
+// disk is an audit sink that may be full.
+type disk struct{ full atomic.Bool }
+
+func (*disk) Name() string { return "disk" }
+
+func (*disk) Reopen() error { return nil }
+
+func (*disk) Close() error { return nil }
+
+// Write implements [audit.Sink].
+func (d *disk) Write([]audit.Line) error {
+	if d.full.Load() {
+		return errors.New("no space left on device")
+	}
+	return nil
+}
+
+// Room is what the log asks without an act.
+func (d *disk) Room() error { return d.Write(nil) }
+
+// TestAFullAuditDiskEndsOpeningsAndHealthSaysSo: a balancer sends Vaults that unseal elsewhere, and those that start may stay.
+func TestAFullAuditDiskEndsOpeningsAndHealthSaysSo(t *testing.T) {
+	w := newWorld(t)
+	text := w.token(token.Spec{})
+	d := &disk{}
+	r := w.start(func(site *Site) {
+		log, err := audit.Open(audit.Options{Sinks: []audit.Sink{d}, Host: "seal-1", Program: "nitroseal"})
+		must(t, err)
+		site.Audit = log
+		before := site.Close
+		site.Close = func() error { return errors.Join(before(), log.Close()) }
+	}).waitReady()
+	client := r.client()
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	d.full.Store(true)
+	if got := r.decrypt(client, text, "prod", sealed); got.code != http.StatusServiceUnavailable {
+		t.Errorf("an opening: %d %s", got.code, got.raw)
+	}
+	if got := r.encrypt(client, text, "prod", "a"); got.code != http.StatusOK {
+		t.Errorf("a sealing: %d %s", got.code, got.raw)
+	}
+	eventually(t, "health tells that nothing is opened", func() bool {
+		return r.ask(client, http.MethodGet, "/v1/sys/health", "", "").code == http.StatusServiceUnavailable
+	})
+	if got := r.ask(client, http.MethodGet, "/v1/sys/health?sealedcode=200", "", ""); got.code != http.StatusOK {
+		t.Errorf("for a Vault that starts: %d %s", got.code, got.raw)
+	}
+	if about := r.page("/readyz"); !strings.Contains(about, `"ready": true`) || !strings.Contains(about, "no space left") {
+		t.Errorf("readyz says %s", about)
+	}
+	d.full.Store(false)
+	if got := r.decrypt(client, text, "prod", sealed); got.code != http.StatusOK {
+		t.Errorf("with room again: %d %s", got.code, got.raw)
+	}
+	eventually(t, "health tells that openings work again", func() bool {
+		return r.ask(client, http.MethodGet, "/v1/sys/health", "", "").code == http.StatusOK
+	})
+}
+
+// TestHealthSendsNoLengthWithAnAnswerThatHasNoBody: what is between might wait for it, and take the next answer for it.
+func TestHealthSendsNoLengthWithAnAnswerThatHasNoBody(t *testing.T) {
+	s := &server{}
+	for _, path := range []string{"?uninitcode=204", "?uninitcode=304"} {
+		recorder := httptest.NewRecorder()
+		s.health(recorder, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v1/sys/health"+path, nil))
+		if length := recorder.Header().Get("Content-Length"); length != "" || recorder.Body.Len() != 0 {
+			t.Errorf("%s: %d with a length of %s and %d bytes", path, recorder.Code, length, recorder.Body.Len())
+		}
 	}
 }

@@ -2,11 +2,15 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
+	"log/slog"
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -211,4 +215,61 @@ func TestMemoryIsLimitedByWhatConnectionsNeed(t *testing.T) {
 	if limit() != 1<<40 {
 		t.Errorf("the operator's limit became %d bytes", limit())
 	}
+}
+
+// TestWhatIsWornIsWhatItsFilesHoldThen: a new configuration may wait for half a minute between reading them and its use.
+func TestWhatIsWornIsWhatItsFilesHoldThen(t *testing.T) {
+	a := newAuthority(t)
+	chain, key := a.issue("seal.example", time.Hour)
+	ca := a.pem()
+	files := Listen{
+		Certificate: func() ([]byte, []byte, error) { return chain, slices.Clone(key), nil },
+		ClientCA:    func() ([]byte, error) { return ca, nil },
+	}
+	w := &wardrobe{logger: slog.New(slog.DiscardHandler), metrics: newMetrics()}
+	before, err := load(files, nil)
+	must(t, err)
+	w.wear(files, before)
+	first := w.current.Load().clients
+	ca = newAuthority(t).pem()
+	coming, err := load(files, w.current.Load())
+	must(t, err)
+	ca = newAuthority(t).pem()
+	w.look() // while the new configuration waits
+	second := w.current.Load().clients
+	w.wear(files, coming)
+	if worn := w.current.Load(); second == first || worn.clients != second || worn.caSum == coming.caSum {
+		t.Errorf("the CAs are counted %d, %d, %d; those that were read earlier are in use: %v", first, second, worn.clients, worn.caSum == coming.caSum)
+	}
+	other := files
+	other.Required = true
+	w.wear(other, coming)
+	w.look() // by whoever had no turn since the configuration before
+	if worn := w.current.Load(); worn.clients != second+1 || worn.config.ClientAuth != tls.RequireAndVerifyClientCert {
+		t.Errorf("after the next configuration: CAs counted %d, %v", worn.clients, worn.config.ClientAuth)
+	}
+}
+
+// TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd.
+func TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd(t *testing.T) {
+	used := make([][]byte, 128)
+	for i := range used {
+		used[i] = make([]byte, 1<<20)
+	}
+	runtime.GC()
+	synctest.Test(t, func(t *testing.T) {
+		s := &server{timing: usual()}
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { s.saveMemory(ctx) })
+		<-time.After(2 * time.Second)
+		synctest.Wait()
+		if limit := debug.SetMemoryLimit(-1); limit < 128<<20*5/4 {
+			t.Errorf("with 128 MiB in use the limit is %d MiB", limit>>20)
+		}
+		stop()
+		running.Wait()
+	})
+	runtime.KeepAlive(used) // and no longer
+	runtime.GC()            // other tests count what is in use as well
 }
