@@ -152,14 +152,21 @@ func TestALeaseThatWasTakenAwayJustBeforeItIsOpenedIsNotHeld(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			f.openLease()
 			takeAway(f)
-			_, leave, err := f.openKEK(t.Context(), rec, rec.version(1), rec.version(1).kek, auth)
+			if held := f.Leases(); len(held) != 0 {
+				t.Errorf("still open: %+v", held)
+			}
+			opened, leave, err := f.openKEK(t.Context(), rec, rec.version(1), rec.version(1).kek, auth)
 			if err != nil {
 				t.Fatal(err)
 			}
+			if !opened.aes.Use(noCipher) {
+				t.Error("it is wiped before it was used")
+			}
 			leave()
-			if held := f.Leases(); len(held) != 0 {
-				t.Errorf("held %+v", held)
+			if held := f.Leases(); len(held) != 0 || opened.aes.Use(noCipher) {
+				t.Errorf("held %+v, or not wiped", held)
 			}
 		})
 	}
@@ -262,4 +269,68 @@ func TestARecordOfANewerReleaseIsNotCalledDamagedAlone(t *testing.T) {
 	if _, err := decodeRecord("prod", raw); !errors.Is(err, ErrRecordMalformed) || !strings.Contains(err.Error(), "newer release") {
 		t.Errorf("read: %v", err)
 	}
+}
+
+// Several wrapping keys may share an HSM key, so recipients do not tell their KEKs apart.
+func TestARecordTakesNoKEKOfAnotherKeyOrVersion(t *testing.T) {
+	f := newLeased(t)
+	rec, err := f.lookup(t.Context(), "prod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, made := range map[string]envelope.Context{
+		"of another key":     {Key: "other", Version: 1},
+		"of another version": {Key: "prod", Version: 2},
+	} {
+		kek, err := envelope.SealKEK(made.Key, made.Version, rec.version(1).sealTo(), envelope.NewAuthKey(), envelope.NewKEK())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.update(t.Context(), "prod", func(rec *record) error {
+			rec.version(1).KEKEnvelope = kek.Raw()
+			return nil
+		})
+		if !errors.Is(err, ErrRecordMalformed) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestADamagedCopyOfAKEKFailsNobodyWhoHasItWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		whole := f.encrypt("x").Envelope
+		broken := withoutSecond(t, whole) // of one recipient it is the only one's
+		f.EndLeases()
+		f.one.Delay(time.Second)
+		var all sync.WaitGroup
+		all.Go(func() {
+			if _, err := f.decrypt(broken); !errors.Is(err, envelope.ErrDecrypt) {
+				t.Errorf("the damaged one: %v", err)
+			}
+		})
+		synctest.Wait()
+		for range 3 {
+			all.Go(func() { f.decrypts(whole, "x") })
+		}
+		all.Wait()
+	})
+}
+
+func TestWhoGoesAwayAloneIsNotHeldUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newLeased(t)
+		f.openLease()
+		raw := f.encrypt("x").Envelope
+		f.EndLeases()
+		f.one.Delay(time.Hour)
+		ctx, leave := context.WithCancel(t.Context())
+		time.AfterFunc(time.Second, leave)
+		begun := time.Now()
+		_, err := f.Unwrap(ctx, "prod", envelope.UseTransit, raw, nil)
+		if !errors.Is(err, context.Canceled) || time.Since(begun) != time.Second {
+			t.Errorf("after %v: %v", time.Since(begun), err)
+		}
+	})
 }
