@@ -80,3 +80,17 @@ func TestStrangersDoNotTakeAllConnections(t *testing.T) {
 		t.Errorf("a Vault that was here before: %d, %v", got.code, err)
 	}
 }
+
+// TestAConnectionWithoutAWordDelaysNoStop: Vault's client leaves such ones, and a restart should cost nobody a second.
+func TestAConnectionWithoutAWordDelaysNoStop(t *testing.T) {
+	w := newWorld(t)
+	w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	r.dial()
+	r.dialTLS()
+	begun := time.Now()
+	r.end()
+	if took := time.Since(begun); took > 3*time.Second {
+		t.Errorf("it stopped after %v", took)
+	}
+}

@@ -79,6 +79,47 @@ type front struct {
 	listener net.Listener
 	ended    chan struct{} // closed when Serve has returned
 	patience time.Duration // for what runs when it stops
+	silent   silent
+}
+
+// silent are connections over which nothing was asked yet. http.Server waits five seconds for them when it stops, and Vault's client
+// leaves some behind.
+type silent struct {
+	mu     sync.Mutex // guards what follows
+	conns  map[net.Conn]struct{}
+	closed bool
+}
+
+// turn is what http.Server tells of each connection.
+func (s *silent) turn(conn net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case state != http.StateNew:
+		delete(s.conns, conn)
+	case s.closed:
+		_ = under(conn).Close() // nobody asked for anything
+	default:
+		s.conns[conn] = struct{}{}
+	}
+}
+
+// close ends them, and those that come.
+func (s *silent) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for conn := range s.conns {
+		_ = under(conn).Close() // nobody asked for anything
+	}
+}
+
+// under is the connection below TLS. Closing that one says no farewell, which could take long.
+func under(conn net.Conn) net.Conn {
+	if secure, ok := conn.(*tls.Conn); ok {
+		return secure.NetConn()
+	}
+	return conn
 }
 
 // gatekeeper accepts connections, not more than a number of them, and makes them TLS with what is in use at that moment.
@@ -153,10 +194,7 @@ type visitKey struct{}
 
 // withVisit is what http.Server asks of each new connection.
 func withVisit(ctx context.Context, conn net.Conn) context.Context {
-	if secure, ok := conn.(*tls.Conn); ok {
-		conn = secure.NetConn()
-	}
-	return context.WithValue(ctx, visitKey{}, conn)
+	return context.WithValue(ctx, visitKey{}, under(conn))
 }
 
 // welcome notes where a good token came from.
@@ -187,20 +225,23 @@ func newFront(ctx context.Context, address string, handler http.Handler, limits 
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", address, err)
 	}
-	return &front{
-		listener: listener, ended: make(chan struct{}), patience: limits.shutdown,
+	f := &front{
+		silent: silent{conns: map[net.Conn]struct{}{}}, listener: listener, ended: make(chan struct{}), patience: limits.shutdown,
 		http: &http.Server{
 			Handler: handler, ReadHeaderTimeout: limits.header, ReadTimeout: limits.read, WriteTimeout: limits.write, IdleTimeout: limits.idle,
 			MaxHeaderBytes: maxHeader, ConnContext: withVisit,
 			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelDebug),
 		},
-	}, nil
+	}
+	f.http.ConnState = f.silent.turn
+	return f, nil
 }
 
 // stop ends a front: no new connections and requests, and what runs gets the time that it may take.
 func (f *front) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), f.patience)
 	defer cancel()
+	f.silent.close()
 	if f.http.Shutdown(ctx) != nil {
 		_ = f.http.Close() // it is of no use any more
 	}
