@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -16,6 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
@@ -272,4 +275,45 @@ func TestMemoryThatIsInUseIsNoReasonToCollectWithoutEnd(t *testing.T) {
 	})
 	runtime.KeepAlive(used) // and no longer
 	runtime.GC()            // other tests count what is in use as well
+}
+
+func TestTheKeyOfTheCertificateIsWipedOnceItIsRead(t *testing.T) {
+	chain, key := newAuthority(t).issue("seal.example", time.Hour)
+	_, err := load(Listen{Certificate: func() ([]byte, []byte, error) { return chain, key, nil }}, nil)
+	must(t, err)
+	if len(bytes.Trim(key, "\x00")) != 0 {
+		t.Error("the key is still there")
+	}
+}
+
+// TestAnHSMThatIsAwayBringsNobodyOn: what waits, waits for the other one.
+func TestAnHSMThatIsAwayBringsNobodyOn(t *testing.T) {
+	s := &service{hooks: newHooks(newMetrics()), parallel: map[string]int{"one": 1, "two": 1}, probes: map[string]*monitor.Probe{}}
+	s.hooks.operations.configure(s.parallel)
+	up := map[string]bool{"one": true, "two": true}
+	for name := range s.parallel {
+		s.hooks.operations.ended(name, time.Now(), time.Second)
+		s.probes[name] = &monitor.Probe{Device: newUnit(name, 1), Last: func(name string) (time.Time, bool, bool) { return time.Now(), up[name], true }}
+	}
+	devices := []string{"one", "two"}
+	if both := s.pace(devices); both != time.Second/2 {
+		t.Errorf("both: %v", both)
+	}
+	up["two"] = false
+	if one := s.pace(devices); one != time.Second {
+		t.Errorf("one of them: %v", one)
+	}
+}
+
+// TestAnHSMThatIsBackIsAskedAtOnce for what failed while it was away.
+func TestAnHSMThatIsBackIsAskedAtOnce(t *testing.T) {
+	s := &service{warmths: map[string]*warmth{"prod": {err: hsm.ErrUnavailable, tries: 5, next: time.Now().Add(time.Hour)}}}
+	v := &view{health: KeyHealth{Name: "prod"}, record: "new"}
+	if s.due(v) {
+		t.Error("it is due before its time")
+	}
+	s.hurry()
+	if !s.due(v) {
+		t.Error("it still waits")
+	}
 }

@@ -67,3 +67,32 @@ func TestLeasesAreWipedWhenTheServerStops(t *testing.T) {
 		t.Errorf("%d leases were open when the site was closed", left)
 	}
 }
+
+// TestARefusedReloadLeavesWhatIsMeasured of the HSMs in use, and a good one takes its number of connections.
+func TestARefusedReloadLeavesWhatIsMeasured(t *testing.T) {
+	w := newWorld(t)
+	w.timing.settle = 2 * time.Second
+	w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	reload := func(change func(*Site)) {
+		r.mu.Lock()
+		r.change = change
+		r.mu.Unlock()
+		r.reload <- syscall.SIGHUP
+	}
+	reload(func(site *Site) {
+		site.Devices = nil
+		site.Tokens = token.NewRegistry(token.RegistryOptions{Store: &absentStore{Store: w.tokens}})
+	})
+	eventually(t, "it is refused", func() bool { return r.logged.count("the new configuration is refused") == 1 })
+	operations := &r.server.hooks.operations
+	operations.ended("one", time.Now(), time.Second)
+	if operations.of("one") == 0 {
+		t.Error("an HSM that is in use is not measured any more")
+	}
+	reload(func(site *Site) { site.Listen.MaxConnections = 7 })
+	eventually(t, "it is in use", func() bool { return r.logged.count("the new configuration is in use") == 1 })
+	if most := r.server.most.Load(); most != 7 {
+		t.Errorf("%d connections are served at a time", most)
+	}
+}
