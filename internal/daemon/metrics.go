@@ -10,7 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // metrics count what happens, in a registry of their own. Labels take their values from the configuration (clusters, nodes,
@@ -34,14 +34,6 @@ type outcome struct {
 	at time.Time
 	ok bool
 }
-
-// Results of operations and reloads, values of a label.
-const (
-	resultOK          = "ok"
-	resultUnavailable = "unavailable"
-	resultLocked      = "locked" // a PIN or a passphrase is missing, wrong or barred
-	resultError       = "error"
-)
 
 // buckets are the upper bounds of seconds: from a SoftHSM (1 ms) over a card (0.6 s) to one that generates a key.
 var buckets = []float64{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60}
@@ -78,14 +70,14 @@ func newMetrics() *metrics {
 		m.deviceOperations, m.deviceSeconds, m.storeOperations, m.storeSeconds, m.reloads, m.reloaded, m.reloadTime,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
-	for _, result := range []string{resultOK, resultError} { // so that a rate over them begins at 0
+	for _, result := range []string{monitor.ResultOK, monitor.ResultError} { // so that a rate over them begins at 0
 		m.reloads.WithLabelValues(result)
 	}
 	return m
 }
 
 func (m *metrics) deviceOperation(name, operation string, took time.Duration, err error) {
-	result := deviceResult(err)
+	result, answered := monitor.DeviceResult(err)
 	m.deviceOperations.WithLabelValues(name, operation, result).Inc()
 	m.deviceSeconds.WithLabelValues(name, operation).Observe(took.Seconds())
 	if errors.Is(err, context.Canceled) {
@@ -93,28 +85,13 @@ func (m *metrics) deviceOperation(name, operation string, took time.Duration, er
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.devices[name] = outcome{time.Now(), result != resultUnavailable && result != resultLocked}
-}
-
-// deviceResult is the label of what an operation on a device came to.
-func deviceResult(err error) string {
-	var pin *hsm.PINError
-	switch {
-	case err == nil:
-		return resultOK
-	case errors.As(err, &pin), errors.Is(err, hsm.ErrLocked):
-		return resultLocked
-	case hsm.Away(err):
-		return resultUnavailable
-	default:
-		return resultError
-	}
+	m.devices[name] = outcome{time.Now(), answered}
 }
 
 func (m *metrics) storeOperation(name, operation string, took time.Duration, err error) {
-	result := resultOK
+	result := monitor.ResultOK
 	if !storeAnswered(err) {
-		result = resultError
+		result = monitor.ResultError
 	}
 	m.storeOperations.WithLabelValues(name, operation, result).Inc()
 	m.storeSeconds.WithLabelValues(name, operation).Observe(took.Seconds())
@@ -123,7 +100,7 @@ func (m *metrics) storeOperation(name, operation string, took time.Duration, err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.stores[name] = outcome{time.Now(), result == resultOK}
+	m.stores[name] = outcome{time.Now(), result == monitor.ResultOK}
 }
 
 // lastOfDevice is what a [monitor.Probe] asks.
@@ -144,11 +121,11 @@ func (m *metrics) lastOfStore(name string) (outcome, bool) {
 // reload counts the reading of a configuration.
 func (m *metrics) reload(err error) {
 	if err != nil {
-		m.reloads.WithLabelValues(resultError).Inc()
+		m.reloads.WithLabelValues(monitor.ResultError).Inc()
 		m.reloaded.Set(0)
 		return
 	}
-	m.reloads.WithLabelValues(resultOK).Inc()
+	m.reloads.WithLabelValues(monitor.ResultOK).Inc()
 	m.read()
 }
 

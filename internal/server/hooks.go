@@ -6,8 +6,8 @@ import (
 	"sync"
 	"time"
 
-	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/device"
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 )
 
 // Hooks are what the parts of a site report to. It is a device.Observer.
@@ -32,7 +32,7 @@ func newHooks(m *metrics) *Hooks { return &Hooks{metrics: m, last: map[string]ou
 // DeviceOperation implements device.Observer.
 func (h *Hooks) DeviceOperation(name, operation string, took time.Duration, err error) {
 	now := time.Now()
-	result := deviceResult(err)
+	result, answered := monitor.DeviceResult(err)
 	h.metrics.deviceOperations.WithLabelValues(name, operation, result).Inc()
 	h.metrics.deviceSeconds.WithLabelValues(name, operation).Observe(took.Seconds())
 	if err == nil && (operation == device.OperationDecrypt || operation == device.OperationAgree) {
@@ -43,7 +43,7 @@ func (h *Hooks) DeviceOperation(name, operation string, took time.Duration, err 
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.last[name] = outcome{now, result != resultUnavailable && result != resultLocked}
+	h.last[name] = outcome{now, answered}
 }
 
 // lastOfDevice is what a monitor.Probe asks.
@@ -52,19 +52,4 @@ func (h *Hooks) lastOfDevice(name string) (at time.Time, ok, known bool) {
 	defer h.mu.Unlock()
 	o, known := h.last[name]
 	return o.at, o.ok, known
-}
-
-// deviceResult is the label of what an operation on a device came to.
-func deviceResult(err error) string {
-	var pin *hsm.PINError
-	switch {
-	case err == nil:
-		return resultOK
-	case errors.As(err, &pin), errors.Is(err, hsm.ErrLocked):
-		return resultLocked
-	case hsm.Away(err):
-		return resultUnavailable
-	default:
-		return resultError
-	}
 }

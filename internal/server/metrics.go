@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/transit"
 )
 
@@ -40,19 +41,11 @@ type requestMetrics struct {
 	seconds prometheus.Observer
 }
 
-// Results of operations and reloads, values of a label.
-const (
-	resultOK          = "ok"
-	resultUnavailable = "unavailable"
-	resultLocked      = "locked" // a PIN or a passphrase is missing, wrong or barred
-	resultError       = "error"
-)
-
 // results are what a request comes to, by the code of its answer.
 var results = map[int]string{
 	http.StatusOK: "ok", http.StatusBadRequest: "invalid", http.StatusForbidden: "denied", http.StatusNotFound: "not_found",
 	http.StatusMethodNotAllowed: "method", http.StatusRequestEntityTooLarge: "too_large", http.StatusTooManyRequests: "limited",
-	http.StatusServiceUnavailable: resultUnavailable, http.StatusInternalServerError: resultError,
+	http.StatusServiceUnavailable: monitor.ResultUnavailable, http.StatusInternalServerError: monitor.ResultError,
 }
 
 // buckets are the upper bounds of seconds: from an opening in memory (50 µs) over a card (0.6 s) to one that had to wait.
@@ -116,7 +109,7 @@ func newMetrics() *metrics {
 		m.requests[operation] = of
 	}
 	m.other = m.requests[transit.OperationOther]
-	for _, result := range []string{resultOK, resultError} { // so that a rate over them begins at 0
+	for _, result := range []string{monitor.ResultOK, monitor.ResultError} { // so that a rate over them begins at 0
 		m.reloads.WithLabelValues(result)
 		m.certificateReloads.WithLabelValues(result)
 	}
@@ -140,11 +133,11 @@ func (m *metrics) request(o transit.Observation) {
 // reload counts the reading of a configuration.
 func (m *metrics) reload(err error) {
 	if err != nil {
-		m.reloads.WithLabelValues(resultError).Inc()
+		m.reloads.WithLabelValues(monitor.ResultError).Inc()
 		m.reloaded.Set(0)
 		return
 	}
-	m.reloads.WithLabelValues(resultOK).Inc()
+	m.reloads.WithLabelValues(monitor.ResultOK).Inc()
 	m.read()
 }
 
@@ -156,9 +149,9 @@ func (m *metrics) read() {
 
 // certificate counts the reading of a changed certificate.
 func (m *metrics) certificate(err error) {
-	result, good := resultOK, 1.0
+	result, good := monitor.ResultOK, 1.0
 	if err != nil {
-		result, good = resultError, 0
+		result, good = monitor.ResultError, 0
 	}
 	m.certificateReloads.WithLabelValues(result).Inc()
 	m.certificateReloaded.Set(good)
