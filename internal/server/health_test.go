@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -59,11 +60,14 @@ func TestHealthTellsHowTheKeysFare(t *testing.T) {
 }
 
 // disk is an audit sink that may be full.
-type disk struct{ full atomic.Bool }
+type disk struct {
+	full    atomic.Bool
+	reopens atomic.Int64
+}
 
 func (*disk) Name() string { return "disk" }
 
-func (*disk) Reopen() error { return nil }
+func (d *disk) Reopen() error { d.reopens.Add(1); return nil }
 
 func (*disk) Close() error { return nil }
 
@@ -115,6 +119,16 @@ func TestAFullAuditDiskEndsOpeningsAndHealthSaysSo(t *testing.T) {
 	eventually(t, "health tells that openings work again", func() bool {
 		return r.ask(client, http.MethodGet, "/v1/sys/health", "", "").code == http.StatusOK
 	})
+	r.mu.Lock()
+	r.change = func(site *Site) { site.Mount = "sys" } // which is refused
+	r.mu.Unlock()
+	before := d.reopens.Load()
+	r.reload <- syscall.SIGHUP
+	eventually(t, "it is refused", func() bool { return r.logged.count("the new configuration is refused") == 1 })
+	r.decrypt(client, text, "prod", sealed)
+	if d.reopens.Load() == before {
+		t.Error("a log file that was rotated is not opened anew")
+	}
 }
 
 // TestHealthSendsNoLengthWithAnAnswerThatHasNoBody: what is between might wait for it, and take the next answer for it.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/monitor"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
@@ -302,6 +304,14 @@ func TestAnHSMThatIsAwayBringsNobodyOn(t *testing.T) {
 	up["two"] = false
 	if one := s.pace(devices); one != time.Second {
 		t.Errorf("one of them: %v", one)
+	}
+}
+
+func TestWhatOnlyTheDevicesKnowIsSaidInWordsOfAll(t *testing.T) {
+	for said, meant := range map[error]error{device.ErrClosed: hsm.ErrUnavailable, device.ErrRequest: hsm.ErrForbidden, hsm.ErrLocked: hsm.ErrLocked} {
+		if err := plainly(fmt.Errorf("opening: %w", said)); !errors.Is(err, meant) || !errors.Is(err, said) {
+			t.Errorf("%v became %v", said, err)
+		}
 	}
 }
 
