@@ -192,6 +192,7 @@ func TestARotationElsewhereIsFollowed(t *testing.T) {
 	r := w.start(nil).waitReady()
 	client := r.client()
 	old := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	r.encrypt(client, text, "prod", "a secret") // the first one writes the record, so nothing of it is cached yet
 	w.units[0].AddEC(t, "prod-2", "02", elliptic())
 	_, err := w.keys.Rotate(t.Context(), "prod", keyring.RotateRequest{Adopt: &keyring.AdoptRequest{Device: "one", Label: "prod-2", By: "alice"}})
 	must(t, err)
