@@ -327,3 +327,17 @@ func TestAnHSMThatIsBackIsAskedAtOnce(t *testing.T) {
 		t.Error("it still waits")
 	}
 }
+
+// TestAClientThatGoesAwaySaysNothingAboutTheHSM, and an HSM that does not answer does.
+func TestAClientThatGoesAwaySaysNothingAboutTheHSM(t *testing.T) {
+	h := newHooks(newMetrics())
+	for _, step := range []struct {
+		err error
+		ok  bool
+	}{{nil, true}, {context.Canceled, true}, {hsm.ErrUnavailable, false}, {context.Canceled, false}, {hsm.ErrCiphertext, true}, {hsm.ErrLocked, false}} {
+		h.DeviceOperation("one", device.OperationDecrypt, time.Millisecond, step.err)
+		if _, ok, known := h.lastOfDevice("one"); ok != step.ok || !known {
+			t.Errorf("after %v: %v", step.err, ok)
+		}
+	}
+}
