@@ -82,7 +82,7 @@ type serveAttributes struct {
 // The bounds of what can be set.
 const (
 	maxServeRate        = 1_000_000
-	minServeBody        = 16 << 10 // what a seal sends is far smaller
+	minServeBody        = 192 << 10 // the largest ciphertext that encrypt/ answers, or nobody could have it opened again
 	maxServeBody        = 32 << 20
 	maxServeConnections = 1_000_000
 )
