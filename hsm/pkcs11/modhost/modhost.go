@@ -22,7 +22,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/internal/wire"
 )
@@ -43,10 +42,6 @@ func RunIfStarted() {
 	if len(os.Args) == 0 || os.Args[0] != wire.HostArgv0 {
 		return
 	}
-	// Nearly all of this process's time passes inside the module, which takes as many threads and processors as it is given
-	// calls, whatever this number is. With more than one, the scheduler looks at each call every 20 µs until it has ended:
-	// half a millisecond of a processor for each operation of a card.
-	runtime.GOMAXPROCS(1)
 	requests, answers := os.NewFile(requestsFD, "requests"), os.NewFile(answersFD, "answers")
 	notes, secrets, err := birth()
 	s := newServer(answers, secrets, open)
