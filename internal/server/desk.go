@@ -26,6 +26,7 @@ type desk struct {
 	recent  *recent
 	gates   atomic.Pointer[map[string]*gate]    // by key
 	waiting atomic.Pointer[map[string]struct{}] // keys that cannot seal before their HSM was asked
+	leased  atomic.Pointer[map[string]struct{}] // keys with a lease
 
 	mu    sync.Mutex // guards what follows
 	quiet time.Time  // until when the log is not told again that openings were turned away
@@ -41,6 +42,7 @@ func newDesk(keys Keys, names []string, m *metrics, logger *slog.Logger) *desk {
 	d := &desk{keys: keys, names: names, metrics: m, logger: logger, recent: newRecent(recentFor, time.Now)}
 	d.gates.Store(&map[string]*gate{})
 	d.waiting.Store(&map[string]struct{}{})
+	d.leased.Store(&map[string]struct{}{})
 	return d
 }
 
@@ -79,7 +81,8 @@ func (d *desk) Open(ctx context.Context, name string, raw []byte, want envelope.
 	defer cancel()
 	if g := (*d.gates.Load())[name]; g != nil {
 		begun := time.Now()
-		leave, err := g.enter(ctx, d.recent.has(raw), len(raw))
+		_, shares := (*d.leased.Load())[name]
+		leave, err := g.enter(ctx, d.recent.has(raw), shares, len(raw))
 		d.metrics.waited.Observe(time.Since(begun).Seconds())
 		if err != nil {
 			d.turnedAway(name, err)

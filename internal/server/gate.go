@@ -48,14 +48,15 @@ type gate struct {
 // waiter is an opening that waits.
 type waiter struct {
 	since time.Time
-	ends  time.Time  // when nobody waits for it any more; zero for never
+	ends  time.Time  // when an operation of its own must be done; zero where that does not matter
 	in    chan error // one value: nil for "you are in"
 	bytes int        // of its envelope
 }
 
 // enter waits for a place with an envelope of so many bytes, and returns what gives the place back. A patient opening yields to those
-// that are not. Where the wait would be longer than ctx allows, that is said at once, with a [*transit.BusyError].
-func (g *gate) enter(ctx context.Context, patient bool, bytes int) (leave func(), err error) {
+// that are not. Where the wait would be longer than ctx allows, that is said at once, with a [*transit.BusyError]; but not to one
+// that shares its operation with others: then nobody knows how long it is.
+func (g *gate) enter(ctx context.Context, patient, shares bool, bytes int) (leave func(), err error) {
 	g.mu.Lock()
 	if g.closed {
 		g.mu.Unlock()
@@ -66,12 +67,14 @@ func (g *gate) enter(ctx context.Context, patient bool, bytes int) (leave func()
 		g.mu.Unlock()
 		return g.leave, nil
 	}
-	if err := g.hopeless(ctx, patient, bytes); err != nil {
+	if err := g.hopeless(ctx, patient, shares, bytes); err != nil {
 		g.mu.Unlock()
 		return nil, err
 	}
 	w := &waiter{since: g.now(), in: make(chan error, 1), bytes: bytes}
-	w.ends, _ = ctx.Deadline()
+	if !shares {
+		w.ends, _ = ctx.Deadline()
+	}
 	queue := &g.urgent
 	if patient {
 		queue = &g.patient
@@ -105,7 +108,7 @@ func (g *gate) enter(ctx context.Context, patient bool, bytes int) (leave func()
 }
 
 // hopeless returns why an opening need not begin to wait; nil where its turn may come in time.
-func (g *gate) hopeless(ctx context.Context, patient bool, bytes int) error {
+func (g *gate) hopeless(ctx context.Context, patient, shares bool, bytes int) error {
 	before := g.inside + g.urgent.Len()
 	if patient {
 		before += g.patient.Len()
@@ -113,7 +116,7 @@ func (g *gate) hopeless(ctx context.Context, patient bool, bytes int) error {
 	wait := g.takes(before)
 	deadline, bounded := ctx.Deadline()
 	room := g.urgent.Len()+g.patient.Len() < maxWaiting && g.bytes+bytes <= maxWaitingBytes
-	if room && (!bounded || wait < deadline.Sub(g.now())) {
+	if room && (shares || !bounded || wait < deadline.Sub(g.now())) {
 		return nil
 	}
 	return &transit.BusyError{After: g.after(wait - openLimit/2), Cause: "too many openings wait for an HSM"}

@@ -3,14 +3,17 @@ package server
 import (
 	"context"
 	"errors"
+	"net/http"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
 
+	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/internal/transit"
 )
 
@@ -34,7 +37,7 @@ type visits struct {
 func (v *visits) visit(ctx context.Context, name string, patient bool, stay time.Duration) {
 	v.running.Go(func() {
 		begun := time.Now()
-		leave, err := v.gate.enter(ctx, patient, 1)
+		leave, err := v.gate.enter(ctx, patient, false, 1)
 		v.mu.Lock()
 		if v.errs == nil {
 			v.errs, v.took = map[string]error{}, map[string]time.Duration{}
@@ -179,15 +182,15 @@ func TestAWaitThatNobodyForesawEndsInTime(t *testing.T) {
 func TestAQueueIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, 0)
-		leave, err := g.enter(t.Context(), false, 1)
+		leave, err := g.enter(t.Context(), false, false, 1)
 		must(t, err)
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		for range maxWaiting {
-			running.Go(func() { _, _ = g.enter(ctx, true, 1) })
+			running.Go(func() { _, _ = g.enter(ctx, true, false, 1) })
 		}
 		synctest.Wait()
-		_, err = g.enter(t.Context(), false, 1)
+		_, err = g.enter(t.Context(), false, false, 1)
 		if busy := (*transit.BusyError)(nil); !errors.As(err, &busy) {
 			t.Errorf("one more: %v", err)
 		}
@@ -242,7 +245,7 @@ func TestAGateKeepsItsPromisesWhateverHappens(t *testing.T) {
 					<-time.After(time.Duration(one.at) * time.Second)
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(one.gives)*time.Second)
 					defer cancel()
-					leave, err := v.gate.enter(ctx, one.patient, 1)
+					leave, err := v.gate.enter(ctx, one.patient, false, 1)
 					if err != nil {
 						return
 					}
@@ -287,13 +290,13 @@ func TestCapacityIsTheFormulaOfTheDocuments(t *testing.T) {
 func TestOpeningsThatWaitTakeBoundedMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1, 0)
-		leave, err := g.enter(t.Context(), false, maxWaitingBytes)
+		leave, err := g.enter(t.Context(), false, false, maxWaitingBytes)
 		must(t, err) // who is in does not wait
 		ctx, stop := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		come := func(ctx context.Context, bytes int) {
 			running.Go(func() {
-				if leave, err := g.enter(ctx, false, bytes); err == nil {
+				if leave, err := g.enter(ctx, false, false, bytes); err == nil {
 					leave()
 				}
 			})
@@ -302,7 +305,7 @@ func TestOpeningsThatWaitTakeBoundedMemory(t *testing.T) {
 		come(ctx, maxWaitingBytes/2)
 		come(t.Context(), maxWaitingBytes/2)
 		var busy *transit.BusyError
-		if _, err := g.enter(t.Context(), false, 1); !errors.As(err, &busy) {
+		if _, err := g.enter(t.Context(), false, false, 1); !errors.As(err, &busy) {
 			t.Errorf("one more: %v", err)
 		}
 		stop() // one of them goes away
@@ -340,7 +343,7 @@ func overload(t *testing.T, believed, operation, lasts time.Duration) {
 		opening := func() {
 			ctx, cancel := context.WithTimeout(t.Context(), openLimit)
 			defer cancel()
-			leave, err := g.enter(ctx, false, 1)
+			leave, err := g.enter(ctx, false, false, 1)
 			if err != nil {
 				return
 			}
@@ -374,4 +377,31 @@ func overload(t *testing.T, believed, operation, lasts time.Duration) {
 			t.Errorf("of %d operations %d were for nobody", done, wasted)
 		}
 	})
+}
+
+// TestAStormOfALeasedKeyIsNotTurnedAway: one operation is all that it takes, however many wait for it.
+func TestAStormOfALeasedKeyIsNotTurnedAway(t *testing.T) {
+	w := newWorld(t)
+	w.lease("prod", time.Hour)
+	w.units[0].places = make(chan struct{}, 1)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	eventually(t, "a lease is open", func() bool { return r.metric(`nitroseal_serve_lease_locked{key="prod",version="1"}`) != "" })
+	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
+	r.server.hooks.operations.configure(nil) // as with a slow HSM
+	r.server.hooks.operations.configure(map[string]int{"one": 1})
+	r.server.hooks.operations.ended("one", time.Now(), 20*time.Second)
+	w.units[0].Delay(300 * time.Millisecond)
+	r.seal <- syscall.SIGUSR1
+	eventually(t, "no lease is open", func() bool { return r.logged.count("all leases were ended") == 1 })
+	var running sync.WaitGroup
+	for range 20 {
+		running.Go(func() {
+			if got, err := r.try(client, http.MethodPut, "/v1/transit/decrypt/prod", text, `{"ciphertext":"`+sealed+`"}`); err != nil || got.code != http.StatusOK {
+				t.Errorf("%d %s, %v", got.code, got.raw, err)
+			}
+		})
+	}
+	running.Wait()
 }

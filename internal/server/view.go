@@ -99,7 +99,7 @@ func passes(err error) bool {
 func (s *service) refresh(ctx context.Context) {
 	leases := s.site.Keys.Leases()
 	var views []*view
-	gates, waiting := map[string]*gate{}, map[string]struct{}{}
+	gates, waiting, leased := map[string]*gate{}, map[string]struct{}{}, map[string]struct{}{}
 	for _, name := range s.site.served() {
 		v := s.lookAt(ctx, name, leases)
 		if ctx.Err() != nil {
@@ -117,9 +117,13 @@ func (s *service) refresh(ctx context.Context) {
 		if v.patience {
 			waiting[name] = struct{}{}
 		}
+		if v.health.Mode == ModeLeased {
+			leased[name] = struct{}{}
+		}
 	}
 	s.desk.gates.Store(&gates)
 	s.desk.waiting.Store(&waiting)
+	s.desk.leased.Store(&leased)
 	s.current.Store(&views)
 }
 
