@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -50,9 +49,9 @@ func TestTheServerDoesWhatItsBlockSays(t *testing.T) {
 	if got := s.ask(t, free, "transit/encrypt/prod", value); got.code != http.StatusNotFound {
 		t.Errorf("at another mount it answers %+v", got)
 	}
-	// Only the head is sent: the server need not read what it will not take.
-	if got := s.announce(t, free, "seals/eu/encrypt/prod", 192<<10+1); got != http.StatusRequestEntityTooLarge {
-		t.Errorf("a body that is larger than max_body is answered %d", got)
+	large := map[string]string{"plaintext": strings.Repeat("A", 192<<10)} // the server reads what it refuses, up to the 256 KiB of net/http
+	if got := s.ask(t, free, "seals/eu/encrypt/prod", large); got.code != http.StatusRequestEntityTooLarge {
+		t.Errorf("a body that is larger than max_body is answered %+v", got)
 	}
 
 	// The one token has the limit of the block, the other its own, which is none.
@@ -91,29 +90,4 @@ func TestTheServerDoesWhatItsBlockSays(t *testing.T) {
 	if _, after, _ := strings.Cut(r.said.text(), "msg=stopping"); !strings.Contains(after, "lease ended") {
 		t.Errorf("it kept the key of its lease\n%s", r.said.text())
 	}
-}
-
-// announce sends the head of a request with a body of so many bytes, and returns the code of the answer.
-func (s *sealing) announce(t *testing.T, token, path string, size int) int {
-	t.Helper()
-	transport, ok := s.client.Transport.(*http.Transport)
-	if !ok {
-		t.Fatalf("the client goes by a %T", s.client.Transport)
-	}
-	dialer := tls.Dialer{Config: transport.TLSClientConfig}
-	conn, err := dialer.DialContext(t.Context(), "tcp", s.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, err := fmt.Fprintf(conn, "PUT /v1/%s HTTP/1.1\r\nHost: %s\r\nX-Vault-Token: %s\r\nContent-Length: %d\r\n\r\n", path, s.address, token,
-		size); err != nil {
-		t.Fatal(err)
-	}
-	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	return response.StatusCode
 }
