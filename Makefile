@@ -75,7 +75,7 @@ lint: ## check style, mistakes and who may import whom
 	@scripts/lint
 
 .PHONY: bench
-bench: ## measure, print the table and write it to docs/benchmarks.md (about 5 minutes)
+bench: ## measure, print the table and write it to docs/benchmarks.md (about 6 minutes)
 	@scripts/setup test
 	$(GO) test -run '^$$' -bench '^BenchmarkTable$$' -benchtime 1x -timeout 30m ./test/bench -args -out $(CURDIR)/docs/benchmarks.md
 
