@@ -119,5 +119,14 @@ func writeCopy(path string, raw []byte) error {
 	if err != nil {
 		return errors.Join(err, os.Remove(beside))
 	}
-	return nil
+	return syncFolder(filepath.Dir(path))
+}
+
+// syncFolder makes a new name in a folder last: after a power cut the copy from before a revocation must not be back.
+func syncFolder(path string) error {
+	folder, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
 }
