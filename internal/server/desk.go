@@ -25,8 +25,9 @@ type desk struct {
 	logger  *slog.Logger
 	recent  *recent
 	gates   atomic.Pointer[map[string]*gate]    // by key
-	waiting atomic.Pointer[map[string]struct{}] // keys that cannot seal before their HSM was asked
+	waiting atomic.Pointer[map[string]int]      // keys that cannot seal before their HSM was asked, with the version that they seal with
 	leased  atomic.Pointer[map[string]struct{}] // keys with a lease
+	sealed  sync.Map                            // keys that have sealed: a string to the version as an int
 
 	mu    sync.Mutex // guards what follows
 	quiet time.Time  // until when the log is not told again that openings were turned away
@@ -41,7 +42,7 @@ const quietTime = 10 * time.Second
 func newDesk(keys Keys, names []string, m *metrics, logger *slog.Logger) *desk {
 	d := &desk{keys: keys, names: names, metrics: m, logger: logger, recent: newRecent(recentFor, time.Now)}
 	d.gates.Store(&map[string]*gate{})
-	d.waiting.Store(&map[string]struct{}{})
+	d.waiting.Store(&map[string]int{})
 	d.leased.Store(&map[string]struct{}{})
 	return d
 }
@@ -51,7 +52,7 @@ func (d *desk) Wrap(ctx context.Context, name string, use envelope.Use, plaintex
 	if err := d.serves(name); err != nil {
 		return keyring.Sealed{}, err
 	}
-	if _, waits := (*d.waiting.Load())[name]; waits {
+	if version, waits := (*d.waiting.Load())[name]; waits && !d.hasSealed(name, version) {
 		return keyring.Sealed{}, &transit.BusyError{After: shortestPause, Cause: fmt.Sprintf("key %q waits for its HSM since the server was started", name)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, openLimit)
@@ -60,10 +61,20 @@ func (d *desk) Wrap(ctx context.Context, name string, use envelope.Use, plaintex
 	if err != nil {
 		return keyring.Sealed{}, plainly(err)
 	}
+	if !d.hasSealed(name, sealed.Version) {
+		d.sealed.Store(name, sealed.Version)
+	}
 	if !sealed.Leased {
 		d.recent.add(sealed.Envelope)
 	}
 	return sealed, nil
+}
+
+// hasSealed tells whether a key has sealed with a version. Such a key waits for nothing, also before it was looked at and warmed: a
+// Vault whose first test of a new key went well ends at the second one if that does not.
+func (d *desk) hasSealed(name string, version int) bool {
+	known, found := d.sealed.Load(name)
+	return found && known == version
 }
 
 // Open implements [transit.Keys].

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"encoding/base64"
+	"errors"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
@@ -14,8 +16,10 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/token"
+	"vault-plugin-secrets-nitrokey/internal/transit"
 )
 
 // TestAVaultLivesWithIt: what one asks, from its start over `operator init` to a restart, in this order.
@@ -323,6 +327,23 @@ func TestAnHSMThatIsAwayAtTheStart(t *testing.T) {
 	r.waitReady()
 	if got := r.encrypt(client, text, "prod", "a secret"); got.code != http.StatusOK {
 		t.Errorf("encrypt, the HSM being back: %d %s", got.code, got.raw)
+	}
+}
+
+// TestAKeyThatHasSealedIsNotMadeToWait: requests may come before a key was looked at for the first time, since its token is new.
+func TestAKeyThatHasSealedIsNotMadeToWait(t *testing.T) {
+	w := newWorld(t)
+	d := newDesk(w.keys, nil, newMetrics(), slog.New(slog.DiscardHandler))
+	_, err := d.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil)
+	must(t, err)
+	d.waiting.Store(&map[string]int{"prod": 1})
+	if _, err := d.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil); err != nil {
+		t.Errorf("it has sealed, and was then looked at: %v", err)
+	}
+	d.waiting.Store(&map[string]int{"prod": 2})
+	var busy *transit.BusyError
+	if _, err := d.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil); !errors.As(err, &busy) {
+		t.Errorf("it waits for a version that is new: %v", err)
 	}
 }
 

@@ -99,7 +99,7 @@ func passes(err error) bool {
 func (s *service) refresh(ctx context.Context) {
 	leases := s.site.Keys.Leases()
 	var views []*view
-	gates, waiting, leased := map[string]*gate{}, map[string]struct{}{}, map[string]struct{}{}
+	gates, waiting, leased := map[string]*gate{}, map[string]int{}, map[string]struct{}{}
 	for _, name := range s.site.served() {
 		v := s.lookAt(ctx, name, leases)
 		if ctx.Err() != nil {
@@ -115,7 +115,7 @@ func (s *service) refresh(ctx context.Context) {
 		}
 		gates[name] = s.gate(v.at)
 		if v.patience {
-			waiting[name] = struct{}{}
+			waiting[name] = v.health.Version
 		}
 		if v.health.Mode == ModeLeased {
 			leased[name] = struct{}{}
