@@ -12,7 +12,8 @@ GO      ?= go
 # Seconds that each fuzz target runs: a short look in `make test`, longer by hand: make fuzz FUZZ_SECONDS=600
 FUZZ_SECONDS ?= 5
 # Narrows `make test`: make test PACKAGES=./internal/... TESTFLAGS='-run Envelope -v'
-PACKAGES  ?= ./...
+# The longest come first, so that the others run beside them.
+PACKAGES  ?= ./test ./cmd/... ./test/... ./...
 TESTFLAGS ?=
 
 .PHONY: help
