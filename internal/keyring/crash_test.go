@@ -13,6 +13,7 @@ import (
 	"vault-plugin-secrets-nitrokey/hsm/hsmtest"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/store"
+	"vault-plugin-secrets-nitrokey/internal/store/file"
 )
 
 var errCrashed = errors.New("crashed")
@@ -388,16 +389,22 @@ func TestACrashOfAnyOtherChangeLosesNothing(t *testing.T) {
 	}
 }
 
+// As commands do: the request has an id, so that who comes when the key is made is known, and processes take turns by a lock.
 func TestManyAtOnceMakeOneHSMKey(t *testing.T) {
 	b := &bench{t: t, store: newStore(t), token: hsmtest.NewMemory()}
 	b.start(&crash{})
 	other := &bench{t: t, store: b.store, token: b.token} // a second process
 	other.start(&crash{})
+	for _, process := range []*bench{b, other} {
+		process.lock = b.store.(*file.Store).Lock
+	}
+	request := generateP256
+	request.RequestID = "sent by all"
 	var wait sync.WaitGroup
 	for i := range 8 {
 		keyring := []*Keyring{b.Keyring, other.Keyring}[i%2]
 		wait.Go(func() {
-			if _, err := keyring.Begin(t.Context(), "prod", generateP256); err != nil {
+			if _, err := keyring.Begin(t.Context(), "prod", request); err != nil {
 				t.Errorf("beginning: %v", err)
 				return
 			}
