@@ -47,7 +47,9 @@ func newKeyConfigureCommand(a *app) *cobra.Command {
 		if changes == 0 {
 			return nil, usage(`nothing is to be changed; "%s --help" lists what can be`, cmd.CommandPath())
 		}
-		return keys.Configure(cmd.Context(), name, settings)
+		ctx, cancel := a.within(cmd.Context(), ordinaryTimeout) // a lease asks an HSM
+		defer cancel()
+		return keys.Configure(ctx, name, settings)
 	})
 	cmd.Flags().IntVar(&minimum, "min-decryption-version", 0, "the oldest version that opens")
 	cmd.Flags().BoolVar(&deletion, "deletion-allowed", false, "the wrapping key may be deleted")
