@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
@@ -54,19 +53,28 @@ func TestWhoeverIsSlowHoldsUpNobody(t *testing.T) {
 	w.timing.header, w.timing.read = 300*time.Millisecond, 600*time.Millisecond
 	text := w.token(token.Spec{})
 	r := w.start(nil).waitReady()
+	connected := func() (conn *tls.Conn) { // on a busy machine a handshake may take too long as well
+		eventually(t, "a handshake is done in time", func() bool {
+			conn = tls.Client(r.dial(), &tls.Config{RootCAs: w.ca.pool(), ServerName: "seal.example", MinVersion: tls.VersionTLS12})
+			return conn.HandshakeContext(t.Context()) == nil
+		})
+		return conn
+	}
 	silent := r.dial()
 	half := r.dial()
 	_, err := half.Write([]byte{22, 3, 1}) // the beginning of a handshake
 	must(t, err)
-	headers := r.dialTLS()
+	headers := connected()
 	_, err = io.WriteString(headers, "PUT /v1/transit/encrypt/prod HTTP/1.1\r\nHost: seal\r\nX-Vault-To")
 	must(t, err)
-	body := r.dialTLS()
+	body := connected()
 	_, err = fmt.Fprintf(body, "PUT /v1/transit/encrypt/prod HTTP/1.1\r\nHost: seal\r\nX-Vault-Token: %s\r\nContent-Length: 100\r\n\r\n{\"plaintext\":", text)
 	must(t, err)
-	if got := r.encrypt(r.client(), text, "prod", "a secret"); got.code != http.StatusOK {
-		t.Errorf("meanwhile: %d %s", got.code, got.raw)
-	}
+	client := r.client()
+	eventually(t, "another one is answered meanwhile", func() bool {
+		got, err := r.try(client, http.MethodPut, "/v1/transit/encrypt/prod", text, `{"plaintext":"YQ=="}`)
+		return err == nil && got.code == http.StatusOK
+	})
 	for name, conn := range map[string]net.Conn{"silent": silent, "half a handshake": half, "half the headers": headers, "half a body": body} {
 		if !isClosed(conn) {
 			t.Errorf("%s: it is still open", name)
@@ -83,7 +91,7 @@ func TestAClientThatGoesAwayGivesUpItsPlace(t *testing.T) {
 	r := w.start(nil).waitReady()
 	client := r.client()
 	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
-	w.units[0].Delay(time.Second)
+	defer w.units[0].hold()()
 	ctx, leave := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	for range 20 {
@@ -100,15 +108,15 @@ func TestAClientThatGoesAwayGivesUpItsPlace(t *testing.T) {
 		})
 	}
 	load := func() int {
-		inside, urgent, patient := r.server.service.Load().desk.load()
-		return inside + urgent + patient
+		inside, waiting := r.queue()
+		return inside + waiting
 	}
 	eventually(t, "all wait", func() bool { return load() == 20 })
 	before := w.units[0].Operations()
 	leave()
 	running.Wait()
 	eventually(t, "nobody waits", func() bool { return load() == 0 })
-	if got := w.units[0].Operations() - before; got > 2 {
+	if got := w.units[0].Operations() - before; got > 0 {
 		t.Errorf("%d operations for nobody", got)
 	}
 	if got := r.metric("nitroseal_serve_turned_away_total"); got != "0" || r.logged.count("level=WARN") > 0 {
@@ -124,7 +132,7 @@ func TestMoreThanAnHSMCanDoIsTurnedAwayAtOnce(t *testing.T) {
 	r := w.start(nil).waitReady()
 	client := r.client()
 	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
-	w.units[0].Delay(3 * time.Second)
+	giveBack := w.units[0].hold()
 	r.server.hooks.operations.configure(nil) // as after a start with a slow HSM
 	r.server.hooks.operations.configure(map[string]int{"one": 1})
 	r.server.hooks.operations.ended("one", time.Now(), 3*time.Second)
@@ -154,7 +162,10 @@ func TestMoreThanAnHSMCanDoIsTurnedAwayAtOnce(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "some are turned away and one is answered", func() bool { return turnedAway.Load() == 40-(45/3-1) && answered.Load() > 0 })
+	eventually(t, "some are turned away", func() bool { return turnedAway.Load() == 40-(45/3-1) })
+	w.units[0].Delay(time.Second)
+	giveBack()
+	eventually(t, "one is answered", func() bool { return answered.Load() > 0 })
 	leave()
 	running.Wait()
 	if got := r.logged.count("openings are answered with 503"); got != 1 {
@@ -302,15 +313,10 @@ func TestAnotherClientCAEndsTheConnectionsOfTheOldOne(t *testing.T) {
 // TestAReloadTakesWhatIsGoodIntoUse, and leaves what is in use where it is not.
 func TestAReloadTakesWhatIsGoodIntoUse(t *testing.T) {
 	w := newWorld(t)
-	w.timing.settle = 500 * time.Millisecond
 	text := w.token(token.Spec{})
 	r := w.start(nil).waitReady()
 	client := r.client()
-	set := func(change func(*Site)) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.change = change
-	}
+	set := r.set
 	encrypt := func(mount string) int {
 		return r.ask(client, http.MethodPut, "/v1/"+mount+"/encrypt/prod", text, `{"plaintext":"YQ=="}`).code
 	}
@@ -337,17 +343,9 @@ func TestAReloadTakesWhatIsGoodIntoUse(t *testing.T) {
 	r.reload <- syscall.SIGHUP
 	eventually(t, "it is refused", refused(2))
 
-	// The HSM is away: the service in use can seal without it, a new one could not.
-	w.units[0].away(hsm.ErrUnavailable)
-	set(func(site *Site) { site.Mount = "later" })
-	r.reload <- syscall.SIGHUP
-	eventually(t, "it is refused", refused(3))
-	if code := encrypt("seals"); code != http.StatusOK || r.metric("nitroseal_serve_config_last_reload_successful") != "0" {
+	if code := encrypt("seals"); code != http.StatusOK {
 		t.Errorf("the service in use: %d", code)
 	}
-	w.units[0].away(nil)
-	r.reload <- syscall.SIGHUP
-	eventually(t, "it is taken", func() bool { return encrypt("later") == http.StatusOK })
 
 	// Another address: what runs at the old one ends there.
 	set(func(site *Site) { site.Mount = "moved"; site.Listen.Address = "127.0.0.1:00" })
@@ -371,7 +369,7 @@ func TestAReloadLetsEndWhatRuns(t *testing.T) {
 	r := w.start(nil).waitReady()
 	client := r.client()
 	sealed := r.encrypt(client, text, "prod", "a secret").data("ciphertext")
-	w.units[0].Delay(500 * time.Millisecond)
+	giveBack := w.units[0].hold()
 	var running sync.WaitGroup
 	for range 8 {
 		running.Go(func() {
@@ -381,10 +379,12 @@ func TestAReloadLetsEndWhatRuns(t *testing.T) {
 		})
 	}
 	eventually(t, "they wait", func() bool {
-		inside, urgent, patient := r.server.service.Load().desk.load()
-		return inside+urgent+patient == 8
+		inside, waiting := r.queue()
+		return inside+waiting == 8
 	})
+	w.units[0].Delay(100 * time.Millisecond)
 	r.reload <- syscall.SIGHUP
+	giveBack()
 	running.Wait()
 	eventually(t, "the new one is in use", func() bool { return r.logged.count("the new configuration is in use") == 1 })
 }

@@ -115,6 +115,18 @@ func (u *unit) away(err error) {
 	u.SetError(err)
 }
 
+// hold lets no operation begin until it is given back: whatever asks meanwhile waits, however slow this machine is.
+func (u *unit) hold() (giveBack func()) {
+	for range cap(u.places) {
+		u.places <- struct{}{}
+	}
+	return func() {
+		for range cap(u.places) {
+			<-u.places
+		}
+	}
+}
+
 func (u *unit) tell(hooks *Hooks) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -406,6 +418,13 @@ func (r *running) build(ctx context.Context, hooks *Hooks) (*Site, error) {
 	return site, nil
 }
 
+// set changes what the next reload reads.
+func (r *running) set(change func(*Site)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.change = change
+}
+
 // end stops the server, once, and wants a clean stop.
 func (r *running) end() {
 	r.t.Helper()
@@ -483,6 +502,12 @@ func (r *running) encrypt(client *http.Client, token, key, plaintext string) ans
 	r.t.Helper()
 	return r.ask(client, http.MethodPut, "/v1/transit/encrypt/"+key, token,
 		fmt.Sprintf(`{"plaintext":%q}`, base64.StdEncoding.EncodeToString([]byte(plaintext))))
+}
+
+// queue tells how many openings have their turn, and how many wait.
+func (r *running) queue() (inside, waiting int) {
+	inside, urgent, patient := r.server.service.Load().desk.load()
+	return inside, urgent + patient
 }
 
 func (r *running) decrypt(client *http.Client, token, key, ciphertext string) answer {

@@ -119,9 +119,7 @@ func TestAFullAuditDiskEndsOpeningsAndHealthSaysSo(t *testing.T) {
 	eventually(t, "health tells that openings work again", func() bool {
 		return r.ask(client, http.MethodGet, "/v1/sys/health", "", "").code == http.StatusOK
 	})
-	r.mu.Lock()
-	r.change = func(site *Site) { site.Mount = "sys" } // which is refused
-	r.mu.Unlock()
+	r.set(func(site *Site) { site.Mount = "sys" }) // which is refused
 	before := d.reopens.Load()
 	r.reload <- syscall.SIGHUP
 	eventually(t, "it is refused", func() bool { return r.logged.count("the new configuration is refused") == 1 })
