@@ -10,22 +10,23 @@ import (
 	"testing"
 )
 
-// ports are those that this process has given away.
+// ports are those that this process has given away, each with what keeps other test processes of this machine from giving it, too:
+// a socket whose name says so, in the abstract namespace, so that it ends with the process and leaves no file.
 var ports struct {
 	sync.Mutex
-	given map[int]bool
+	given map[int]net.Listener
 }
 
-// FreePorts finds loopback addresses that are free at this moment, all different, and gives none twice in a process. They are
-// not of the range that the kernel takes for connections: a server that is started later, or anew, would find its own taken
-// now and then.
+// FreePorts finds loopback addresses that are free at this moment, all different. None is given twice on a machine while the process
+// runs that got it: a server may begin to listen much later, and again and again. They are not of the range that the kernel takes for
+// connections: a server that is started later, or anew, would find its own taken now and then.
 func FreePorts(t testing.TB, n int) []string {
 	t.Helper()
 	last := highest()
 	ports.Lock()
 	defer ports.Unlock()
 	if ports.given == nil {
-		ports.given = map[int]bool{}
+		ports.given = map[int]net.Listener{}
 	}
 	const tries = 1000
 	var addresses []string
@@ -34,18 +35,27 @@ func FreePorts(t testing.TB, n int) []string {
 			t.Fatalf("none of %d ports is free", tries)
 		}
 		port := lowest + rand.IntN(last-lowest+1)
-		if ports.given[port] {
+		if ports.given[port] != nil {
 			continue
 		}
-		listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		sign, err := listen("unix", fmt.Sprintf("@nitroseal-test-port-%d", port))
 		if err != nil {
+			continue // another process gave it
+		}
+		listener, err := listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			must(t, sign.Close())
 			continue
 		}
 		must(t, listener.Close())
-		ports.given[port] = true
+		ports.given[port] = sign
 		addresses = append(addresses, listener.Addr().String())
 	}
 	return addresses
+}
+
+func listen(network, address string) (net.Listener, error) {
+	return (&net.ListenConfig{}).Listen(context.Background(), network, address)
 }
 
 // lowest is the first port that is given.
