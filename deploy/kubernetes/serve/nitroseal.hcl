@@ -4,7 +4,7 @@ secrets_dir = "/run/secrets"
 device "rack" {
   type          = "nethsm"
   urls          = ["https://nethsm-0.example:443", "https://nethsm-1.example:443"]
-  username      = "operator"
+  username      = "nitroseal"
   password_file = "/run/secrets/nitroseal/operator-password"
   ca_cert_file  = "/run/nitroseal/trust/nethsm-ca.pem"
 }
