@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/vault/api"
 
@@ -14,7 +13,7 @@ import (
 )
 
 // limit is how long a test waits for what should take a second or two: machines of continuous integration are slow.
-const limit = 30 * time.Second
+const limit = vaulttest.Patience
 
 // newSite is the usual start: device "hsm", wrapping key "prod", and what "prod" wrapped.
 func newSite(t *testing.T, options vaulttest.SiteOptions) (site *vaulttest.Site, wrapped string) {

@@ -155,7 +155,7 @@ func (s *Server) Renew(t testing.TB, authority *Authority) {
 	if now == before {
 		t.Fatal("the new certificate has the old key")
 	}
-	Eventually(t, 10*time.Second, "Vault to show its new certificate", func() error {
+	Eventually(t, Patience, "Vault to show its new certificate", func() error {
 		shown, err := shownPin(t, s.Address)
 		if err == nil && shown != now {
 			err = fmt.Errorf("it shows %s", shown)

@@ -221,13 +221,13 @@ func (h *Host) Try(t testing.TB, args ...string) Answer {
 	return Answer{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
 }
 
-// Must runs a command that must succeed, again where an HSM or a store was unavailable: a SoftHSM is not to be seen for a
-// moment while another process logs in to it.
+// Must runs a command that must succeed, again and again where an HSM, a store or a Vault is unavailable: a SoftHSM is not to be seen
+// for a moment while another process logs in to it, and a cluster that was just unsealed has no active node yet.
 func (h *Host) Must(t testing.TB, args ...string) string {
 	t.Helper()
 	var last Answer
-	for range 5 {
-		if last = h.Try(t, args...); last.Code != ExitUnavailable {
+	for began := time.Now(); ; {
+		if last = h.Try(t, args...); last.Code != ExitUnavailable || time.Since(began) > Patience {
 			break
 		}
 	}

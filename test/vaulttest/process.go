@@ -84,7 +84,7 @@ func (p Process) Kill(t testing.TB) {
 			t.Fatalf("killing %d: %v", p.PID, err)
 		}
 	}
-	WaitGone(t, 10*time.Second, p)
+	WaitGone(t, Patience, p)
 }
 
 // ResidentKiB is the memory that the process has in RAM, in KiB.

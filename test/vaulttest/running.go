@@ -16,7 +16,7 @@ import (
 )
 
 // Patience is how long a test waits for what should take seconds, on a busy machine.
-const Patience = 30 * time.Second
+const Patience = time.Minute
 
 // Running is a command that runs in the background: `nitroseal run`.
 type Running struct {

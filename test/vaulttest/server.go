@@ -366,8 +366,7 @@ func (s *Server) Resume(t testing.TB) {
 	s.Unseal(t)
 }
 
-// Stop ends Vault in good order. Processes that it started must end as well: what remains after ten seconds fails the
-// test, and is killed.
+// Stop ends Vault in good order. Processes that it started must end as well: what remains fails the test, and is killed.
 func (s *Server) Stop(t testing.TB) {
 	t.Helper()
 	s.stop(t, syscall.SIGTERM)
@@ -380,7 +379,7 @@ func (s *Server) stop(t testing.TB, signal syscall.Signal) {
 	}
 	s.remember()
 	s.process.end(signal)
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(Patience)
 	for _, p := range s.started {
 		for p.Alive() && time.Now().Before(deadline) {
 			<-time.After(20 * time.Millisecond)
