@@ -141,7 +141,7 @@ func (d *desk) turnedAway(name string, err error) {
 // plainly says of errors that only package device knows what they are to others.
 func plainly(err error) error {
 	switch {
-	case errors.Is(err, device.ErrClosed):
+	case errors.Is(err, device.ErrClosed), errors.Is(err, device.ErrConfig): // as a PIN's file that is missing, which is read anew each time
 		return fmt.Errorf("%w: %w", hsm.ErrUnavailable, err)
 	case errors.Is(err, device.ErrRequest):
 		return fmt.Errorf("%w: %w", hsm.ErrForbidden, err)

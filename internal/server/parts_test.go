@@ -308,7 +308,7 @@ func TestAnHSMThatIsAwayBringsNobodyOn(t *testing.T) {
 }
 
 func TestWhatOnlyTheDevicesKnowIsSaidInWordsOfAll(t *testing.T) {
-	for said, meant := range map[error]error{device.ErrClosed: hsm.ErrUnavailable, device.ErrRequest: hsm.ErrForbidden, hsm.ErrLocked: hsm.ErrLocked} {
+	for said, meant := range map[error]error{device.ErrClosed: hsm.ErrUnavailable, device.ErrConfig: hsm.ErrUnavailable, device.ErrRequest: hsm.ErrForbidden, hsm.ErrLocked: hsm.ErrLocked} {
 		if err := plainly(fmt.Errorf("opening: %w", said)); !errors.Is(err, meant) || !errors.Is(err, said) {
 			t.Errorf("%v became %v", said, err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 	"vault-plugin-secrets-nitrokey/internal/token"
@@ -297,17 +299,29 @@ func TestAnHSMThatGoesAwayComesBackByItself(t *testing.T) {
 	eventually(t, "health tells", func() bool { return health("") == http.StatusOK })
 }
 
-// TestAnHSMThatIsAwayAtTheStart: it listens, and says what it waits for.
+// TestAnHSMThatIsAwayAtTheStart, or whose PIN nobody can read: it listens, and says what it waits for.
 func TestAnHSMThatIsAwayAtTheStart(t *testing.T) {
+	for name, why := range map[string]error{"away": hsm.ErrUnavailable, "without its PIN": fmt.Errorf("%w: pin_file: no such file", device.ErrConfig)} {
+		t.Run(name, func(t *testing.T) { startWithoutHSM(t, why) })
+	}
+}
+
+func startWithoutHSM(t *testing.T, why error) {
+	t.Helper()
 	w := newWorld(t)
 	text := w.token(token.Spec{})
-	w.units[0].away(hsm.ErrUnavailable)
+	before, err := w.keys.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil)
+	must(t, err)
+	w.units[0].away(why)
 	r := w.start(nil)
 	client := r.client()
 	eventually(t, "it says that it waits", func() bool { return r.logged.count("a key is not ready") == 1 })
 	got := r.encrypt(client, text, "prod", "a secret")
 	if got.code != http.StatusServiceUnavailable || got.header.Get("Retry-After") == "" {
 		t.Errorf("encrypt: %d %s", got.code, got.raw)
+	}
+	if got := r.decrypt(client, text, "prod", transit.Format(before.Version, before.Envelope)); got.code != http.StatusServiceUnavailable {
+		t.Errorf("decrypt: %d %s", got.code, got.raw)
 	}
 	if got := r.ask(client, http.MethodPut, "/v1/auth/token/renew-self", text, "{}"); got.code != http.StatusOK {
 		t.Errorf("renew-self: %d %s", got.code, got.raw)

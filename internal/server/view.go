@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/device"
 	"vault-plugin-secrets-nitrokey/internal/keyring"
 )
 
@@ -91,7 +92,7 @@ func (s *service) lookAtDevices(v *view, recipients []keyring.Recipient) {
 // passes tells whether what keeps a key from being warmed is an HSM that is away or waits for a person, and not the key itself.
 func passes(err error) bool {
 	var pin *hsm.PINError
-	return err == nil || hsm.Away(err) || errors.Is(err, hsm.ErrLocked) || errors.As(err, &pin) ||
+	return err == nil || hsm.Away(err) || errors.Is(err, hsm.ErrLocked) || errors.As(err, &pin) || errors.Is(err, device.ErrConfig) ||
 		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 }
 
