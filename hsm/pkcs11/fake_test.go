@@ -371,6 +371,21 @@ func patient(t *testing.T) context.Context {
 	return ctx
 }
 
+// lapse lets as much time pass for the watchdog of a device's host as it says: what is inside has been there that much longer.
+func lapse(t *testing.T, d *Device, by time.Duration) {
+	t.Helper()
+	h, err := d.module.host(patient(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.mu.Lock()
+	for _, c := range h.inside {
+		c.progress = c.progress.Add(-by)
+	}
+	h.mu.Unlock()
+	h.bark()
+}
+
 // eventually polls until the condition holds.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
