@@ -406,12 +406,20 @@ func TestOtherPlugin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	found, err := find(t, device, hsm.KeyQuery{ID: "01"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	key := proved(t, found)
-	for err == nil {
+	// A SoftHSM is not to be seen for a moment while another process logs in to it.
+	var key hsm.Decrypter
+	pkcs11test.Until(t, "the token is seen", func() bool {
+		found, err := find(t, device, hsm.KeyQuery{ID: "01"})
+		if errors.Is(err, hsm.ErrUnavailable) {
+			return false
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		key = proved(t, found)
+		return true
+	})
+	for err == nil || errors.Is(err, hsm.ErrUnavailable) {
 		err = decrypts(patient(t), key)
 	}
 	t.Fatal(err)
@@ -641,7 +649,8 @@ func TestATokenPulledOutWhileMuchIsGoingOn(t *testing.T) {
 func TestImpatientCallersCostNobodyAnything(t *testing.T) {
 	card := pkcs11test.Card(t)
 	key := rsaKey(t, newSetting(t, &card.Token).open(t))
-	card.Fault(t, pkcs11test.Slow(100*time.Millisecond))
+	frozen := pkcs11test.Freezes("C_Decrypt") // so that whoever is inside stays there until all others have left
+	card.Fault(t, frozen)
 	before := hosts(t)
 	from := card.Operations(t)
 	var all sync.WaitGroup
@@ -654,16 +663,17 @@ func TestImpatientCallersCostNobodyAnything(t *testing.T) {
 			if err := decrypts(ctx, key); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("an impatient caller gets %v", err)
 			}
-			if took := time.Since(begun); took > 2*time.Second {
+			if took := time.Since(begun); took > 10*time.Second {
 				t.Errorf("an impatient caller waited %v", took)
 			}
 		})
 	}
 	all.Wait()
+	card.Mend(t, frozen)
 	if err := decrypts(patient(t), key); err != nil {
 		t.Errorf("a patient one gets %v", err)
 	}
-	if n := card.Operations(t) - from; n > 3 { // the one that was inside, perhaps one that followed, and ours
+	if n := card.Operations(t) - from; n > 2 { // the one that was inside, and ours
 		t.Errorf("%d operations were done for callers who had left", n)
 	}
 	if now := hosts(t); !slices.Equal(now, before) {
@@ -857,16 +867,18 @@ func TestAGreedyMountDelaysAnotherByAFewOperations(t *testing.T) {
 		t.Fatal(err)
 	}
 	modest := proved(t, found)
-	card.Fault(t, pkcs11test.Slow(20*time.Millisecond))
+	hash := greedy.OAEPHashes()[0]
+	ciphertext := encrypted(t, greedy, hash) // by now: sixty encryptions would hold up the modest mount, too
+	card.Fault(t, pkcs11test.Slow(100*time.Millisecond))
 	ctx, stop := context.WithCancel(t.Context())
 	var all sync.WaitGroup
 	before := card.Operations(t)
 	for range 60 {
-		all.Go(func() { _ = decrypts(ctx, greedy) }) // most are given up
+		all.Go(func() { _, _ = greedy.DecryptOAEP(ctx, hash, ciphertext) }) // most are given up
 	}
 	pkcs11test.Until(t, "the greedy mount is at work", func() bool { return card.Operations(t) > before+2 })
 	before = card.Operations(t)
-	if err := decrypts(patient(t), modest); err != nil {
+	if _, err := modest.DecryptOAEP(patient(t), hash, ciphertext); err != nil {
 		t.Errorf("the modest mount gets %v", err)
 	}
 	if n := card.Operations(t) - before; n > 6 {

@@ -3,6 +3,7 @@ package pkcs11_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -46,15 +47,31 @@ func rsaKey(t *testing.T, device *pkcs11.Device) hsm.Decrypter {
 	return key
 }
 
-// decrypts says what is wrong with a decryption.
-func decrypts(ctx context.Context, key hsm.Decrypter) error {
+var message = []byte("a message of ours")
+
+// encrypt makes a ciphertext of our message.
+func encrypt(key hsm.Decrypter, hash crypto.Hash) ([]byte, error) {
 	public, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
-		return fmt.Errorf("the public key is a %T", key.Public())
+		return nil, fmt.Errorf("the public key is a %T", key.Public())
 	}
+	return rsa.EncryptOAEP(hash.New(), rand.Reader, public, message, nil)
+}
+
+// encrypted is [encrypt] where it must succeed.
+func encrypted(t *testing.T, key hsm.Decrypter, hash crypto.Hash) []byte {
+	t.Helper()
+	ciphertext, err := encrypt(key, hash)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ciphertext
+}
+
+// decrypts says what is wrong with a decryption.
+func decrypts(ctx context.Context, key hsm.Decrypter) error {
 	hash := key.OAEPHashes()[0]
-	message := []byte("a message of ours")
-	ciphertext, err := rsa.EncryptOAEP(hash.New(), rand.Reader, public, message, nil)
+	ciphertext, err := encrypt(key, hash)
 	if err != nil {
 		return err
 	}
@@ -235,7 +252,7 @@ func TestTwoMountsWithTwoPINsOnOneToken(t *testing.T) {
 
 func TestAFrozenCardCostsTheCallerItsDeadlineAndTheHostItsLife(t *testing.T) {
 	card := pkcs11test.Card(t)
-	const limit = 700 * time.Millisecond
+	const limit = 3 * time.Second
 	device := newSetting(t, &card.Token).open(t, func(c *pkcs11.Config) { c.DecryptLimit = limit })
 	key := rsaKey(t, device)
 	before := hosts(t)
@@ -268,9 +285,11 @@ func TestACrashingModuleHarmsOneOperation(t *testing.T) {
 }
 
 func TestAKilledHostHarmsTheOldestOperation(t *testing.T) {
-	card := pkcs11test.Card(t, pkcs11test.Slow(300*time.Millisecond))
+	card := pkcs11test.Card(t)
 	device := newSetting(t, &card.Token).open(t, func(c *pkcs11.Config) { c.Parallel = 4 })
 	key := rsaKey(t, device)
+	frozen := pkcs11test.Freezes("C_Decrypt")
+	card.Fault(t, frozen)
 	started := card.Calls(t, "C_Decrypt")
 	errs := make([]error, 4)
 	var all sync.WaitGroup
@@ -278,11 +297,17 @@ func TestAKilledHostHarmsTheOldestOperation(t *testing.T) {
 		all.Go(func() { errs[i] = decrypts(patient(t), key) })
 	}
 	pkcs11test.Until(t, "all are inside", func() bool { return card.Calls(t, "C_Decrypt") == started+len(errs) })
-	for _, pid := range hosts(t) {
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
+	running := hosts(t)
+	signal := func(number syscall.Signal) {
+		for _, pid := range running {
+			if err := syscall.Kill(pid, number); err != nil && !errors.Is(err, syscall.ESRCH) {
+				t.Fatal(err)
+			}
 		}
 	}
+	signal(syscall.SIGSTOP) // so that nothing comes back from it when the card thaws
+	card.Mend(t, frozen)
+	signal(syscall.SIGKILL)
 	all.Wait()
 	var failed int
 	for _, err := range errs {

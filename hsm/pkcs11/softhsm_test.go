@@ -2,6 +2,7 @@ package pkcs11_test
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
 
@@ -25,7 +26,7 @@ type setting struct {
 func newSetting(t *testing.T, token *pkcs11test.Token, change ...func(*pkcs11.Options)) *setting {
 	t.Helper()
 	s := &setting{token: token, state: t.TempDir()}
-	options := pkcs11.Options{Modules: []string{token.Module}, StateDir: s.state, Env: token.Env}
+	options := pkcs11.Options{Modules: []string{token.Module}, StateDir: s.state, Env: append(slices.Clone(token.Env), "GORACE")}
 	for _, c := range change {
 		c(&options)
 	}
