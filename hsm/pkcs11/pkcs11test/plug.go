@@ -2,6 +2,7 @@ package pkcs11test
 
 import (
 	"context"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -63,9 +64,10 @@ func (p *Plug) Replug(t testing.TB) {
 		t.Fatal(err)
 	}
 	p.server = server
-	Until(t, "p11-kit server makes its socket", func() bool {
-		info, err := os.Stat(p.socket)
-		return err == nil && info.Mode()&os.ModeSocket != 0
+	// The socket is there a moment before the server listens.
+	Until(t, "p11-kit server takes connections", func() bool {
+		connection, err := (&net.Dialer{}).DialContext(t.Context(), "unix", p.socket)
+		return err == nil && connection.Close() == nil
 	})
 }
 
