@@ -476,29 +476,31 @@ func (h *house) itsMetrics(t *testing.T) {
 	}
 }
 
-// TestTheAutoUnsealGuideQuotesWhatIsSaid wants what stands between quotation marks in the table of bad days to be in the source, but
-// for what Vault says itself.
-func TestTheAutoUnsealGuideQuotesWhatIsSaid(t *testing.T) {
+// TestTheAutoUnsealGuidesQuoteWhatIsSaid wants what stands between quotation marks in the tables of bad days to be in the source, but
+// for what Vault and OpenBao say themselves.
+func TestTheAutoUnsealGuidesQuoteWhatIsSaid(t *testing.T) {
 	vaultsOwn := []string{
 		"error parsing Seal configuration: … connection refused", "fetching stored unseal keys failed", "failed to unseal core",
 		"seal backend is completely unhealthy", "x509: certificate signed by unknown authority", "x509: certificate is valid for",
-		"x509: certificate has expired", "tls: certificate required",
+		"x509: certificate has expired", "tls: certificate required", "checksums did not match",
 	}
 	source := strings.ReplaceAll(sources(t, "internal", "hsm", "nethsm", "cmd"), `" +`, `"+`)
 	source = regexp.MustCompile(`"\+\n\s*"`).ReplaceAllString(source, "") // one sentence on several lines
-	_, table, _ := strings.Cut(readFile(t, vaulttest.Root(), "docs/auto-unseal.md"), "\n## Bad days\n")
-	table, _, _ = strings.Cut(table, "\n## ")
-	quoted := 0
-	for _, row := range regexp.MustCompile(`(?m)^\| ([^|]+) \|`).FindAllStringSubmatch(table, -1) {
-		for _, quote := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(row[1], -1) {
-			quoted++
-			if !strings.Contains(source, quote[1]) && !slices.Contains(vaultsOwn, quote[1]) {
-				t.Errorf("docs/auto-unseal.md: nobody says %q", quote[1])
+	for page, least := range map[string]int{"docs/auto-unseal.md": 60, "docs/openbao.md": 20} {
+		_, table, _ := strings.Cut(readFile(t, vaulttest.Root(), page), "\n## Bad days\n")
+		table, _, _ = strings.Cut(table, "\n## ")
+		quoted := 0
+		for _, row := range regexp.MustCompile(`(?m)^\| ([^|]+) \|`).FindAllStringSubmatch(table, -1) {
+			for _, quote := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(row[1], -1) {
+				quoted++
+				if !strings.Contains(source, quote[1]) && !slices.Contains(vaultsOwn, quote[1]) {
+					t.Errorf("%s: nobody says %q", page, quote[1])
+				}
 			}
 		}
-	}
-	if quoted < 60 {
-		t.Errorf("only %d quotations were found", quoted)
+		if quoted < least {
+			t.Errorf("%s: only %d quotations were found", page, quoted)
+		}
 	}
 }
 
