@@ -57,8 +57,8 @@ func (b *backend) keyActionPaths() []*framework.Path {
 				},
 				"accept_recipients": {
 					Type: framework.TypeBool,
-					Description: "Where the key is here already: whether it is to seal to the HSM keys that the record has more. Without it such a " +
-						"record is refused, and the answer names them.",
+					Description: "Where the key is here already: whether it is to seal to the HSM keys, and to the key encryption keys of leases, " +
+						"that the record has more. Without it such a record is refused, and the answer names them.",
 				},
 			},
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix, OperationSuffix: "key"},

@@ -35,8 +35,8 @@ func (k *Keyring) grow(ctx context.Context, rec *record, restored keyRecord, req
 	if err := rec.settled(); err != nil {
 		return nil, err
 	}
-	if len(changed)+len(added) > 0 && !request.AcceptRecipients {
-		return nil, rec.notAccepted(changed, added)
+	if !request.AcceptRecipients {
+		return nil, rec.notAccepted(changed, added, leased)
 	}
 	for _, v := range changed { // each of them: nobody can tell otherwise whether it is the same
 		if err := k.openAuthKeys(ctx, rec.Name, []*version{v}); err != nil {
@@ -83,8 +83,9 @@ func notGrown(rec *record, lacks string) error {
 }
 
 // notAccepted says what a record would bring that nobody accepted. Nothing in it proves that a recipient is one of ours: a
-// version more may be anybody's as a whole, and an envelope for several does not authenticate to whom it is.
-func (r *record) notAccepted(changed, added []*version) error {
+// version more may be anybody's as a whole, and an envelope for several does not authenticate to whom it is. For the same
+// reason a KEK of ours may open with one of them alone.
+func (r *record) notAccepted(changed, added, leased []*version) error {
 	var news []string
 	for _, v := range slices.Concat(changed, added) {
 		known := r.version(v.Number)
@@ -94,10 +95,13 @@ func (r *record) notAccepted(changed, added []*version) error {
 			}
 		}
 	}
+	for _, v := range leased {
+		news = append(news, fmt.Sprintf("version %d to another key encryption key, %s", v.Number, v.kek.ID()))
+	}
 	if len(news) == 0 {
 		news = []string{"what is sealed to now, by another authentication envelope"}
 	}
-	return fmt.Errorf("key %q: %w, and with this record it would seal to HSM keys that it does not know here: %s; nothing was changed. Where "+
+	return fmt.Errorf("key %q: %w, and with this record it would seal to keys that it does not know here: %s; nothing was changed. Where "+
 		"you know that they are yours, by the SHA-256 that was printed where they were added, send it again with %s", r.Name, ErrKeyExists,
 		strings.Join(news, "; "), r.say().Ask("accept_recipients"))
 }

@@ -1,8 +1,10 @@
 package keyring
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -132,6 +134,35 @@ func TestARestoreTakesOnTheKEKOfTheRecord(t *testing.T) {
 	}
 	for _, f := range []*fixture{a, b} {
 		_ = f.Close()
+	}
+}
+
+// A KEK says what is sealed to from then on, and one that opens with the first of two HSMs alone is still ours: whoever may restore
+// a record, and no more, must not take the second away.
+func TestARecordOverAKeyBringsNoKEKUnasked(t *testing.T) {
+	f := newLeased(t)
+	f.addTwo()
+	own := f.backup()
+	crippled := bytes.Clone(own.Record)
+	kek := bytes.Index(crippled, []byte(`"kek_envelope"`))
+	const part = `"encrypted_key":"`
+	at := kek + bytes.LastIndex(crippled[kek:], []byte(part)) + len(part)
+	copy(crippled[at:], "AAAAAAAA")
+	content, err := ReadKeyRecord(crippled)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := f.stored()
+	request := RestoreRequest{Record: crippled, SHA256: content.SHA256, By: "mallory"}
+	if _, err := f.Restore(t.Context(), "prod", request); !errors.Is(err, ErrKeyExists) || !strings.Contains(err.Error(), "accept_recipients=true") ||
+		!strings.Contains(err.Error(), "key encryption key") {
+		t.Errorf("got %v, want ErrKeyExists that says how to accept it", err)
+	}
+	if !bytes.Equal(f.stored(), before) {
+		t.Error("a refused record changed the key")
+	}
+	if _, err := f.Restore(t.Context(), "prod", RestoreRequest{Record: own.Record, SHA256: own.SHA256, By: "dora"}); err != nil {
+		t.Errorf("its own record, which brings nothing: %v", err)
 	}
 }
 
