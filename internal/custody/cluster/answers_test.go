@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/internal/custody/node/nodetest"
 )
@@ -59,6 +60,7 @@ func TestANodeThatTakesItsTimeGetsNoShareBeyondTheThreshold(t *testing.T) {
 	}
 	before := sharesSent(n)
 	k := h.process()
+	k.pauses.settle = 50 * time.Millisecond
 	for range 3 {
 		if out, err := h.tend(k); err != nil || out.Action != ActionWaiting {
 			t.Errorf("Tend = %+v, %v", out, err)

@@ -160,7 +160,7 @@ func (h *host) process() *Custodian {
 		Transport: func(next http.RoundTripper) http.RoundTripper { return faultyLine{next, h.fault} },
 	})
 	k.pauses = pauses{
-		look: 5 * time.Millisecond, settle: 2 * time.Second, poll: time.Millisecond, pollLast: 20 * time.Millisecond, wait: 5 * time.Millisecond,
+		look: 50 * time.Millisecond, settle: 20 * time.Second, poll: time.Millisecond, pollLast: 20 * time.Millisecond, wait: 5 * time.Millisecond,
 		keepFirst: time.Millisecond, keepLast: 5 * time.Millisecond, lock: 20 * time.Millisecond,
 	}
 	h.t.Cleanup(func() {
@@ -399,6 +399,11 @@ func (m *volatile) Lock(ctx context.Context, name string) (unlock func(), err er
 	}
 	lock := m.locks[name]
 	m.mu.Unlock()
+	select { // one that is free is got, however late it is
+	case lock <- struct{}{}:
+		return func() { <-lock }, nil
+	default:
+	}
 	select {
 	case lock <- struct{}{}:
 		return func() { <-lock }, nil

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -436,9 +437,16 @@ func TestInitWaitsWhileVaultInitialises(t *testing.T) {
 	first, second := s.host("one"), s.host("two")
 	var waited error
 	s.nodes[0].DuringInit(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
+		var looks atomic.Int32
+		s.nodes[0].Break("sys/seal-status", -1, nodetest.Then(func() {
+			if looks.Add(1) == 3 {
+				cancel() // it has waited, and would wait on
+			}
+		}))
 		_, waited = second.process().Init(ctx, s.Cluster, InitOptions{})
+		s.nodes[0].Mend()
 		out, err := second.process().Tend(context.Background(), s.Cluster, s.Nodes[0])
 		if err != nil || out.Action != ActionWaiting {
 			t.Errorf("Tend meanwhile = %+v, %v", out, err)
