@@ -64,7 +64,7 @@ func TestASpreadIsHealedAfterOneOfItsHSMsIsLost(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			everyStep(t, dying, func(t *testing.T) *yard {
 				t.Helper()
-				y := initialised(t, nodetest.Raft, 1, spread)
+				y := begun(t, nodetest.Raft, spread)
 				y.unplug(test.lost)
 				test.replace(y)
 				return y

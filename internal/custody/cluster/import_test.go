@@ -15,7 +15,13 @@ import (
 // foreignCluster is a yard whose cluster somebody else initialised, by hand: its keys are not in custody.
 func foreignCluster(t *testing.T, kind nodetest.Kind, change func(*Cluster)) (y *yard, shares [][]byte, token []byte) {
 	t.Helper()
-	y = &yard{newSite(t, kind, 1).host("host-1")}
+	return foreignClusterOf(t, nodetest.Options{Kind: kind, Authority: nodetest.NewAuthority(t)}, change)
+}
+
+func foreignClusterOf(t *testing.T, options nodetest.Options, change func(*Cluster)) (y *yard, shares [][]byte, token []byte) {
+	t.Helper()
+	kind := options.Kind
+	y = &yard{newSiteOf(t, options, 1).host("host-1")}
 	if change != nil {
 		change(y.Cluster)
 	}
@@ -243,7 +249,7 @@ func TestAnImportThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 				func(t *testing.T) *yard {
 					t.Helper()
 					var y *yard
-					y, shares, token = foreignCluster(t, nodetest.Raft, change)
+					y, shares, token = foreignClusterOf(t, nodetest.Options{Kind: nodetest.Raft, Plain: true}, change)
 					return y
 				},
 				func(y *yard) error {

@@ -175,7 +175,7 @@ func TestRekeyRefuses(t *testing.T) {
 // opens the cluster as well.
 func TestARekeyThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	steps := everyStep(t, allModes,
-		begun(nodetest.Raft, nil), rekeyOnce, lookAfterRekey)
+		beginning(nodetest.Raft, nil), rekeyOnce, lookAfterRekey)
 	wantSteps(t, steps, []string{
 		"local put attempts/prod/unseal",
 		"node PUT sys/rekey/init",
@@ -190,12 +190,12 @@ func TestARekeyThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 
 func TestARekeyOfASpreadThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	everyStep(t, dying,
-		begun(nodetest.Raft, spread), rekeyOnce, lookAfterRekey)
+		beginning(nodetest.Raft, spread), rekeyOnce, lookAfterRekey)
 }
 
 func TestARekeyOfRecoveryKeysThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	everyStep(t, dying,
-		begun(nodetest.Auto, nil), rekeyOnce,
+		beginning(nodetest.Auto, nil), rekeyOnce,
 		func(y *yard, _ string) {
 			_, err := y.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
 			y.must(err)
@@ -220,7 +220,7 @@ func lookAfterRekey(y *yard, _ string) {
 // The same where all nodes were restarted in between, so that Vault has forgotten what was under way.
 func TestARekeyThatIsCutOffByAPowerCut(t *testing.T) {
 	everyStep(t, dying,
-		begun(nodetest.Raft, nil), rekeyOnce,
+		beginning(nodetest.Raft, nil), rekeyOnce,
 		func(y *yard, _ string) {
 			y.restart()
 			_, err := y.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
@@ -266,7 +266,7 @@ func TestARekeyWhoseVerificationIsRefused(t *testing.T) {
 // Another host has no note of what was under way: where the store tells, it goes on, else it says who has to.
 func TestAnotherHostAfterARekeyThatWasCutOff(t *testing.T) {
 	everyStep(t, dying,
-		begun(nodetest.Raft, nil), rekeyOnce,
+		beginning(nodetest.Raft, nil), rekeyOnce,
 		func(y *yard, struck string) {
 			other := &yard{y.site.host("host-2")}
 			_, err := other.process().Rekey(y.t.Context(), y.Cluster, RekeyOptions{By: "second"})
@@ -317,7 +317,7 @@ func TestRekeyAfterTheConfigurationNamesOtherKeys(t *testing.T) {
 			steps := everyStep(t, dying,
 				func(t *testing.T) *yard {
 					t.Helper()
-					y := initialised(t, nodetest.Raft, 1, test.from)
+					y := begun(t, nodetest.Raft, test.from)
 					test.to(y)
 					return y
 				}, rekeyOnce,

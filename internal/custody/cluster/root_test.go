@@ -146,7 +146,7 @@ func startRoot(y *yard) error {
 // Struck down at any step, the next run ends with no token of ours alive, but for the one window that is told of.
 func TestARootTokenWhoseMakingIsCutOffIsRevokedByTheNextRun(t *testing.T) {
 	steps := everyStep(t, allModes,
-		begun(nodetest.Raft, nil),
+		beginning(nodetest.Raft, nil),
 		func(y *yard) error {
 			_, err := y.process().Root(y.t.Context(), y.Cluster, RootOptions{Use: func(context.Context, string, []byte) error { return nil }})
 			return err
@@ -213,7 +213,7 @@ func TestProve(t *testing.T) {
 // A proof that was cut off leaves a rekey of ours, which the next proof and the next rekey end.
 func TestAProofThatIsCutOffLeavesNothing(t *testing.T) {
 	everyStep(t, allModes,
-		begun(nodetest.Raft, nil),
+		beginning(nodetest.Raft, nil),
 		func(y *yard) error {
 			return y.process().Prove(y.t.Context(), y.Cluster, KindUnseal, y.nodes[0].Shares(), "alice")
 		},

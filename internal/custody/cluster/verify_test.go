@@ -314,7 +314,7 @@ func TestARewrapThatIsCutOffIsFinishedByTheNext(t *testing.T) {
 	everyStep(t, allModes,
 		func(t *testing.T) *yard {
 			t.Helper()
-			y := initialised(t, nodetest.Raft, 1, spread)
+			y := begun(t, nodetest.Raft, spread)
 			for _, key := range []string{"office", "bunker", "bank"} {
 				y.rotate(key)
 			}

@@ -21,7 +21,18 @@ type yard struct{ *host }
 // initialised is a yard whose cluster was taken into custody from its beginning, and is unsealed.
 func initialised(t *testing.T, kind nodetest.Kind, nodes int, change func(*Cluster)) *yard {
 	t.Helper()
-	y := &yard{newSite(t, kind, nodes).host("host-1")}
+	return initialisedOf(t, nodetest.Options{Kind: kind, Authority: nodetest.NewAuthority(t)}, nodes, change)
+}
+
+// begun is initialised with one node, for everyStep, which needs very many: it speaks plain http.
+func begun(t *testing.T, kind nodetest.Kind, change func(*Cluster)) *yard {
+	t.Helper()
+	return initialisedOf(t, nodetest.Options{Kind: kind, Plain: true}, 1, change)
+}
+
+func initialisedOf(t *testing.T, options nodetest.Options, nodes int, change func(*Cluster)) *yard {
+	t.Helper()
+	y := &yard{newSiteOf(t, options, nodes).host("host-1")}
 	if change != nil {
 		change(y.Cluster)
 	}
@@ -31,11 +42,11 @@ func initialised(t *testing.T, kind nodetest.Kind, nodes int, change func(*Clust
 	return y
 }
 
-// begun is how everyStep makes yards of one node.
-func begun(kind nodetest.Kind, change func(*Cluster)) func(*testing.T) *yard {
+// beginning is how everyStep begins where there is nothing but such a yard.
+func beginning(kind nodetest.Kind, change func(*Cluster)) func(*testing.T) *yard {
 	return func(t *testing.T) *yard {
 		t.Helper()
-		return initialised(t, kind, 1, change)
+		return begun(t, kind, change)
 	}
 }
 
@@ -63,6 +74,9 @@ func (y *yard) restart() {
 			if n.Err != nil {
 				y.t.Logf("tending %s: %v", n.Address, n.Err)
 			}
+		}
+		if !slices.ContainsFunc(y.nodes, (*nodetest.Node).Sealed) {
+			break
 		}
 	}
 	y.wantAllUnsealed()
