@@ -26,7 +26,7 @@ func TestAWrongPINIsSentOnceWhileAVaultStaysSealed(t *testing.T) {
 	d = w.Host.Daemon(t)
 	w.stays(t, 3)
 	for range 2 {
-		w.Refused(t, vaulttest.ExitRefused, []string{"PIN"}, "unseal", "-once", "eu", "--timeout", "10s")
+		w.Refused(t, vaulttest.ExitRefused, []string{"PIN"}, "unseal", "-once", "eu", "--timeout", "30s")
 	}
 	if sent := w.card.WrongPINs(t); sent != 1 {
 		t.Fatalf("the wrong PIN was sent %d times", sent)

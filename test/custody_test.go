@@ -270,7 +270,11 @@ func TestSIGTERMDuringInitWaitsUntilTheKeysAreStored(t *testing.T) {
 	front.breaks(slowInit(begun, goOn))
 
 	run := h.Start(t, "init", "eu")
-	<-begun
+	select {
+	case <-begun:
+	case <-run.Done:
+		t.Fatalf("it ended before it asked Vault:\n%s", run.Log)
+	}
 	run.Signal(t, syscall.SIGTERM)
 	run.Signal(t, syscall.SIGTERM) // as an impatient person or systemd may
 	select {

@@ -64,7 +64,12 @@ func TestCtrlCEndsTheDemoAndWhatItStarted(t *testing.T) {
 
 func ctrlCEndsIt(t *testing.T, d *demo, step string) {
 	t.Helper()
-	vaulttest.Eventually(t, 2*time.Minute, "the demo to use its Vault", func() error {
+	vaulttest.Eventually(t, 5*time.Minute, "the demo to use its Vault", func() error {
+		select {
+		case err := <-d.ended:
+			t.Fatalf("%s: %v\n%s", d.command.Path, err, d.out.String())
+		default:
+		}
 		if !strings.Contains(d.out.String(), step) {
 			return fmt.Errorf("it says\n%s", d.out.String())
 		}
@@ -120,7 +125,7 @@ func (d *demo) wait(t *testing.T) error {
 	select {
 	case err := <-d.ended:
 		return err
-	case <-time.After(3 * time.Minute):
+	case <-time.After(5 * time.Minute):
 		_ = d.command.Process.Kill() // what it started is ended by the clean-up
 		t.Fatalf("%s does not end; it says\n%s", d.command.Path, d.out.String())
 		return nil
