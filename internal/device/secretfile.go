@@ -22,8 +22,9 @@ const maxPEMFile = 64 << 10
 type SecretFiles struct {
 	// Dir is given by the plugin's own arguments, -secrets-dir.
 	Dir string
-	// Credentials lets "credential:NAME" stand for a file that systemd hands over (LoadCredential), whatever Dir is. Only
-	// the command sets it: whoever may write a mount's configuration must not reach the credentials of Vault's own unit.
+	// Credentials lets "credential:NAME" stand for a file that systemd hands over (LoadCredential), whatever Dir is. The
+	// command and OpenBao's seal set it, never a mount: whoever may write a mount's configuration must not reach the
+	// credentials of Vault's own unit.
 	Credentials bool
 }
 
