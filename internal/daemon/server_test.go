@@ -181,7 +181,8 @@ func TestMetricsAreNamedAndBoundedAsTheyShouldBe(t *testing.T) {
 	eventually(t, func() bool {
 		_, body := s.get(t, "http", "/metrics")
 		return strings.Contains(body, `nitroseal_cluster_alarm{alarm="wrong_shares",cluster="b"} 1`) && strings.Contains(body, `nitroseal_device_up{device="stick"}`) &&
-			strings.Contains(body, `nitroseal_store_up{store="local"} 1`) && strings.Contains(body, `nitroseal_node_last_unseal_timestamp_seconds`)
+			strings.Contains(body, `nitroseal_device_up{device="drawer"}`) && strings.Contains(body, `nitroseal_store_up{store="local"} 1`) &&
+			strings.Contains(body, `nitroseal_node_last_unseal_timestamp_seconds`)
 	})
 	s.hooks.DeviceOperation("stick", "decrypt", 30*time.Millisecond, nil)
 	s.hooks.DeviceOperation("stick", "decrypt", 30*time.Millisecond, &hsm.PINError{Detail: "wrong"})
@@ -269,8 +270,9 @@ func TestReadyMeansLookedAtAndAnHSMWhereOneIsNeeded(t *testing.T) {
 	var answer readiness
 	eventually(t, func() bool {
 		code, body := s.get(t, "http", "/readyz")
+		answer = readiness{}
 		must(t, json.Unmarshal([]byte(body), &answer))
-		return code == 503 && len(answer.Reasons) == 1 && strings.Contains(answer.Reasons[0], "no HSM answers")
+		return code == 503 && len(answer.Reasons) == 1 && strings.Contains(answer.Reasons[0], "no HSM answers") && answer.Nodes[0].Reason != ""
 	})
 	if n := answer.Nodes[0]; n.State != "sealed" || n.Node != a.Nodes[0] || !strings.Contains(n.Reason, "unavailable") {
 		t.Errorf("the node: %+v", n)
