@@ -47,7 +47,14 @@ func initBegun(t *testing.T, configuration string, n *nodetest.Node, args ...str
 	if err := r.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	<-asked
+	until(t, "the node to be asked", func() bool {
+		select {
+		case <-asked:
+			return true
+		default:
+			return false
+		}
+	})
 	return r, func() { close(answer) }
 }
 
@@ -68,6 +75,7 @@ func TestADiskThatIsFullBeforeAnInitialisationLeavesNothingInitialised(t *testin
 }
 
 func TestADiskThatFillsDuringAnInitialisationLosesNoKeys(t *testing.T) {
+	const limit = 5 * time.Second // long enough to come as far as sys/init
 	for name, test := range map[string]struct {
 		args  []string
 		leave func(t *testing.T, r *running)
@@ -75,7 +83,7 @@ func TestADiskThatFillsDuringAnInitialisationLosesNoKeys(t *testing.T) {
 	}{
 		"and a person waits":        {code: exitOK},
 		"and a person is impatient": {leave: func(t *testing.T, r *running) { t.Helper(); r.signal(t, os.Interrupt); r.says(t, "Ctrl-C came") }, code: exitInterrupted},
-		"and the time is up":        {args: []string{"--timeout", "1s"}, leave: func(t *testing.T, _ *running) { t.Helper(); <-time.After(time.Second) }, code: exitUnavailable},
+		"and the time is up":        {args: []string{"--timeout", limit.String()}, leave: func(t *testing.T, _ *running) { t.Helper(); <-time.After(limit) }, code: exitUnavailable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := nodetest.Start(t, nodetest.Options{})

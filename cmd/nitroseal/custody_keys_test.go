@@ -188,9 +188,9 @@ func TestSharesAreTypedHidden(t *testing.T) {
 		number int
 		text   string
 	}{{1, typed[0]}, {2, "hunter2"}, {2, typed[0]}, {2, typed[1]}, {3, typed[2]}, {4, ""}} {
-		before := len(seen.text())
 		prompt := fmt.Sprintf("Share %d (empty to end): ", line.number)
 		until(t, prompt, func() bool { return strings.HasSuffix(seen.text(), prompt) && !echoes(t, theirs) })
+		before := len(seen.text())
 		if _, err := ours.WriteString(line.text + "\n"); err != nil {
 			t.Fatal(err)
 		}

@@ -92,31 +92,13 @@ func TestAnInitialisationThatBeganIsNotInterrupted(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := nodetest.Start(t, nodetest.Options{})
 			configuration := inCustody(t, rsaToken(t), n)
-			asked, goOn := make(chan struct{}), make(chan struct{})
-			n.Break("sys/init", 1, func(w http.ResponseWriter, r *http.Request, serve http.Handler) {
-				if r.Method != http.MethodGet {
-					close(asked)
-					<-goOn
-				}
-				serve.ServeHTTP(w, r)
-			})
-			var said transcript
-			cmd := command(t, configuration, "init", "prod")
-			cmd.Stderr = &said
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			<-asked
+			r, goOn := initBegun(t, configuration, n)
 			for i := range 3 {
-				if err := cmd.Process.Signal(signal); err != nil {
-					t.Fatal(err)
-				}
-				until(t, "an answer to the signal", func() bool { return strings.Count(said.text(), name+" came") == i+1 })
+				r.signal(t, signal)
+				until(t, "an answer to the signal", func() bool { return strings.Count(r.said.text(), name+" came") == i+1 })
 			}
-			close(goOn)
-			if got := code(t, cmd.Wait()); got != exitInterrupted {
-				t.Errorf("it ended with %d, want %d\n%s", got, exitInterrupted, said.text())
-			}
+			goOn()
+			r.ends(t, exitInterrupted)
 			// The keys are safe, and the next run finishes what is left.
 			must(t, configuration, "init", "prod")
 			if n.Sealed() || n.Count(http.MethodPut, "sys/init")+n.Count(http.MethodPost, "sys/init") != 1 {
@@ -185,7 +167,7 @@ func TestNothingIsCreatedWhereItCouldNotBeKept(t *testing.T) {
 			n := nodetest.Start(t, nodetest.Options{})
 			configuration := inCustody(t, rsaToken(t), n)
 			test.spoil(t, configuration, n)
-			out, err := command(t, configuration, "init", "prod", "--timeout", "5s").CombinedOutput()
+			out, err := command(t, configuration, "init", "prod", "--timeout", "30s").CombinedOutput()
 			if got := code(t, err); got != test.code || !strings.Contains(string(out), test.says) {
 				t.Errorf("it ended with %d, want %d and %q\n%s", got, test.code, test.says, out)
 			}
@@ -235,11 +217,11 @@ func TestANodeOfAnotherClusterGetsNoMoreSharesUntilAPersonSaysSo(t *testing.T) {
 			t.Errorf("nitroseal %s ended with %d, want %d and %q\n%s", strings.Join(args, " "), got, want, says, out)
 		}
 	}
-	run(exitRefused, "the shares were given to another cluster", "unseal", "--timeout", "5s")
+	run(exitRefused, "the shares were given to another cluster", "unseal", "--timeout", "30s")
 	run(exitFailed, "--clear-alarm "+n.Address(), "status")
 	n.Restart()
 	sent := n.Count(http.MethodPut, "sys/unseal") + n.Count(http.MethodPost, "sys/unseal")
-	run(exitRefused, "rekey the cluster", "unseal", "--timeout", "5s")
+	run(exitRefused, "rekey the cluster", "unseal", "--timeout", "30s")
 	if n.Count(http.MethodPut, "sys/unseal")+n.Count(http.MethodPost, "sys/unseal") != sent {
 		t.Error("the node got another share")
 	}

@@ -325,8 +325,9 @@ func TestAStateDirectoryThatIsNotThereOrOpenToOthersIsRefused(t *testing.T) {
 }
 
 func TestADoctorWhoIsCutShortTellsWhatHeFound(t *testing.T) {
-	configuration := configured(t, pkcs11test.SoftHSM(t))
-	out, err := command(t, configuration, "doctor", "--timeout", "1ms").Output()
+	card := pkcs11test.Card(t)
+	card.Fault(t, pkcs11test.Freezes("card"))
+	out, err := command(t, configured(t, &card.Token), "doctor", "--timeout", "500ms").Output()
 	if failed := (*exec.ExitError)(nil); !errors.As(err, &failed) || failed.ExitCode() != exitUnavailable || !strings.Contains(string(out), "state directory") {
 		t.Errorf("it ended with %v\n%s", err, out)
 	}

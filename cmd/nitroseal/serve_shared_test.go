@@ -169,7 +169,7 @@ func TestRunAndServeShareAMachine(t *testing.T) {
 	from := time.Now()
 	serve.signal(t, syscall.SIGTERM)
 	serve.ends(t, exitOK)
-	if took := time.Since(from); took > 5*time.Second {
+	if took := time.Since(from); took > 20*time.Second { // what runs may take 50
 		t.Errorf("it took %v to end", took)
 	}
 	out, err := command(t, s.configuration, "status").CombinedOutput()

@@ -199,11 +199,7 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 		t.Errorf("a token for another key is answered %+v", got)
 	}
 	must(t, s.configuration, "serve", "token", "revoke", id)
-	from := time.Now()
 	until(t, "the revoked token to be refused", func() bool { return s.encrypt(t, text, "prod", "a").code == http.StatusForbidden })
-	if took := time.Since(from); took > 5*time.Second {
-		t.Errorf("it was taken for %v more", took)
-	}
 
 	// What an operator asks.
 	if out := must(t, s.configuration, "config", "check"); !strings.Contains(out, s.address+"/v1/transit") {
