@@ -19,7 +19,8 @@ var ports struct {
 
 // FreePorts finds loopback addresses that are free at this moment, all different. None is given twice on a machine while the process
 // runs that got it: a server may begin to listen much later, and again and again. They are not of the range that the kernel takes for
-// connections: a server that is started later, or anew, would find its own taken now and then.
+// connections, nor of the one that scripts/stage takes for the demos: a server that is started later, or anew, would find its own
+// taken now and then.
 func FreePorts(t testing.TB, n int) []string {
 	t.Helper()
 	last := highest()
@@ -58,12 +59,12 @@ func listen(network, address string) (net.Listener, error) {
 	return (&net.ListenConfig{}).Listen(context.Background(), network, address)
 }
 
-// lowest is the first port that is given.
-const lowest = 15_000
+// lowest is the first port that is given, demos the first one of the demos.
+const lowest, demos = 15_000, 20_000
 
-// highest is the last port below those of connections.
+// highest is the last port that is given.
 func highest() int {
-	first := 32_768
+	first := 32_768 // of connections
 	if content, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
 		if _, err := fmt.Sscan(string(content), &first); err != nil {
 			return 65_535
@@ -72,5 +73,5 @@ func highest() int {
 	if first-lowest < 1000 { // nearly all are
 		return 65_535
 	}
-	return first - 1
+	return min(first, demos) - 1
 }
