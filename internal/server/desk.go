@@ -92,8 +92,7 @@ func (d *desk) Open(ctx context.Context, name string, raw []byte, want envelope.
 	defer cancel()
 	if g := (*d.gates.Load())[name]; g != nil {
 		begun := time.Now()
-		_, shares := (*d.leased.Load())[name]
-		leave, err := g.enter(ctx, d.recent.has(raw), shares, len(raw))
+		leave, err := g.enter(ctx, d.recent.has(raw), d.shares(name, raw), len(raw))
 		d.metrics.waited.Observe(time.Since(begun).Seconds())
 		if err != nil {
 			d.turnedAway(name, err)
@@ -111,6 +110,19 @@ func (d *desk) Open(ctx context.Context, name string, raw []byte, want envelope.
 		d.metrics.strict.Inc()
 	}
 	return opened, nil
+}
+
+// shares tells whether what opens an envelope opens others as well: its KEK, which a lease holds from then on.
+func (d *desk) shares(name string, raw []byte) bool {
+	if _, lasts := (*d.leased.Load())[name]; !lasts {
+		return false
+	}
+	parsed, err := envelope.Parse(raw)
+	if err != nil {
+		return false
+	}
+	_, leased := parsed.KEKID()
+	return leased
 }
 
 // serves returns an error for a key that the configuration does not name. Where it names none, each that a token is for is served.

@@ -13,6 +13,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/token"
 	"vault-plugin-secrets-nitrokey/internal/transit"
 )
@@ -404,4 +405,42 @@ func TestAStormOfALeasedKeyIsNotTurnedAway(t *testing.T) {
 		})
 	}
 	running.Wait()
+}
+
+// TestALeaseIsNoReasonToWaitForWhatItDoesNotOpen: what was sealed before it takes an operation each, and to wait for longer than a
+// client does would have the HSM do most of them for nobody.
+func TestALeaseIsNoReasonToWaitForWhatItDoesNotOpen(t *testing.T) {
+	w := newWorld(t)
+	w.units[0].places = make(chan struct{}, 1)
+	before, err := w.keys.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil)
+	must(t, err)
+	w.lease("prod", time.Hour)
+	text := w.token(token.Spec{})
+	r := w.start(nil).waitReady()
+	client := r.client()
+	r.server.hooks.operations.configure(nil) // as with a slow HSM
+	r.server.hooks.operations.configure(map[string]int{"one": 1})
+	r.server.hooks.operations.ended("one", time.Now(), 20*time.Second)
+	giveBack := w.units[0].hold()
+	codes := make(chan int, 10)
+	var running sync.WaitGroup
+	for range cap(codes) {
+		running.Go(func() {
+			got, err := r.try(client, http.MethodPut, "/v1/transit/decrypt/prod", text, `{"ciphertext":"`+transit.Format(before.Version, before.Envelope)+`"}`)
+			if err != nil {
+				t.Error(err)
+			}
+			codes <- got.code
+		})
+	}
+	eventually(t, "all but those at the HSM are told to come again", func() bool { return len(codes) == 8 })
+	giveBack()
+	running.Wait()
+	counts := map[int]int{}
+	for range cap(codes) {
+		counts[<-codes]++
+	}
+	if counts[http.StatusServiceUnavailable] != 8 || counts[http.StatusOK] != 2 {
+		t.Errorf("answers: %v", counts)
+	}
 }
