@@ -328,6 +328,17 @@ func TestAnHSMThatIsBackIsAskedAtOnce(t *testing.T) {
 	}
 }
 
+// TestWhatIsOpenStaysSo while the version that seals is the same, whatever else of a record became another.
+func TestWhatIsOpenStaysSo(t *testing.T) {
+	s := &service{warmths: map[string]*warmth{"prod": {record: "old", version: 1, err: hsm.ErrUnavailable}}}
+	if yes, err := s.warmed("prod", "new", 1); !yes || err != nil {
+		t.Errorf("the same version: %v, %v", yes, err)
+	}
+	if yes, err := s.warmed("prod", "new", 2); yes || !errors.Is(err, hsm.ErrUnavailable) {
+		t.Errorf("a new version: %v, %v", yes, err)
+	}
+}
+
 // TestAClientThatGoesAwaySaysNothingAboutTheHSM, and an HSM that does not answer does.
 func TestAClientThatGoesAwaySaysNothingAboutTheHSM(t *testing.T) {
 	h := newHooks(newMetrics())

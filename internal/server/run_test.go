@@ -361,6 +361,24 @@ func TestAKeyThatHasSealedIsNotMadeToWait(t *testing.T) {
 	}
 }
 
+// TestTokensThatCameLateMakeNobodyReadyBeforeTheirKeysWereLookedAt: systemd would start a Vault whose key cannot seal.
+func TestTokensThatCameLateMakeNobodyReadyBeforeTheirKeysWereLookedAt(t *testing.T) {
+	w := newWorld(t)
+	w.token(token.Spec{})
+	tokens := token.NewRegistry(token.RegistryOptions{Store: w.tokens})
+	in, err := newService(&Site{Keys: w.keys, Tokens: tokens}, &server{metrics: newMetrics(), hooks: newHooks(newMetrics()), logger: slog.New(slog.DiscardHandler)})
+	must(t, err)
+	in.look()
+	must(t, tokens.Refresh(t.Context()))
+	if in.settled() {
+		t.Error("it is ready, and nobody knows for what")
+	}
+	in.look()
+	if in.settled() {
+		t.Error("it is ready, and its key was not warmed")
+	}
+}
+
 // TestAMisspeltKeyTakesNothingFromTheOthers, and keeps no server from being ready.
 func TestAMisspeltKeyTakesNothingFromTheOthers(t *testing.T) {
 	w := newWorld(t)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,6 +36,7 @@ type service struct {
 	parallel map[string]int // operations at one time, by device
 
 	current  atomic.Pointer[[]*view]
+	looked   atomic.Bool       // the keys were looked at since the tokens are known
 	gates    map[string]*gate  // by devices; of the loop of looks alone
 	records  uint64            // fingerprint; of the loop of looks alone
 	up       map[string]bool   // devices, as they were last seen; of the loop of looks alone
@@ -229,7 +231,7 @@ func (s *service) views() []*view { return *s.current.Load() }
 
 // settled tells whether every key that can be ready without a person is. Before the tokens were read nobody knows which those are.
 func (s *service) settled() bool {
-	if !(doorkeeper{s.site.Tokens}).knows() {
+	if !s.looked.Load() {
 		return false
 	}
 	for _, v := range s.views() {
@@ -238,6 +240,22 @@ func (s *service) settled() bool {
 		}
 	}
 	return true
+}
+
+// replaces tells whether a service can do what another one does. Where that waits for nothing, neither must this one; where it does,
+// what it seals with is enough.
+func (s *service) replaces(old *service) bool {
+	if s.settled() {
+		return true
+	}
+	if old.settled() || old.looked.Load() && !s.looked.Load() {
+		return false
+	}
+	waits := map[string]bool{}
+	for _, v := range s.views() {
+		waits[v.health.Name] = !v.health.Seals && v.patience
+	}
+	return !slices.ContainsFunc(old.views(), func(v *view) bool { return v.health.Seals && waits[v.health.Name] })
 }
 
 // doorkeeper knows tokens, and whether anybody can know them.

@@ -43,7 +43,7 @@ func (s *service) lookAt(ctx context.Context, name string, leases []keyring.Leas
 		v.health.Mode = ModeLeased
 	}
 	v.health.Version = key.EncryptVersion
-	warmed, err := s.warmed(name, key.RecordSHA256)
+	warmed, err := s.warmed(name, key.RecordSHA256, key.EncryptVersion)
 	v.patience = !warmed && passes(err)
 	v.err = err
 	if notReady := s.site.Keys.Ready(ctx, name, keyring.PurposeEncrypt); notReady != nil {
@@ -98,6 +98,7 @@ func passes(err error) bool {
 
 // refresh looks at all keys, and has what depends on them follow.
 func (s *service) refresh(ctx context.Context) {
+	known := (doorkeeper{s.site.Tokens}).knows() // before it is asked which keys they name
 	leases := s.site.Keys.Leases()
 	var views []*view
 	gates, waiting, leased := map[string]*gate{}, map[string]int{}, map[string]struct{}{}
@@ -109,8 +110,8 @@ func (s *service) refresh(ctx context.Context) {
 		views = append(views, v)
 		s.tellUnfit(v)
 		if v.record == "" { // nothing to be opened, or nobody knows: as it was
-			if known := (*s.desk.gates.Load())[name]; known != nil {
-				gates[name] = known
+			if before := (*s.desk.gates.Load())[name]; before != nil {
+				gates[name] = before
 			}
 			continue
 		}
@@ -126,6 +127,7 @@ func (s *service) refresh(ctx context.Context) {
 	s.desk.waiting.Store(&waiting)
 	s.desk.leased.Store(&leased)
 	s.current.Store(&views)
+	s.looked.Store(known)
 }
 
 // gate returns the gate of a set of devices. Only refresh calls it.

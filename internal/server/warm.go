@@ -18,23 +18,27 @@ const (
 
 // warmth is what is known of the authentication keys of a wrapping key.
 type warmth struct {
-	record string // the SHA-256 of the key record that they were opened for, "" for none
-	err    error  // why the last try failed
-	tries  int    // that failed in a row
-	next   time.Time
-	busy   bool
+	record  string // the SHA-256 of the key record that they were opened for, "" for none
+	version int    // that sealed then
+	err     error  // why the last try failed
+	tries   int    // that failed in a row
+	next    time.Time
+	busy    bool
 }
 
 // warmed tells whether the authentication keys of a key are open, and why not. What was open for another state of its record
 // still is, but for a version that is new.
-func (s *service) warmed(name, record string) (yes bool, err error) {
+func (s *service) warmed(name, record string, version int) (yes bool, err error) {
 	s.warmMu.Lock()
 	defer s.warmMu.Unlock()
 	w := s.warmths[name]
 	if w == nil {
 		return false, nil
 	}
-	return w.record == record || w.record != "" && w.err == nil, w.err
+	if w.record == record || w.record != "" && (w.err == nil || w.version == version) {
+		return true, nil
+	}
+	return false, w.err
 }
 
 // warm opens authentication keys and leases for as long as there is something to open, until ctx ends. It is what makes an HSM's
@@ -98,7 +102,7 @@ func (s *service) warmOne(parent context.Context, v *view) {
 	told := w.err != nil
 	switch {
 	case err == nil:
-		w.record, w.err, w.tries = v.record, nil, 0
+		w.record, w.version, w.err, w.tries = v.record, v.health.Version, nil, 0
 	case parent.Err() == nil:
 		w.next = time.Now().Add(monitor.Jittered(min(longestWarm, firstWarm<<min(w.tries, 10))))
 		w.err = err
