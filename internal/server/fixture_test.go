@@ -89,6 +89,8 @@ type unit struct {
 	mu    sync.Mutex
 	hooks *Hooks
 	err   error // why it cannot be opened
+	hangs bool  // operations that begin now come to no end but their caller's
+	hung  int   // how many of those there were
 }
 
 func newUnit(name string, parallel int) *unit {
@@ -113,6 +115,14 @@ func (u *unit) away(err error) {
 	defer u.mu.Unlock()
 	u.err = err
 	u.SetError(err)
+}
+
+// hang has what begins from now on hang, or not, and returns how many operations do.
+func (u *unit) hang(now bool) int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.hangs = now
+	return u.hung
 }
 
 // hold lets no operation begin until it is given back: whatever asks meanwhile waits, however slow this machine is.
@@ -164,6 +174,16 @@ func (k *unitKey) Agree(ctx context.Context, peer *ecdh.PublicKey) (secret []byt
 	case k.unit.places <- struct{}{}:
 		defer func() { <-k.unit.places }()
 	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	k.unit.mu.Lock()
+	hangs := k.unit.hangs
+	if hangs {
+		k.unit.hung++
+	}
+	k.unit.mu.Unlock()
+	if hangs {
+		<-ctx.Done()
 		return nil, ctx.Err()
 	}
 	return k.Agreer.Agree(ctx, peer)
@@ -222,9 +242,19 @@ func (w *world) keyring() *keyring.Keyring {
 // adopt makes a wrapping key of the HSM key with that label, and acknowledges what is to be acknowledged.
 func (w *world) adopt(name string) { w.adoptAs(name, "prod") }
 
-func (w *world) adoptAs(name, label string) {
+func (w *world) adoptAs(name, label string) { w.adoptAt(name, "one", label) }
+
+// adoptElsewhere makes a wrapping key of a key of another HSM.
+func (w *world) adoptElsewhere(name string, u *unit) {
+	u.AddEC(w.t, name, "01", ecdh.P256())
+	w.units = append(w.units, u)
+	w.keys = w.keyring()
+	w.adoptAt(name, u.name, name)
+}
+
+func (w *world) adoptAt(name, device, label string) {
 	ctx := w.t.Context()
-	_, err := w.keys.Adopt(ctx, name, keyring.AdoptRequest{Device: "one", Label: label, By: "alice"})
+	_, err := w.keys.Adopt(ctx, name, keyring.AdoptRequest{Device: device, Label: label, By: "alice"})
 	must(w.t, err)
 	_, err = w.keys.Backup(ctx, name, "alice")
 	must(w.t, err)

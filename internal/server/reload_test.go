@@ -1,14 +1,18 @@
 package server
 
 import (
+	"context"
 	"net/http"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
+	"vault-plugin-secrets-nitrokey/internal/envelope"
 	"vault-plugin-secrets-nitrokey/internal/token"
+	"vault-plugin-secrets-nitrokey/internal/transit"
 )
 
 // TestAReloadBeforeKeysCanSealDoesNotSayReady: systemd would start a Vault, and it would end.
@@ -65,6 +69,87 @@ func TestAReloadWhileTheHSMIsAwayLeavesWhatIsInUse(t *testing.T) {
 	}
 	w.units[0].away(nil)
 	r.reloadUntil("it is taken", func() bool { return encrypt("later") == http.StatusOK })
+}
+
+// TestAReloadTakesNothingFromAKeyThatWorks, where another one waits for its HSM since the start.
+func TestAReloadTakesNothingFromAKeyThatWorks(t *testing.T) {
+	w := newWorld(t)
+	w.timing.settle = 200 * time.Millisecond
+	w.adoptElsewhere("other", newUnit("two", 1))
+	w.units[1].away(hsm.ErrUnavailable)
+	text := w.token(token.Spec{Keys: []string{"prod", "other"}})
+	r := w.start(nil)
+	client := r.client()
+	eventually(t, "one of them seals", func() bool { return r.encrypt(client, text, "prod", "a").code == http.StatusOK })
+	w.units[0].away(hsm.ErrUnavailable)
+	r.reload <- syscall.SIGHUP
+	r.reload <- syscall.SIGHUP // taken when the first one has ended
+	if got := r.encrypt(client, text, "prod", "a"); got.code != http.StatusOK {
+		t.Errorf("after a reload: %d %s", got.code, got.raw)
+	}
+	w.units[0].away(nil)
+	r.reloadUntil("it is taken with what waits as before", func() bool { return r.logged.count("the new configuration is in use") > 0 })
+	if got := r.encrypt(client, text, "prod", "a"); got.code != http.StatusOK {
+		t.Errorf("after another reload: %d %s", got.code, got.raw)
+	}
+}
+
+// TestSealingWipesAlsoWhatEndsItsRequests since a reload, and a stop turns away who waits there.
+func TestSealingWipesAlsoWhatEndsItsRequests(t *testing.T) {
+	w := newWorld(t)
+	w.units[0].places = make(chan struct{}, 4)
+	before, err := w.keys.Wrap(t.Context(), "prod", envelope.UseTransit, []byte("a secret"), nil)
+	must(t, err)
+	w.lease("prod", time.Hour)
+	text := w.token(token.Spec{})
+	r := w.start(func(site *Site) { site.Devices[0].Parallel = 1 }).waitReady()
+	old := r.server.service.Load()
+	client := r.client()
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var running sync.WaitGroup
+	open := func(ctx context.Context, code *int) {
+		running.Go(func() {
+			request, err := http.NewRequestWithContext(ctx, http.MethodPut, "https://"+r.at+"/v1/transit/decrypt/prod",
+				strings.NewReader(`{"ciphertext":"`+transit.Format(before.Version, before.Envelope)+`"}`))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			request.Header.Set("X-Vault-Token", text)
+			if response, err := client.Do(request); err == nil {
+				*code = response.StatusCode
+				_ = response.Body.Close()
+			}
+		})
+	}
+	w.units[0].hang(true)
+	var one, two, waiting int
+	open(ctx, &one)
+	open(ctx, &two)
+	eventually(t, "two are at the HSM", func() bool { return w.units[0].hang(true) == 2 })
+	open(t.Context(), &waiting)
+	eventually(t, "one waits", func() bool { _, n := r.queue(); return n == 1 })
+	w.units[0].hang(false)
+	r.reload <- syscall.SIGHUP
+	eventually(t, "a new one is in use", func() bool { return r.server.service.Load() != old })
+	if len(old.site.Keys.Leases()) == 0 {
+		t.Fatal("there is no lease to be wiped")
+	}
+	r.seal <- syscall.SIGUSR1
+	eventually(t, "it is sealed", func() bool { return r.logged.count("sealed: all leases were ended") == 1 })
+	if left := old.site.Keys.Leases(); len(left) != 0 {
+		t.Errorf("left are %v", left)
+	}
+	ended := make(chan struct{})
+	go func() { r.end(); close(ended) }()
+	eventually(t, "who waits is turned away", func() bool { _, urgent, patient := old.desk.load(); return urgent+patient == 0 })
+	leave()
+	running.Wait()
+	<-ended
+	if waiting != http.StatusServiceUnavailable {
+		t.Errorf("who waited is answered with %d", waiting)
+	}
 }
 
 // reloadUntil reloads again and again: on a busy machine a new configuration may not be ready in the time that a test gives it.

@@ -39,14 +39,14 @@ type server struct {
 	wardrobe wardrobe
 
 	service     atomic.Pointer[service]
-	coming      atomic.Pointer[service] // that a reload waits for, nil for none
-	front       *front                  // of the loop alone
-	address     string                  // that was asked for; of the loop alone
-	most, conns atomic.Int64            // connections
-	refused     error                   // why the newest configuration is not in use, nil where it is; of the loop alone
-	leaving     sync.WaitGroup          // services whose site was replaced
-	fronts      sync.WaitGroup          // goroutines that serve
-	failed      chan error              // of a front
+	working     sync.Map       // of *service: those that have begun and not ended, also what a reload waits for or replaced
+	front       *front         // of the loop alone
+	address     string         // that was asked for; of the loop alone
+	most, conns atomic.Int64   // connections
+	refused     error          // why the newest configuration is not in use, nil where it is; of the loop alone
+	leaving     sync.WaitGroup // services whose site was replaced
+	fronts      sync.WaitGroup // goroutines that serve
+	failed      chan error     // of a front
 }
 
 // Run serves until ctx ends, and returns nil after a clean stop. It fails where the first site cannot be built, or its address not
@@ -87,7 +87,7 @@ func Run(ctx context.Context, options Options) error {
 	s.monitor.Begin(first.site.Monitor)
 	defer s.monitor.Close()
 	s.metrics.read()
-	first.begin(ctx)
+	s.begin(ctx, first)
 	s.service.Store(first)
 	s.serve(s.front)
 
@@ -307,13 +307,12 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 		if err == nil {
 			return
 		}
-		s.coming.Store(nil)
 		if opened != nil {
 			_ = opened.listener.Close() // nothing was served there
 		}
 		s.hooks.operations.configure(old.parallel)
 		if begun {
-			err = errors.Join(err, next.end())
+			err = errors.Join(err, s.finish(next))
 		} else {
 			err = errors.Join(err, next.site.close())
 		}
@@ -324,8 +323,7 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 		}
 	}
 	begun = true
-	s.coming.Store(next)
-	next.begin(ctx)
+	s.begin(ctx, next)
 	if err = s.await(ctx, next, old); err != nil {
 		return err
 	}
@@ -335,7 +333,6 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 	s.wardrobe.wear(next.site.Listen, worn)
 	s.limitConnections(next.site.Listen)
 	s.service.Store(next)
-	s.coming.Store(nil)
 	if opened != nil {
 		before := s.front
 		s.front, s.address = opened, next.site.Listen.Address
@@ -344,7 +341,7 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 	}
 	s.leaving.Go(func() {
 		<-old.requests.close()
-		if err := old.end(); err != nil {
+		if err := s.finish(old); err != nil {
 			s.logger.Warn("closing what the configuration before had opened", "cause", err)
 		}
 	})
@@ -354,14 +351,11 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 // await waits until a new service can do what the old one does. An HSM that is away now keeps the one in use: that can seal without
 // it, the new one cannot.
 func (s *server) await(ctx context.Context, next, old *service) error {
-	if !old.settled() {
-		return nil // it can do no less
-	}
 	limit := time.NewTimer(s.timing.settle)
 	defer limit.Stop()
 	look := time.NewTicker(firstLook)
 	defer look.Stop()
-	for !next.settled() {
+	for !next.replaces(old) {
 		select {
 		case <-look.C:
 		case <-limit.C:
@@ -385,13 +379,11 @@ func (s *server) sealOnDemand(ctx context.Context, demand <-chan os.Signal) {
 			return
 		}
 		ended := 0
-		for _, in := range []*service{s.service.Load(), s.coming.Load()} {
-			if in != nil {
-				ended += len(in.site.Keys.Leases())
-				in.site.Keys.EndLeases()
-				in.nudge()
-			}
-		}
+		s.each(func(in *service) {
+			ended += len(in.site.Keys.Leases())
+			in.site.Keys.EndLeases()
+			in.nudge()
+		})
 		s.logger.Info("sealed: all leases were ended", "leases", ended)
 	}
 }
@@ -408,12 +400,32 @@ func (s *server) end() error {
 	s.logger.Info("stopping")
 	s.notify.Stopping()
 	last := s.service.Load()
-	last.desk.close()
+	s.each(func(in *service) { in.desk.close() })
 	s.front.stop()
 	s.leaving.Wait()
 	s.fronts.Wait()
 	<-last.requests.close()
-	return last.end()
+	return s.finish(last)
+}
+
+// begin starts a service.
+func (s *server) begin(ctx context.Context, in *service) {
+	s.working.Store(in, nil)
+	in.begin(ctx)
+}
+
+// finish ends a service that nobody gives requests any more.
+func (s *server) finish(in *service) error {
+	defer s.working.Delete(in)
+	return in.end()
+}
+
+// each does something with every service that works.
+func (s *server) each(do func(*service)) {
+	s.working.Range(func(in, _ any) bool {
+		do(in.(*service)) //nolint:forcetypeassert // nothing else is in it
+		return true
+	})
 }
 
 // healthy returns nil while the loops turn.
