@@ -11,8 +11,9 @@
 // one HSM key, however often it is tried. Deleting works the same way.
 //
 // The record holds the authentication keys in the clear and belongs in a store that is itself protected, such as a
-// Vault mount's storage; where the store is plain files, they lie in their envelopes only ([Config.SealAuthKeys]). The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store while
-// one of its HSMs exists ([Keyring.Restore]).
+// Vault mount's storage; where the store is plain files, they lie in their envelopes only ([Config.SealAuthKeys]), and the
+// HSM opens each at its first use. The key record ([Keyring.Backup]) holds no secret and brings a key back in a new store
+// while one of its HSMs exists ([Keyring.Restore]).
 //
 // A key with a lease ([Settings].Lease) gives its versions a key encryption key (KEK), sealed to the version's HSM keys.
 // Envelopes of use transit are then sealed to the KEK, which the HSM opens once for all of them and which is held in
