@@ -2,8 +2,9 @@
 // NetHSM ready, keeps clusters of Vault and OpenBao unsealed, and serves the seal of those that unseal themselves.
 //
 // What it does lies in the rooms below it: devices in internal/device, wrapping keys in internal/keyring, configuration
-// in internal/config, clusters in internal/custody and internal/daemon, the seal server in internal/server. Here are flags, prompts, tables and exit codes, one file a verb. The program may itself be the
-// module host, the process that loads a vendor's PKCS#11 module: then it never comes to the command.
+// in internal/config, clusters in internal/custody and internal/daemon, the seal server in internal/server. Here are flags,
+// prompts, tables and exit codes, one file a verb. The program may itself be the module host, the process that loads a
+// vendor's PKCS#11 module: then it never comes to the command.
 //
 // Results go to stdout, everything else to stderr. Exit codes are listed in exit.go.
 package main

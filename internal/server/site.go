@@ -2,10 +2,11 @@
 // HSM without another Vault between.
 //
 // A [Site] is what was made of the configuration: keys, tokens, devices, where to listen. Encrypting needs an HSM once after the
-// start, for the keys that authenticate what is sealed, and then none. Decrypting is one operation in an HSM, which does few at a time: a gate lets in twice as many openings as the HSMs do at once, so that none
-// idles, and puts the others in order. An unseal goes before the health check of a Vault that runs (what this server sealed in the
-// last minute), nobody waits for ever, and whoever would wait longer than a client does is told so at once, with 503 and when
-// to come again. A key with a lease opens in memory while that lasts, and passes no gate.
+// start, for the keys that authenticate what is sealed, and then none. Decrypting is one operation in an HSM, which does few at a
+// time: a gate lets in twice as many openings as the HSMs do at once, so that none idles, and puts the others in order. An unseal
+// goes before the health check of a Vault that runs (what this server sealed in the last minute), nobody waits for ever, and whoever
+// would wait longer than a client does is told so at once, with 503 and when to come again. A key with a lease opens in memory
+// while that lasts, and passes no gate.
 //
 // What was read once stays in memory: records of keys, tokens, authentication keys. So an HSM or a store that goes away takes nothing
 // from encrypting, and its return is found by itself. The server calls itself ready when its keys can seal, because a Vault that
