@@ -123,7 +123,7 @@ func hsmGoneInALease(t testing.TB) func(*testing.T) {
 		must(t, opens(t, seal, sealsLeased(t, seal, true), "x"))
 		mark := s.Running.Mark()
 		s.Running.Signal(t, syscall.SIGUSR1)
-		s.Running.Says(t, mark, "sealed")
+		s.Running.Says(t, mark, "all leases were ended")
 		unavailable(t, seal, "decrypt", vaulttest.Fields{"ciphertext": leased})
 		encrypts(t, seal, "sealing needs no HSM")
 		if strict != "" {
@@ -319,6 +319,10 @@ func twoServers(t testing.TB) func(*testing.T) {
 		restarts()
 		etcd.Restart(t, 0)
 		etcd.WaitReady(t)
+		next := first.key(t, "prod")
+		for _, s := range both { // they have heard from etcd again
+			s.served(t, s.with(next.Token, "prod"))
+		}
 
 		revoked(t, seal.Token, both)
 		if err := vault.SealHealthy(t); err != nil {
@@ -327,10 +331,6 @@ func twoServers(t testing.TB) func(*testing.T) {
 		recalls(t, vault, "secret", "kept") // a Vault that runs goes on
 		vault.Stop(t)
 		vault.MustNotStart(t, "error parsing Seal configuration", "permission denied")
-		next := first.key(t, "prod")
-		for _, s := range both {
-			s.served(t, s.with(next.Token, "prod"))
-		}
 		next.Address = balancer.Address
 		vault.SetSeals(next)
 		vault.Resume(t)

@@ -79,8 +79,8 @@ func fortySeals(t testing.TB) func(*testing.T) {
 		if used < operationsToComeUp*size || used > operationsToComeUp*size+size/4 {
 			t.Errorf("%d operations for %d seals", used, size)
 		}
-		if most := operationsToComeUp*size*operation + 15*time.Second; outcome.Took > most {
-			t.Errorf("it took %s", outcome.Took)
+		if most := 2 * operationsToComeUp * size * operation; outcome.Took > most { // it takes half of that where nobody else works
+			t.Errorf("it took %s: what did the card do meanwhile?", outcome.Took)
 		}
 		s.healthy(t)
 	}
