@@ -154,6 +154,7 @@ func (s *Server) call(ctx context.Context, name, id string, do func(context.Cont
 		}
 		return s.fail(ctx, name, err)
 	}
+	s.recovered(name)
 	return nil
 }
 

@@ -194,6 +194,27 @@ func TestACallHasAnEndAlthoughOpenBaoSetsNone(t *testing.T) {
 	})
 }
 
+func TestTheSameTroubleIsSaidAgainWhenItComesAgain(t *testing.T) {
+	f := newFixture(t)
+	id := f.wrapper()
+	blob, err := f.encrypt(id, "x", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for outage := range 2 {
+		f.token.SetError(hsm.ErrUnavailable)
+		_, err := f.decrypt(id, blob, "")
+		wantCode(t, err, codes.Unavailable, "")
+		if said := strings.Count(f.log.String(), "a call failed"); said != outage+1 {
+			t.Errorf("in outage %d it was said %d times in all", outage+1, said)
+		}
+		f.token.SetError(nil)
+		if _, err := f.decrypt(id, blob, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestCallsWithoutAWrapper(t *testing.T) {
 	f := newFixture(t)
 	ended := f.wrapper()

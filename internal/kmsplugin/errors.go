@@ -94,3 +94,10 @@ func (s *Server) news(call, text string) bool {
 	s.said[call] = text
 	return text != before
 }
+
+// recovered lets the next error of a call be news, whatever it says.
+func (s *Server) recovered(call string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.said, call)
+}

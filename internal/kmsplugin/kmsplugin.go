@@ -115,7 +115,7 @@ type Server struct {
 	seals  map[string]*seal
 	calls  uint64 // counts them, for seal.used
 	closed bool
-	said   map[string]string // the newest error in the log, by call
+	said   map[string]string // the newest error in the log since a success, by call
 }
 
 // maxSeals is how many wrappers a process keeps. OpenBao has two at most, and one more for each time that its telling a new
