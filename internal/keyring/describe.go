@@ -150,8 +150,12 @@ func (r *record) warnings() []string {
 		warn("the key record was never read since version %d was made: without it nothing that this version sealed can be opened "+
 			"once %s is lost; %s and keep it", v.Number, r.say().Home, r.say().Read(r.Name))
 	}
-	if serves := r.encryptVersion(); serves > 0 && serves < v.Number {
+	serves := r.encryptVersion()
+	if serves > 0 && serves < v.Number {
 		warn("version %d is not used by encrypt/ yet, which goes on with version %d: %s", v.Number, serves, r.lacks(v))
+	}
+	if serves > 0 && slices.Contains(r.wantsKEK(), serves) { // it came to serve after the lease was set
+		warn("version %d, which serves encrypt/, has no key encryption key, so that nothing is sealed to a lease: set the lease once more", serves)
 	}
 	if countHSMs(v.Recipients) < 2 && r.Acknowledgements.BackupConfirmed == nil && r.Acknowledgements.AcceptSingleHSM == nil {
 		warn("version %d opens on one HSM only: add a recipient on another one, or back the HSM key up and %s",

@@ -83,6 +83,25 @@ func TestEachVersionHasAKEKAndOldOnesOpen(t *testing.T) {
 	}
 }
 
+// Which version serves may change after the lease was set, by what people confirm.
+func TestALeaseThatAnOldVersionCannotUseIsWarnedOf(t *testing.T) {
+	f := newFixture(t)
+	f.server()
+	f.adopt()
+	f.addTwo()
+	f.rotate("one", "rsa")
+	f.configure(Settings{Lease: ptr(testLease)})
+	f.backup() // version 1 is on two HSMs, version 2 is not
+	warned := func() bool { return f.warned("version 1, which serves encrypt/", "no key encryption key", "set the lease once more") }
+	if f.openLease(); f.encrypt("x").Leased || !warned() {
+		t.Error("it is sealed strictly, and nothing says so")
+	}
+	f.configure(Settings{Lease: ptr(testLease)})
+	if f.openLease(); !f.encrypt("x").Leased || warned() {
+		t.Error("what the warning says does not help")
+	}
+}
+
 func TestServersRestoredFromTheKeyRecordShareAKEK(t *testing.T) {
 	a := newLeased(t)
 	b := a.twin(true)
