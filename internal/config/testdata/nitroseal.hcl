@@ -216,7 +216,7 @@ run {
 serve {
   # Host and port. Default "0.0.0.0:8210".
   listen = "0.0.0.0:8210"
-  # Its certificate and key, taken anew when they change.
+  # Its certificate and key, taken anew when they change; a credential does so with a restart of the service only.
   tls_cert_file = "serve.pem"
   tls_key_file  = "credential:serve.key"
   # true does without TLS, for a loopback address alone: tokens and the keys of Vaults pass in the clear. Default false.
@@ -244,8 +244,8 @@ serve {
   mlock = true
 }
 
-# Where acts of custody, and what is opened for seals, are written down before they are done. Each needs one of these to take it. Default: audit.log in
-# state_dir.
+# Where acts of custody, and what is opened for seals, are written down before they are done. Each needs one of these to take it.
+# Default: audit.log in state_dir; of "nitroseal serve" systemd's journal, where there is one.
 audit "file" {
   path = "/var/log/nitroseal/audit.log"
 }
