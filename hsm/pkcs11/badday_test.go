@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -432,6 +433,7 @@ func (s *setting) otherPlugin(t *testing.T, pin string) *exec.Cmd {
 	cmd.Env = append(os.Environ(), otherPluginModule+"="+s.token.Module, otherPluginSerial+"="+s.token.Serial,
 		otherPluginState+"="+s.state, otherPluginEnv+"="+strings.Join(s.token.Env, ","), otherPluginPIN+"="+pin)
 	cmd.WaitDelay = patience
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // it tries for ever
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = io.Discard, &out
 	if err := cmd.Start(); err != nil {
