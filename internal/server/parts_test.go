@@ -339,6 +339,21 @@ func TestWhatIsOpenStaysSo(t *testing.T) {
 	}
 }
 
+func TestALoopThatDoesNotTurnIsTold(t *testing.T) {
+	s := &service{}
+	if what := s.stuck(time.Now()); what != "" {
+		t.Errorf("before it begins: %q", what)
+	}
+	due := time.Now().Add(time.Minute)
+	s.deadline.Store(&due)
+	if what := s.stuck(due.Add(-time.Second)); what != "" {
+		t.Errorf("in time: %q", what)
+	}
+	if s.stuck(due.Add(time.Second)) == "" {
+		t.Error("too late, and nobody is told")
+	}
+}
+
 // TestAClientThatGoesAwaySaysNothingAboutTheHSM, and an HSM that does not answer does.
 func TestAClientThatGoesAwaySaysNothingAboutTheHSM(t *testing.T) {
 	h := newHooks(newMetrics())

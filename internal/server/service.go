@@ -36,15 +36,15 @@ type service struct {
 	parallel map[string]int // operations at one time, by device
 
 	current  atomic.Pointer[[]*view]
-	looked   atomic.Bool       // the keys were looked at since the tokens are known
-	gates    map[string]*gate  // by devices; of the loop of looks alone
-	records  uint64            // fingerprint; of the loop of looks alone
-	up       map[string]bool   // devices, as they were last seen; of the loop of looks alone
-	unfit    map[string]string // why a key is not fit for use, as the log was told; of the loop of looks alone
-	blind    bool              // the log was told that records cannot be looked at; of the loop of looks alone
-	deadline atomic.Int64      // when the loop of looks must have turned, Unix seconds
-	again    chan struct{}     // "look now"
-	wake     chan struct{}     // "see whether there is something to warm"
+	looked   atomic.Bool               // the keys were looked at since the tokens are known
+	gates    map[string]*gate          // by devices; of the loop of looks alone
+	records  uint64                    // fingerprint; of the loop of looks alone
+	up       map[string]bool           // devices, as they were last seen; of the loop of looks alone
+	unfit    map[string]string         // why a key is not fit for use, as the log was told; of the loop of looks alone
+	blind    bool                      // the log was told that records cannot be looked at; of the loop of looks alone
+	deadline atomic.Pointer[time.Time] // when the loop of looks must have turned, by a clock that nobody sets
+	again    chan struct{}             // "look now"
+	wake     chan struct{}             // "see whether there is something to warm"
 	audit    atomic.Pointer[error]
 
 	warmMu  sync.Mutex
@@ -131,7 +131,8 @@ func (s *service) lookOnAndOn(ctx context.Context) {
 	tick := time.NewTicker(lookInterval)
 	defer tick.Stop()
 	for {
-		s.deadline.Store(time.Now().Add(lookLimit + turnSlack).Unix())
+		due := time.Now().Add(lookLimit + turnSlack)
+		s.deadline.Store(&due)
 		s.look()
 		select {
 		case s.wake <- struct{}{}:
@@ -275,7 +276,7 @@ func (d doorkeeper) knows() bool { return d.tokens.Status().Source != token.Sour
 
 // stuck tells whether a loop does not turn.
 func (s *service) stuck(now time.Time) string {
-	if due := s.deadline.Load(); due != 0 && now.Unix() > due {
+	if due := s.deadline.Load(); due != nil && now.After(*due) {
 		return "the look at the keys"
 	}
 	for name, p := range s.probes {
