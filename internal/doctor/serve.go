@@ -5,11 +5,13 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
 	"time"
 
+	"vault-plugin-secrets-nitrokey/internal/store"
 	"vault-plugin-secrets-nitrokey/internal/token"
 )
 
@@ -111,7 +113,11 @@ func (d *doctor) serveTokens(ctx context.Context, f chart) (named []string) {
 	good := 0
 	for i := range listed {
 		if listed[i].Err != nil {
-			f.warning("tokens", "nitroseal serve token revoke "+listed[i].ID+", and make another", "%v", listed[i].Err)
+			remedy := "nitroseal serve token revoke " + listed[i].ID + ", and make another"
+			if errors.Is(listed[i].Err, store.ErrCorrupt) { // which no revision is known of, and the store says what to do
+				remedy = "do so, or make another token"
+			}
+			f.warning("tokens", remedy, "%v", listed[i].Err)
 			continue
 		}
 		good++

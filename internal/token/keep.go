@@ -107,7 +107,7 @@ type Listed struct {
 }
 
 // List returns all items, by name and then by age. Those that are no tokens are there with an error; nobody can use them, and
-// Revoke removes them.
+// Revoke removes them, but for those that the store itself calls damaged: its error says what to do about these.
 func List(ctx context.Context, in store.Store) ([]Listed, error) {
 	ids, err := list(ctx, in)
 	if err != nil {

@@ -243,7 +243,7 @@ func (r *Registry) read(ctx context.Context, now time.Time) (tokens map[string]T
 func (r *Registry) complain(id string, err error) {
 	if !r.damaged[id] {
 		r.damaged[id] = true
-		r.logger.Warn("an item of the store is no token and is left out; revoke it and make another", "id", id, "cause", err)
+		r.logger.Warn("an item of the store is no token and is left out; revoke or remove it, and make another", "id", id, "cause", err)
 	}
 }
 
