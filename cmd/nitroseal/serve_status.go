@@ -20,8 +20,8 @@ func newServeStatusCommand(a *app) *cobra.Command {
 strict mode each Vault costs two operations of an HSM to come up, one every ten minutes after that, and one a minute while its seal is unhealthy. The
 capacity is how many come up within three minutes of a power cut. No HSM is asked.
 
-The exit code is that of a health check: 0 where all is well, 1 where a key that is there does not seal or open, 3 where the
-server does not answer.`,
+The exit code is that of a health check: 0 where all is well, 1 where a key that is there does not seal or open, or none is there, 3 where
+the server does not answer.`,
 		Example: "  nitroseal serve status -o json",
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -85,10 +85,19 @@ func (v *sealServerView) judge() verdict {
 	case v.err != nil:
 		found.wrong = append(found.wrong, v.Error)
 	}
+	served := 0
 	for i := range v.Keys {
-		if k := &v.Keys[i]; v.counts(k) && troubleOf(k) != "" {
+		k := &v.Keys[i]
+		if !v.counts(k) {
+			continue
+		}
+		served++
+		if troubleOf(k) != "" {
 			found.wrong = append(found.wrong, fmt.Sprintf("seal server: key %q %s: %s", k.Name, troubleOf(k), adviceFor(k)))
 		}
+	}
+	if v.err == nil && served == 0 {
+		found.wrong = append(found.wrong, "seal server: it has no key that is fit for use, so it answers no Vault; nitroseal serve token list says what its tokens are for")
 	}
 	return found
 }

@@ -8,6 +8,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
+	"vault-plugin-secrets-nitrokey/internal/server"
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
@@ -82,5 +83,32 @@ func TestAStoreThatIsAwayIsToldOfOnce(t *testing.T) {
 	view.rows(&table{w: &told})
 	if n := strings.Count(told.String(), "no connection"); n != 1 {
 		t.Errorf("it is told %d times:\n%s", n, told.String())
+	}
+}
+
+// A seal server that answers no Vault is not well, whatever the reason: a token for a key of another machine, or no token at all.
+func TestTheVerdictOfTheSealServer(t *testing.T) {
+	good := server.KeyHealth{Name: "prod", Version: 1, Seals: true, Opens: true}
+	ill, none := server.KeyHealth{Name: "prod", Version: 1, Seals: true}, server.KeyHealth{Name: "prd"}
+	for name, test := range map[string]struct {
+		view sealServerView
+		want string // in the one sentence; "" where all is well
+	}{
+		"a key that seals and opens":              {sealServerView{Keys: []server.KeyHealth{good}}, ""},
+		"a token for a key that is not there":     {sealServerView{Keys: []server.KeyHealth{good, none}}, ""},
+		"a key whose HSM is away":                 {sealServerView{Keys: []server.KeyHealth{ill, none}}, "DOES NOT OPEN"},
+		"a configured key that is not there":      {sealServerView{Keys: []server.KeyHealth{none}, named: []string{"prd"}}, "NEITHER SEALS NOR OPENS"},
+		"tokens for keys that are not there only": {sealServerView{Keys: []server.KeyHealth{none}}, "no key that is fit for use"},
+		"no token":                                {sealServerView{}, "no key that is fit for use"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := test.view.judge()
+			if len(v.silent) > 0 || len(v.wrong) != min(1, len(test.want)) || test.want != "" && !strings.Contains(v.wrong[0], test.want) {
+				t.Errorf("wrong: %q, silent: %q, want %q", v.wrong, v.silent, test.want)
+			}
+		})
+	}
+	if v := (&sealServerView{err: errSilent}).judge(); len(v.wrong) > 0 || len(v.silent) != 1 {
+		t.Errorf("a server that does not answer: %+v", v)
 	}
 }
