@@ -3,9 +3,11 @@ package monitor
 import (
 	"context"
 	"crypto/tls"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"testing"
 	"time"
 
@@ -14,8 +16,14 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// ownAddress is an address of this machine whose ports nobody else takes as soon as they are free: other tests run meanwhile.
+func ownAddress() string {
+	pid := os.Getpid()
+	return fmt.Sprintf("127.%d.%d.%d:0", 1+pid>>16&0x3f, pid>>8&0xff, pid&0xff)
+}
+
 func TestNoListenerIsTriedAgainWhereNoneIsWantedAnyMore(t *testing.T) {
-	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", ownAddress())
 	must(t, err)
 	s := NewServer(Options{Handler: http.NotFoundHandler(), Logger: slog.New(slog.DiscardHandler)})
 	defer s.Close()
@@ -30,7 +38,7 @@ func TestNoListenerIsTriedAgainWhereNoneIsWantedAnyMore(t *testing.T) {
 
 // TestAListenerThatHasNotBegunToServeIsClosedAllTheSame: a reload may come before its goroutine has had its turn.
 func TestAListenerThatHasNotBegunToServeIsClosedAllTheSame(t *testing.T) {
-	free, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	free, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", ownAddress())
 	must(t, err)
 	address := free.Addr().String()
 	must(t, free.Close())
@@ -54,7 +62,7 @@ func TestANameThatNobodyResolvesDelaysNothingForLong(t *testing.T) {
 	defer s.Close()
 	begun := time.Now()
 	s.Begin(Listen{Address: "nobody.example:0", Plain: true})
-	if took := time.Since(begun); took > nameLimit+2*time.Second {
+	if took := time.Since(begun); took > nameLimit+6*time.Second { // without a limit of ours it is 10 s at least
 		t.Errorf("it took %v", took)
 	}
 	if s.missing.Address == "" {
