@@ -508,11 +508,12 @@ func (m *mount) awaitState(name, state string) reply {
 // await polls until something has come about.
 func await(t testing.TB, what string, come func() bool) {
 	t.Helper()
+	const patience = 2 * time.Minute // an RSA key is made in software, and a busy machine takes long for it
 	ticker := time.NewTicker(2 * time.Millisecond)
 	defer ticker.Stop()
-	for deadline := time.Now().Add(20 * time.Second); !come(); <-ticker.C {
+	for deadline := time.Now().Add(patience); !come(); <-ticker.C {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited 20 s for %s", what)
+			t.Fatalf("waited %v for %s", patience, what)
 		}
 	}
 }
