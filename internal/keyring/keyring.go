@@ -299,7 +299,7 @@ type RestoreRequest struct {
 	// Devices maps device names of the record to today's, where they differ.
 	Devices map[string]string
 	// AcceptRecipients lets the record change a key that is here. Without it that is [ErrKeyExists], which names the recipients
-	// it would have more: who gives both record and SHA-256 says what a key in use seals to.
+	// and KEKs it would have more: who gives both record and SHA-256 says what a key in use seals to.
 	AcceptRecipients bool
 	// Deferred writes a key that is not here yet without asking an HSM: its authentication keys are opened at their first
 	// use. That is for a program that has to start while its HSM is away.

@@ -8,7 +8,7 @@ import (
 )
 
 // Seal makes an envelope with the newest version of a key, or with c.Version where that is set. It fills c.Key and
-// c.Version. No HSM is touched, but for a restored version whose authentication key none of its devices has opened yet.
+// c.Version. No HSM is touched, but for a version whose authentication key none of its devices has opened yet.
 // Uses transit and seal are sealed with the newest version that is ready for it, see [Keyring.Ready]; transit to the
 // version's key encryption key where a lease of it is open, see [Keyring.OpenLease].
 func (k *Keyring) Seal(ctx context.Context, name string, c envelope.Context, payload []byte) (Sealed, error) {
