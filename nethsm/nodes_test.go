@@ -41,7 +41,7 @@ func TestNodesTellHowTheyFare(t *testing.T) {
 				if n.URL != h.URLs()[i] || n.State != want {
 					t.Errorf("node %d = %+v, want it %s", i, n, want)
 				}
-				if there := want != hsm.StateAbsent; there && (n.RoundTrip <= 0 || n.RoundTrip > time.Second || !n.CertificateEnds.After(time.Now())) {
+				if there := want != hsm.StateAbsent; there && (n.RoundTrip <= 0 || n.RoundTrip > nodesTimeout || !n.CertificateEnds.After(time.Now())) {
 					t.Errorf("node %d = %+v", i, n)
 				}
 				if i > 0 && n.Err == nil {

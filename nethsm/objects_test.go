@@ -9,11 +9,15 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
 	"vault-plugin-secrets-nitrokey/nethsm"
 	"vault-plugin-secrets-nitrokey/nethsm/nethsmtest"
 )
+
+// shortGrace is what tests wait for whoever made an empty carrier.
+const shortGrace = 100 * time.Millisecond
 
 const unsealCarrier = "nitroseal-object.nitroseal..material._prod._unseal.-7"
 
@@ -59,6 +63,7 @@ func TestObjectReadsLikeWhatItIs(t *testing.T) {
 func TestInterruptedWriteLeavesNothingAndIsCompleted(t *testing.T) {
 	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 	device, ctx, admin := openDevice(t, deviceOn(h)), shortly(t), administrator(t, h)
+	nethsm.ShortenGrace(device, shortGrace)
 	// Drop: the certificate never arrives. The carrier was made.
 	h.Node(0).Inject(nethsmtest.Fault{Method: http.MethodPut, Path: "/keys/", Drop: true, Times: 1})
 	if err := device.WriteObject(ctx, unsealObject, []byte("lost")); !errors.Is(err, hsm.ErrUnavailable) {
@@ -98,6 +103,7 @@ func TestLostAnswersOfAWriteAreLookedFor(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 			device := openDevice(t, deviceOn(h))
+			nethsm.ShortenGrace(device, shortGrace)
 			h.Node(0).Inject(fault)
 			if err := device.WriteObject(shortly(t), unsealObject, []byte("value")); err != nil {
 				t.Fatal(err)
@@ -126,6 +132,7 @@ func TestOneWriterFillsTheCarrierThatWasLeft(t *testing.T) {
 		var devices [writers]*nethsm.Device
 		for i := range devices {
 			devices[i] = openDevice(t, deviceOn(h))
+			nethsm.ShortenGrace(devices[i], shortGrace)
 		}
 		var results [writers]error
 		var all sync.WaitGroup
@@ -152,6 +159,7 @@ func TestOneWriterFillsTheCarrierThatWasLeft(t *testing.T) {
 func TestDatabaseWithoutRoomIsFull(t *testing.T) {
 	h := nethsmtest.Start(t, nethsmtest.Options{Provisioned: true})
 	device := openDevice(t, deviceOn(h))
+	nethsm.ShortenGrace(device, shortGrace)
 	for name, fault := range map[string]nethsmtest.Fault{
 		"for the carrier":     {Method: http.MethodPost, Path: "/keys/generate", Status: http.StatusInternalServerError},
 		"for the certificate": {Method: http.MethodPut, Path: "/keys/", Status: http.StatusInternalServerError},

@@ -54,6 +54,7 @@ func TestWriteThatAnotherOneReplacedIsNotConfirmed(t *testing.T) {
 	}
 	other.Times = 3 // from the cache
 	h.Node(1).Inject(other)
+	device.lag = cacheLag
 	if err := device.WriteObject(t.Context(), ref, []byte("value")); err != nil {
 		t.Errorf("WriteObject over an old cache = %v", err)
 	}

@@ -90,59 +90,62 @@ func TestTroubleAtEveryRequestToANetHSMLeavesOldOrNew(t *testing.T) {
 		{"deleting", []string{"older", "old"}, remove, ""},
 	} {
 		for _, trouble := range troubles {
-			for at, over := 1, false; !over; at++ {
-				t.Run(fmt.Sprintf("%s, request %d, %s", w.sentence, at, trouble.sentence), func(t *testing.T) {
-					h, err := nethsmtest.New(nethsmtest.Options{Provisioned: true})
-					if err != nil {
-						t.Fatal(err)
-					}
-					t.Cleanup(h.Close)
-					node := &troubled{hsm: h, trouble: trouble}
-					server := httptest.NewServer(node)
-					t.Cleanup(server.Close)
-					stateDir := t.TempDir()
-					s := open(t, openAt(t, server.URL), stateDir)
-					revision, old := store.NoRevision, ""
-					for _, old = range w.before {
-						if revision, err = s.Put(t.Context(), "a", []byte(old), revision); err != nil {
+			t.Run(w.sentence+", "+trouble.sentence, func(t *testing.T) {
+				t.Parallel() // most of them wait for whoever may have made a carrier
+				for at, over := 1, false; !over; at++ {
+					t.Run(fmt.Sprintf("request %d", at), func(t *testing.T) {
+						h, err := nethsmtest.New(nethsmtest.Options{Provisioned: true})
+						if err != nil {
 							t.Fatal(err)
 						}
-					}
-					node.arm(at)
-					err = w.do(t.Context(), open(t, openAt(t, server.URL), stateDir), revision)
-					if over = !node.struck(); over && err != nil {
-						t.Fatalf("without trouble: %v", err)
-					}
-					node.arm(0)
+						t.Cleanup(h.Close)
+						node := &troubled{hsm: h, trouble: trouble}
+						server := httptest.NewServer(node)
+						t.Cleanup(server.Close)
+						stateDir := t.TempDir()
+						s := open(t, openAt(t, server.URL), stateDir)
+						revision, old := store.NoRevision, ""
+						for _, old = range w.before {
+							if revision, err = s.Put(t.Context(), "a", []byte(old), revision); err != nil {
+								t.Fatal(err)
+							}
+						}
+						node.arm(at)
+						err = w.do(t.Context(), open(t, openAt(t, server.URL), stateDir), revision)
+						if over = !node.struck(); over && err != nil {
+							t.Fatalf("without trouble: %v", err)
+						}
+						node.arm(0)
 
-					device := openAt(t, server.URL)
-					fresh := open(t, device, stateDir)
-					entry, getErr := fresh.Get(t.Context(), "a")
-					if getErr != nil && !errors.Is(getErr, store.ErrNotFound) {
-						t.Fatalf("Get = %v", getErr)
-					}
-					switch found := string(entry.Value); {
-					case found != old && found != w.new:
-						t.Fatalf("Get = %q, want %q or %q", found, old, w.new)
-					case err == nil && found != w.new:
-						t.Fatalf("it was confirmed, and Get = %q, want %q", found, w.new)
-					case errors.Is(err, store.ErrConflict):
-						t.Fatalf("a writer who is alone meets a conflict: %v", err)
-					}
-					if _, err := fresh.Put(t.Context(), "a", []byte("next"), entry.Revision); err != nil {
-						t.Fatalf("Put = %v", err)
-					}
-					if entry, err = fresh.Get(t.Context(), "a"); err != nil || string(entry.Value) != "next" {
-						t.Fatalf("Get = %q, %v", entry.Value, err)
-					}
-					if got := labels(t, device); len(got) != 1 {
-						t.Errorf("the next write leaves %q, want one object", got)
-					}
-					if ids := h.KeyIDs(); len(ids) != 1 {
-						t.Errorf("the NetHSM holds %q, want one carrier", ids)
-					}
-				})
-			}
+						device := openAt(t, server.URL)
+						fresh := open(t, device, stateDir)
+						entry, getErr := fresh.Get(t.Context(), "a")
+						if getErr != nil && !errors.Is(getErr, store.ErrNotFound) {
+							t.Fatalf("Get = %v", getErr)
+						}
+						switch found := string(entry.Value); {
+						case found != old && found != w.new:
+							t.Fatalf("Get = %q, want %q or %q", found, old, w.new)
+						case err == nil && found != w.new:
+							t.Fatalf("it was confirmed, and Get = %q, want %q", found, w.new)
+						case errors.Is(err, store.ErrConflict):
+							t.Fatalf("a writer who is alone meets a conflict: %v", err)
+						}
+						if _, err := fresh.Put(t.Context(), "a", []byte("next"), entry.Revision); err != nil {
+							t.Fatalf("Put = %v", err)
+						}
+						if entry, err = fresh.Get(t.Context(), "a"); err != nil || string(entry.Value) != "next" {
+							t.Fatalf("Get = %q, %v", entry.Value, err)
+						}
+						if got := labels(t, device); len(got) != 1 {
+							t.Errorf("the next write leaves %q, want one object", got)
+						}
+						if ids := h.KeyIDs(); len(ids) != 1 {
+							t.Errorf("the NetHSM holds %q, want one carrier", ids)
+						}
+					})
+				}
+			})
 		}
 	}
 }

@@ -72,9 +72,10 @@ func TestWritersOfTwoMachinesOnNetHSM(t *testing.T) {
 	for round := range 10 {
 		next := make(chan store.Revision, 2)
 		errs := make(chan error, 2)
+		expected := revision
 		for _, s := range []*object.Store{first, second} {
 			go func() {
-				r, err := s.Put(t.Context(), "a", fmt.Appendf(nil, "round %d", round), revision)
+				r, err := s.Put(t.Context(), "a", fmt.Appendf(nil, "round %d", round), expected)
 				next <- r
 				errs <- err
 			}()
