@@ -108,6 +108,10 @@ func healthClient(c *config.Config) (url string, client *http.Client, err error)
 	if !c.Serve.Secure() {
 		return "http://" + dialable(c.Serve.Listen), client, nil
 	}
+	if c.Serve.ClientCertificates == config.CertificatesRequired {
+		return "", nil, fmt.Errorf("%w: the seal server at %s speaks to nobody without a client certificate, so nothing is known of it; set metrics_listen, where it asks "+
+			"for none", errSilent, c.Serve.Listen)
+	}
 	chain, key, err := sealCertificate(c)
 	clear(key)
 	if err != nil {

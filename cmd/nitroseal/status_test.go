@@ -1,10 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 
+	"vault-plugin-secrets-nitrokey/internal/config"
 	"vault-plugin-secrets-nitrokey/internal/custody"
 	"vault-plugin-secrets-nitrokey/internal/custody/cluster"
 	"vault-plugin-secrets-nitrokey/internal/custody/node"
@@ -99,7 +101,7 @@ func TestTheVerdictOfTheSealServer(t *testing.T) {
 		"a key whose HSM is away":                 {sealServerView{Keys: []server.KeyHealth{ill, none}}, "DOES NOT OPEN"},
 		"a configured key that is not there":      {sealServerView{Keys: []server.KeyHealth{none}, named: []string{"prd"}}, "NEITHER SEALS NOR OPENS"},
 		"tokens for keys that are not there only": {sealServerView{Keys: []server.KeyHealth{none}}, "no key that is fit for use"},
-		"no token":                                {sealServerView{}, "no key that is fit for use"},
+		"no token": {sealServerView{}, "no key that is fit for use"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := test.view.judge()
@@ -110,5 +112,16 @@ func TestTheVerdictOfTheSealServer(t *testing.T) {
 	}
 	if v := (&sealServerView{err: errSilent}).judge(); len(v.wrong) > 0 || len(v.silent) != 1 {
 		t.Errorf("a server that does not answer: %+v", v)
+	}
+}
+
+func TestAServerThatAsksForCertificatesIsAskedWhereItDoesNot(t *testing.T) {
+	c := &config.Config{Serve: &config.Serve{Listen: "127.0.0.1:1", TLSCertFile: "none", ClientCertificates: config.CertificatesRequired}}
+	if _, _, err := sealHealth(t.Context(), c); !errors.Is(err, errSilent) || !strings.Contains(err.Error(), "set metrics_listen") {
+		t.Errorf("without a listener for the metrics: %v", err)
+	}
+	c.Serve.MetricsListen = "127.0.0.1:1"
+	if _, _, err := sealHealth(t.Context(), c); !errors.Is(err, errSilent) || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("with one: %v", err)
 	}
 }
