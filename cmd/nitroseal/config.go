@@ -52,6 +52,9 @@ name are read as well, and not shown. No HSM, store or Vault is touched: "nitros
 				for _, kind := range view.Audit {
 					t.row("audit", kind)
 				}
+				if c.Serve != nil && len(c.Audits) == 0 {
+					t.row("", "(nitroseal serve: systemd's journal, where there is one)")
+				}
 			})
 		},
 	}

@@ -184,6 +184,7 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 
 	// A token for a key that is not there harms nobody else.
 	_, typo := s.token(t, "prd")
+	id, text := s.token(t, "prod")
 	until(t, "the server to know it", func() bool { _, health := s.health(t); return len(health.Nitroseal.Keys) == 3 })
 	if code, health := s.health(t); code != http.StatusOK || health.Sealed {
 		t.Errorf("a typing mistake makes the server ill: %d, %+v", code, health)
@@ -193,7 +194,6 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 	}
 
 	// Made and revoked while it runs.
-	id, text := s.token(t, "prod")
 	until(t, "the new token to be taken", func() bool { return s.encrypt(t, text, "prod", "a").code == http.StatusOK })
 	if got := s.encrypt(t, text, "stage", "a"); got.code != http.StatusForbidden || len(got.Errors) != 1 || got.Errors[0] != "permission denied" {
 		t.Errorf("a token for another key is answered %+v", got)
@@ -202,7 +202,7 @@ func TestTheServerServesTwoNamesOfOneHSMKey(t *testing.T) {
 	until(t, "the revoked token to be refused", func() bool { return s.encrypt(t, text, "prod", "a").code == http.StatusForbidden })
 
 	// What an operator asks.
-	if out := must(t, s.configuration, "config", "check"); !strings.Contains(out, s.address+"/v1/transit") {
+	if out := must(t, s.configuration, "config", "check"); !strings.Contains(out, s.address+"/v1/transit") || !strings.Contains(out, "systemd's journal") {
 		t.Errorf("config check says\n%s", out)
 	}
 	if out := must(t, s.configuration, "serve", "status"); !strings.Contains(out, "key prod") || !strings.Contains(out, "1 of 1 HSM answer") ||
