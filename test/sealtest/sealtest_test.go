@@ -239,7 +239,8 @@ func TestAStormComesToItsEnd(t *testing.T) {
 	if got := tally.Count(sealtest.Decrypt); got != 2*len(seals) {
 		t.Errorf("%d decrypts:\n%s", got, tally)
 	}
-	if got := balancer.Served(s.URL); got != len(seals) {
+	// A transport may lack its connection for a moment after its first answer, and make another one.
+	if got := balancer.Served(s.URL); got < len(seals) || got > 2*len(seals) {
 		t.Errorf("the balancer gave %d connections to the server", got)
 	}
 
