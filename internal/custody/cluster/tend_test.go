@@ -19,7 +19,7 @@ import (
 	"vault-plugin-secrets-nitrokey/internal/store"
 )
 
-// shares counts the shares that a node got.
+// sharesSent counts the shares that a node got.
 func sharesSent(n *nodetest.Node) int { return n.Count(http.MethodPut, "sys/unseal") }
 
 // inCustody is a site whose cluster is initialised, and a host of it.

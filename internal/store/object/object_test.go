@@ -158,7 +158,6 @@ func TestWriterWithoutOurLockIsNoticed(t *testing.T) {
 	}
 }
 
-// refuser is a token that refuses a name that exists, as a NetHSM does on all machines at once.
 // refuser finds an object in the way of a write: what there returns of the bytes to be written, none for nil.
 type refuser struct {
 	hsm.ObjectStore
