@@ -35,7 +35,7 @@ type timing struct {
 	certificates time.Duration
 	// memory is how often the limit of memory is set anew, 0 for never.
 	memory time.Duration
-	// settle is how long a new configuration may take to become ready before the one in use stays.
+	// settle is how long a new configuration may take for its next key to become ready, before the one in use stays.
 	settle time.Duration
 }
 

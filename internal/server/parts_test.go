@@ -196,6 +196,7 @@ func TestAListenerWithoutTLSIsOnlyForThisMachine(t *testing.T) {
 func TestMemoryIsLimitedByWhatConnectionsNeed(t *testing.T) {
 	const ask = -1
 	limit := func() int64 { return debug.SetMemoryLimit(ask) }
+	runtime.GC() // what other tests used counts until then
 	synctest.Test(t, func(t *testing.T) {
 		s := &server{timing: usual()}
 		ctx, stop := context.WithCancel(t.Context())

@@ -152,6 +152,21 @@ func TestSealingWipesAlsoWhatEndsItsRequests(t *testing.T) {
 	}
 }
 
+// TestAReloadWaitsForAsManyKeysAsThereAre: a card needs half a minute for fifty.
+func TestAReloadWaitsForAsManyKeysAsThereAre(t *testing.T) {
+	w := newWorld(t)
+	w.timing.settle = time.Second
+	w.units[0].places = make(chan struct{}, 1)
+	names := []string{"prod", "a", "b", "c", "d", "e"}
+	for _, name := range names[1:] {
+		w.adopt(name)
+	}
+	w.token(token.Spec{Keys: names})
+	r := w.start(nil).waitReady()
+	w.units[0].Delay(300 * time.Millisecond) // and six of them
+	r.reloadUntil("it is taken", func() bool { return r.logged.count("the new configuration is in use") > 0 })
+}
+
 // reloadUntil reloads again and again: on a busy machine a new configuration may not be ready in the time that a test gives it.
 func (r *running) reloadUntil(what string, yes func() bool) {
 	r.t.Helper()

@@ -348,16 +348,20 @@ func (s *server) replace(ctx context.Context, old *service) (err error) {
 	return nil
 }
 
-// await waits until a new service can do what the old one does. An HSM that is away now keeps the one in use: that can seal without
-// it, the new one cannot.
+// await waits until a new service can do what the old one does, for as long as one key after the other gets there. An HSM that is
+// away now keeps the one in use: that can seal without it, the new one cannot.
 func (s *server) await(ctx context.Context, next, old *service) error {
 	limit := time.NewTimer(s.timing.settle)
 	defer limit.Stop()
 	look := time.NewTicker(firstLook)
 	defer look.Stop()
-	for !next.replaces(old) {
+	for sealing := 0; !next.replaces(old); {
 		select {
 		case <-look.C:
+			if now := next.sealing(); now > sealing {
+				sealing = now
+				limit.Reset(s.timing.settle)
+			}
 		case <-limit.C:
 			if !(doorkeeper{next.site.Tokens}).knows() {
 				return errors.New("the store of its tokens does not tell them, and there is no copy: reload again when it does")

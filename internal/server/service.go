@@ -243,6 +243,17 @@ func (s *service) settled() bool {
 	return true
 }
 
+// sealing is how many keys seal.
+func (s *service) sealing() int {
+	n := 0
+	for _, v := range s.views() {
+		if v.health.Seals {
+			n++
+		}
+	}
+	return n
+}
+
 // replaces tells whether a service can do what another one does. Where that waits for nothing, neither must this one; where it does,
 // what it seals with is enough.
 func (s *service) replaces(old *service) bool {
