@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"vault-plugin-secrets-nitrokey/hsm"
@@ -61,18 +62,20 @@ func TestAContextThatEndedCostsNoOperation(t *testing.T) {
 }
 
 func TestADeadlineDuringTheOperationIsSeenBesideTheHSMsError(t *testing.T) {
-	own := load(t, rsa2048, "")
-	e, err := Parse(mustSeal(t, wrapContext(), []byte("payload"), own))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithDeadline(t.Context(), time.Now().Add(time.Millisecond))
-	defer cancel()
-	key := &waiting{Decrypter: own.key.(hsm.Decrypter), err: hsm.ErrUnavailable}
-	_, err = e.Open(ctx, wrapContext(), own.Recipient, key, testAuth)
-	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, hsm.ErrUnavailable) {
-		t.Errorf("opening gave %v, want both DeadlineExceeded and ErrUnavailable", err)
-	}
+	synctest.Test(t, func(t *testing.T) { // the deadline does not come before the operation has begun
+		own := load(t, rsa2048, "")
+		e, err := Parse(mustSeal(t, wrapContext(), []byte("payload"), own))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		key := &waiting{Decrypter: own.key.(hsm.Decrypter), err: hsm.ErrUnavailable}
+		_, err = e.Open(ctx, wrapContext(), own.Recipient, key, testAuth)
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, hsm.ErrUnavailable) {
+			t.Errorf("opening gave %v, want both DeadlineExceeded and ErrUnavailable", err)
+		}
+	})
 }
 
 // waiting is a key whose HSM answers with err when ctx ends.
