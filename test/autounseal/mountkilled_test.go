@@ -49,7 +49,7 @@ func mountIsKilled(t *testing.T, m *mount) {
 	// killed replaces the server. Who is before the gate waits meanwhile.
 	killed := func() {
 		t.Helper()
-		gate.Shut()
+		gate.Hold()
 		m.Kill(t)
 		node.ClearFaults()
 		m.Start(t)

@@ -190,7 +190,7 @@ func killedInTheMiddle(t testing.TB) func(*testing.T) {
 		// Whoever asks meanwhile waits before the gate. Without it Vault would ask in vain, twice, and give up the init.
 		replaced := func(mend ...pkcs11test.Fault) {
 			t.Helper()
-			gate.Shut()
+			gate.Hold()
 			s.Kill(t)
 			card.Mend(t, mend...)
 			s.Start(t)

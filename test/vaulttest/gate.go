@@ -50,15 +50,28 @@ func NewGate(t testing.TB, address string) *Gate {
 	return g
 }
 
-// Shut cuts what is open and lets nothing in.
-func (g *Gate) Shut() {
+// Hold lets nothing in and keeps what is open, although the server may end: whoever waits for an answer learns that when the gate
+// opens. Vault's client would ask again at once otherwise, and its patience for a new connection is ten seconds, twice.
+func (g *Gate) Hold() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.shut()
+}
+
+// shut makes all wait. The caller holds mu.
+func (g *Gate) shut() {
 	select {
 	case <-g.open:
 		g.open = make(chan struct{})
 	default:
 	}
+}
+
+// Shut cuts what is open and lets nothing in.
+func (g *Gate) Shut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.shut()
 	for conn := range g.conns {
 		_ = conn.Close() // its ends are told so
 	}
@@ -121,6 +134,10 @@ func (g *Gate) pass(conn net.Conn) {
 	for _, way := range [][2]net.Conn{{conn, behind}, {behind, conn}} {
 		both.Go(func() {
 			_, _ = io.Copy(way[0], way[1]) // one end has closed
+			g.mu.Lock()
+			open := g.open
+			g.mu.Unlock()
+			<-open
 			_ = way[0].Close()
 		})
 	}
