@@ -156,16 +156,10 @@ func TestDocumentedFlagsExist(t *testing.T) {
 	}
 }
 
-// buildCommand builds nitroseal.
+// buildCommand builds nitroseal as users get it, once for all tests.
 func buildCommand(t *testing.T) string {
 	t.Helper()
-	program := filepath.Join(t.TempDir(), "nitroseal")
-	command := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./cmd/nitroseal")
-	command.Dir = vaulttest.Root()
-	if out, err := command.CombinedOutput(); err != nil {
-		t.Fatalf("building nitroseal: %v\n%s", err, out)
-	}
-	return program
+	return vaulttest.Build{Command: "nitroseal", NoRace: true}.Binary(t).Path
 }
 
 // curlConfig is what the pages tell to write into a file for curl.
