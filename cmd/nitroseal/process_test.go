@@ -26,8 +26,8 @@ func configured(t *testing.T, token *pkcs11test.Token) (path string) {
 	if err := os.Mkdir(filepath.Join(dir, "state"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	source := fmt.Sprintf("state_dir = \"state\"\npkcs11 {\n  modules = [%q]\n  env = [\"SOFTHSM2_CONF\", \"CARD_CONTROL\"]\n}\n"+
-		"device \"one\" {\n  type = \"pkcs11\"\n  serial = %q\n  pin_file = \"pin\"\n}\n", token.Module, token.Serial)
+	source := fmt.Sprintf("state_dir = \"state\"\npkcs11 {\n  modules = [%q]\n  env = [%s]\n}\n"+
+		"device \"one\" {\n  type = \"pkcs11\"\n  serial = %q\n  pin_file = \"pin\"\n}\n", token.Module, quoted(token.Env), token.Serial)
 	for name, content := range map[string]string{"nitroseal.hcl": source, "pin": token.PIN} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
@@ -35,6 +35,9 @@ func configured(t *testing.T, token *pkcs11test.Token) (path string) {
 	}
 	return filepath.Join(dir, "nitroseal.hcl")
 }
+
+// quoted are the elements of a list, as HCL has them.
+func quoted(names []string) string { return `"` + strings.Join(names, `", "`) + `"` }
 
 // command is a run of nitroseal.
 func command(t *testing.T, configuration string, args ...string) *exec.Cmd {

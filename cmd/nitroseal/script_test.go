@@ -135,7 +135,7 @@ func (s *stage) setup(env *testscript.Env) error {
 		env.Setenv(strings.ToUpper(name)+"_SERIAL", t.Serial)
 	}
 	module := func(t *pkcs11test.Token) {
-		fmt.Fprintf(&config, "pkcs11 {\n  modules = [%q]\n  env     = [\"SOFTHSM2_CONF\", \"CARD_CONTROL\"]\n}\n", t.Module)
+		fmt.Fprintf(&config, "pkcs11 {\n  modules = [%q]\n  env     = [%s]\n}\n", t.Module, quoted(t.Env))
 	}
 	switch {
 	case s.card != nil:
