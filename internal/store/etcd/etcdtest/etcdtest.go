@@ -14,7 +14,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +25,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -46,9 +46,10 @@ type Cluster struct {
 	// CAFile, CertFile and KeyFile hold CACert, ClientCert and ClientKey.
 	CAFile, CertFile, KeyFile string
 
-	dir     string
-	members []*member
-	client  *clientv3.Client
+	dir      string
+	members  []*member
+	client   *clientv3.Client
+	reserved []int // sockets that keep the ports of the members
 }
 
 // Option changes how a cluster runs.
@@ -173,7 +174,7 @@ func (c *Cluster) start(binary string, members int, chosen options) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), readyLimit)
 	defer cancel()
-	ports, err := freePorts(ctx, 2*members)
+	ports, err := c.reservePorts(2 * members)
 	if err != nil {
 		return err
 	}
@@ -213,20 +214,33 @@ func (c *Cluster) start(binary string, members int, chosen options) error {
 	return c.waitReady(ctx)
 }
 
-// freePorts returns loopback ports that were free a moment ago.
-func freePorts(ctx context.Context, n int) ([]int, error) {
+// reservePorts returns loopback ports that nobody else is given while the cluster runs, also while a member is down. A socket
+// that is bound and does not listen keeps a port from all but those who ask for it by its number and, as every listener of Go's,
+// let others reuse it; who connects to it is refused.
+func (c *Cluster) reservePorts(n int) ([]int, error) {
 	var ports []int
 	for range n {
-		listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+		reserved, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("reserving a port: %w", err)
 		}
-		defer listener.Close() // all at the end, so that no port is given twice
-		address, ok := listener.Addr().(*net.TCPAddr)
+		c.reserved = append(c.reserved, reserved)
+		err = unix.SetsockoptInt(reserved, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		if err == nil {
+			err = unix.Bind(reserved, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reserving a port: %w", err)
+		}
+		address, err := unix.Getsockname(reserved)
+		if err != nil {
+			return nil, fmt.Errorf("reserving a port: %w", err)
+		}
+		inet, ok := address.(*unix.SockaddrInet4)
 		if !ok {
-			return nil, fmt.Errorf("listening on %v", listener.Addr())
+			return nil, fmt.Errorf("reserving a port: it is at %v", address)
 		}
-		ports = append(ports, address.Port)
+		ports = append(ports, inet.Port)
 	}
 	return ports, nil
 }
@@ -396,4 +410,8 @@ func (c *Cluster) stop() {
 			<-m.exited
 		}
 	}
+	for _, socket := range c.reserved {
+		_ = unix.Close(socket)
+	}
+	c.reserved = nil
 }
