@@ -24,32 +24,35 @@ func TestCustodyOfARaftClusterFromNothing(t *testing.T) {
 	for name, test := range map[string]struct {
 		retryJoin bool
 		store     string
+		token     bool
 		with      func(t *testing.T, h *vaulttest.Host)
 	}{
-		"a token and three members of etcd": {false, "etcd", func(t *testing.T, h *vaulttest.Host) {
+		"a token and three members of etcd": {false, "etcd", true, func(t *testing.T, h *vaulttest.Host) {
 			t.Helper()
-			h.WithToken(t, pkcs11test.SoftHSM(t))
 			h.WithEtcd(t, etcdtest.Start(t, 3))
 		}},
-		"data objects on the token, and nodes that join by themselves": {true, "token", func(t *testing.T, h *vaulttest.Host) {
+		"data objects on the token, and nodes that join by themselves": {true, "token", true, func(t *testing.T, h *vaulttest.Host) {
 			t.Helper()
-			h.WithToken(t, pkcs11test.SoftHSM(t))
 			h.Set(t, `store "token"`, "type = \"object\"\n device = \"hsm\"")
 		}},
-		"a NetHSM of two nodes and etcd": {true, "etcd", func(t *testing.T, h *vaulttest.Host) {
+		"a NetHSM of two nodes and etcd": {true, "etcd", false, func(t *testing.T, h *vaulttest.Host) {
 			t.Helper()
 			h.WithNetHSM(t, startNetHSM(t, 2), netOperator, netPassword, netAdmin, netAdminPassword)
 			h.WithEtcd(t, etcdtest.Start(t, 3))
 		}},
-		"a NetHSM that keeps the envelopes too": {false, "netHSM", func(t *testing.T, h *vaulttest.Host) {
+		"a NetHSM that keeps the envelopes too": {false, "netHSM", false, func(t *testing.T, h *vaulttest.Host) {
 			t.Helper()
 			h.WithNetHSM(t, startNetHSM(t, 1), netOperator, netPassword, netAdmin, netAdminPassword)
 			h.Set(t, `store "netHSM"`, "type = \"object\"\n device = \"hsm\"")
 		}},
 	} {
+		h := vaulttest.NewHost(t)
+		if test.token { // before the stories begin: the environment of PKCS#11 tokens belongs to the whole process
+			h.WithToken(t, pkcs11test.SoftHSM(t))
+		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // they wait for elections and for the daemon's next look more than they work
 			vaults := vaulttest.StartCluster(t, 3, test.retryJoin)
-			h := vaulttest.NewHost(t)
 			test.with(t, h)
 			h.WithCluster(t, vaults.PEM, vaults.Addresses(), test.store, "")
 			h.WithKey(t)

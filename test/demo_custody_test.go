@@ -10,6 +10,7 @@ import (
 )
 
 func TestTwoCustodyDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
+	t.Parallel()
 	first := startDemo(t, "demo-custody")
 	vaulttest.Eventually(t, 5*time.Minute, "the first to have built what it needs", func() error {
 		select {
@@ -39,5 +40,6 @@ func TestTwoCustodyDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 }
 
 func TestCtrlCEndsTheCustodyDemoAndWhatItStarted(t *testing.T) {
+	t.Parallel()
 	ctrlCEndsIt(t, startDemo(t, "demo-custody"), "A daemon keeps it unsealed")
 }

@@ -10,6 +10,7 @@ import (
 )
 
 func TestTwoSealDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
+	t.Parallel()
 	first := startDemo(t, "demo-seal")
 	vaulttest.Eventually(t, 5*time.Minute, "the first to have built what it needs", func() error {
 		select {
@@ -42,5 +43,6 @@ func TestTwoSealDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 }
 
 func TestCtrlCEndsTheSealDemoAndWhatItStarted(t *testing.T) {
+	t.Parallel()
 	ctrlCEndsIt(t, startDemo(t, "demo-seal"), "No unseal keys")
 }

@@ -17,6 +17,7 @@ import (
 	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
+// The demos wait more than they work, so they run two at a time, but for this one, which builds in the repository.
 func TestTheDemoRunsToItsEndAndCleansUp(t *testing.T) {
 	d := startDemo(t, "demo", "run")
 	if err := d.wait(t); err != nil {
@@ -31,6 +32,7 @@ func TestTheDemoRunsToItsEndAndCleansUp(t *testing.T) {
 }
 
 func TestTwoNetHSMDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
+	t.Parallel()
 	first := startDemo(t, "demo-nethsm")
 	vaulttest.Eventually(t, 5*time.Minute, "the first to have built what it needs", func() error {
 		if !strings.Contains(first.out.String(), "Starting Vault") {
@@ -58,8 +60,12 @@ func TestTwoNetHSMDemosAtATimeRunToTheirEndAndCleanUp(t *testing.T) {
 }
 
 func TestCtrlCEndsTheDemoAndWhatItStarted(t *testing.T) {
-	t.Run("PKCS#11", func(t *testing.T) { ctrlCEndsIt(t, startDemo(t, "demo", "run"), "A device: the HSM") })
-	t.Run("NetHSM", func(t *testing.T) { ctrlCEndsIt(t, startDemo(t, "demo-nethsm"), "A device: both nodes") })
+	ctrlCEndsIt(t, startDemo(t, "demo", "run"), "A device: the HSM")
+}
+
+func TestCtrlCEndsTheNetHSMDemoAndWhatItStarted(t *testing.T) {
+	t.Parallel()
+	ctrlCEndsIt(t, startDemo(t, "demo-nethsm"), "A device: both nodes")
 }
 
 func ctrlCEndsIt(t *testing.T, d *demo, step string) {
