@@ -92,7 +92,9 @@ func TestALeaseThatAnOldVersionCannotUseIsWarnedOf(t *testing.T) {
 	f.rotate("one", "rsa")
 	f.configure(Settings{Lease: ptr(testLease)})
 	f.backup() // version 1 is on two HSMs, version 2 is not
-	warned := func() bool { return f.warned("version 1, which serves encrypt/", "no key encryption key", "set the lease once more") }
+	warned := func() bool {
+		return f.warned("version 1, which serves encrypt/", "no key encryption key", "set the lease once more")
+	}
 	if f.openLease(); f.encrypt("x").Leased || !warned() {
 		t.Error("it is sealed strictly, and nothing says so")
 	}
