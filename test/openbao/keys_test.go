@@ -205,7 +205,7 @@ func TestSeveralHSMsAreDescribedByAFile(t *testing.T) {
 	h.Put(t, "nethsm-ca.pem", netHSM.CA())
 	h.Put(t, "admin-password", []byte(nethsmtest.AdminPassphrase))
 	h.Set(t, `device "rack"`, "type = \"nethsm\"\n urls = [%q]\n username = %q\n password_file = \"password\"\n admin_username = %q\n"+
-		" admin_password_file = \"admin-password\"\n ca_cert_file = \"nethsm-ca.pem\"\n request_timeout = \"2s\"",
+		" admin_password_file = \"admin-password\"\n ca_cert_file = \"nethsm-ca.pem\"",
 		netHSM.URLs()[0], nethsmtest.OperatorUser, nethsmtest.AdminUser)
 	if _, _, err := netHSM.AddKey(nethsmtest.Key{ID: "second", Mechanisms: []string{"RSA_Decryption_OAEP_SHA256"}}); err != nil {
 		t.Fatal(err)

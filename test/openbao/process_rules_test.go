@@ -2,6 +2,7 @@ package openbao_test
 
 import (
 	"encoding/json"
+	"errors"
 	"os/exec"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 	"github.com/hashicorp/go-plugin"
 
 	"vault-plugin-secrets-nitrokey/hsm/pkcs11/pkcs11test"
+	"vault-plugin-secrets-nitrokey/test/vaulttest"
 )
 
 func TestHowTheProcessBehaves(t *testing.T) {
@@ -22,6 +24,12 @@ func TestHowTheProcessBehaves(t *testing.T) {
 		blob := w.mustEncrypt(t, plaintext, "an aad that no log may hold")
 		w.opens(t, blob, "an aad that no log may hold", plaintext)
 		_, _ = w.decrypt(t.Context(), blob, []byte("another aad that no log may hold")) // fails
+		vaulttest.Eventually(t, vaulttest.Patience, "the background to say that it is done", func() error {
+			if !strings.Contains(bao.log.String(), "seal ready") {
+				return errors.New("it did not")
+			}
+			return nil
+		})
 		bao.stop()
 		text := bao.log.String()
 		for line := range strings.Lines(text) {
@@ -47,7 +55,7 @@ func TestHowTheProcessBehaves(t *testing.T) {
 
 	t.Run("its memory is locked where -mlock asks for it", func(t *testing.T) {
 		ordinary := s.openBao(t)
-		ordinary.configured(t, settings)
+		ordinary.configured(t, settings).mustEncrypt(t, rootKey, aad) // its log-in is over: another one would not see the token meanwhile
 		asked := newOpenBao(t, s.binary, append([]string{"-mlock"}, s.args...), s.env...)
 		w := asked.configured(t, settings)
 		w.opens(t, w.mustEncrypt(t, rootKey, aad), aad, rootKey)

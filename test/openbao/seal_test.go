@@ -1,6 +1,8 @@
 package openbao_test
 
 import (
+	"bytes"
+	"os"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -84,4 +86,15 @@ func TestAPluginThatWasKilledIsStartedAnewAndToldAgain(t *testing.T) {
 		gone(t, ended...)
 	}
 	w.opens(t, w.mustEncrypt(t, rootKey, aad), aad, rootKey)
+
+	record, err := os.ReadFile(s.host.File("prod.record"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.host.Put(t, "prod.record", bytes.Replace(record, []byte(`"prod"`), []byte(`"test"`), 1))
+	bao.kill(t)
+	_, err = w.decrypt(t.Context(), blob, []byte(aad))
+	refused(t, err, codes.InvalidArgument, "its SHA-256 is")
+	s.host.Put(t, "prod.record", record)
+	w.opens(t, blob, aad, rootKey)
 }

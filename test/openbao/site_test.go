@@ -59,7 +59,7 @@ func withNetHSM(t *testing.T, netHSM *nethsmtest.HSM) *site {
 	s.host.WithNetHSM(t, netHSM, nethsmtest.OperatorUser, nethsmtest.OperatorPassphrase, nethsmtest.AdminUser, nethsmtest.AdminPassphrase)
 	s.device = map[string]string{
 		"type": "nethsm", "urls": strings.Join(netHSM.URLs(), ", "), "username": nethsmtest.OperatorUser,
-		"password_file": s.host.File("password"), "ca_cert_file": s.host.File("nethsm-ca.pem"), "request_timeout": "2s",
+		"password_file": s.host.File("password"), "ca_cert_file": s.host.File("nethsm-ca.pem"),
 	}
 	s.secret = []string{nethsmtest.OperatorPassphrase}
 	s.host.WithKey(t)
