@@ -34,6 +34,9 @@ func TestHostsKilledWhileMuchIsGoingOn(t *testing.T) {
 			return true
 		case errors.Is(err, hsm.ErrUnavailable):
 			failed.Add(1)
+		case what == "writing" && strings.Contains(err.Error(), "CKR_TEMPLATE_INCONSISTENT"):
+			// SoftHSM was seen to find nothing in an object that it has just made, where other threads look for objects.
+			failed.Add(1)
 		default:
 			t.Errorf("%s: %v", what, err)
 		}
