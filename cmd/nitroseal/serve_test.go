@@ -378,6 +378,19 @@ func TestATokenThatCannotBeKeptIsNone(t *testing.T) {
 	if _, err := os.Stat(file); err == nil {
 		t.Error("a file is left for a token that is none")
 	}
+	// Nor is one whose reader went away.
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader.Close()
+	defer writer.Close()
+	cmd := command(t, s.configuration, "serve", "token", "create", "x", "--key", "prod")
+	var said transcript
+	cmd.Stdout, cmd.Stderr = writer, &said
+	if got := code(t, cmd.Run()); got != exitFailed || !strings.Contains(said.text(), "the token was revoked, since nobody saw it") {
+		t.Errorf("without a reader it ended with %d\n%s", got, said.text())
+	}
 	if got := code(t, revoking); got != exitOK || !strings.Contains(string(revoked), "it is done all the same") {
 		t.Errorf("with a full disk revoking ended with %d\n%s", got, revoked)
 	}

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -116,6 +118,8 @@ func (a *app) createToken(ctx context.Context, spec token.Spec, out string) erro
 		a.say("token %s for %s is in %s; servers take it within five seconds", made.ID, made.Name, out)
 		return a.print(view, nil)
 	}
+	// Where the reader of stdout went away, writing to it fails; without somebody who is told, it would end the process before unmake.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if err := a.showSecret(view, secret); err != nil {
 		return a.unmake(ctx, kept, made.ID, err)
 	}
