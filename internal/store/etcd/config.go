@@ -15,6 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 
 	"vault-plugin-secrets-nitrokey/internal/store"
@@ -54,6 +55,13 @@ const (
 	keepAliveTimeout = 5 * time.Second
 )
 
+// reconnect is how a member that is away is looked for: gRPC's own pauses grow to two minutes, and whoever asks for something
+// waits connectLimit. An attempt may take as long as gRPC gives it by itself.
+var reconnect = grpc.WithConnectParams(grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+	MinConnectTimeout: 20 * time.Second,
+})
+
 // client translates the configuration for etcd's client, or says what is wrong with it.
 func (c Config) client() (clientv3.Config, error) {
 	if err := store.CheckName(c.Prefix); err != nil {
@@ -77,6 +85,7 @@ func (c Config) client() (clientv3.Config, error) {
 		// One attempt. The client would repeat a transaction that a server answered with "canceled" or "deadline
 		// exceeded", although it may have been applied: the repetition then looks like a conflict with somebody else.
 		MaxUnaryRetries: 1,
+		DialOptions:     []grpc.DialOption{reconnect},
 	}
 	switch {
 	case secure:
@@ -84,7 +93,7 @@ func (c Config) client() (clientv3.Config, error) {
 			return clientv3.Config{}, err
 		}
 		if c.ServerName != "" {
-			config.DialOptions = []grpc.DialOption{grpc.WithTransportCredentials(serverName(config.TLS))}
+			config.DialOptions = append(config.DialOptions, grpc.WithTransportCredentials(serverName(config.TLS)))
 		}
 		return config, nil
 	case len(c.CACert)+len(c.ClientCert)+len(c.ClientKey)+len(c.ServerName) > 0:
