@@ -25,7 +25,6 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -220,23 +219,23 @@ func (c *Cluster) start(binary string, members int, chosen options) error {
 func (c *Cluster) reservePorts(n int) ([]int, error) {
 	var ports []int
 	for range n {
-		reserved, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		reserved, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return nil, fmt.Errorf("reserving a port: %w", err)
 		}
 		c.reserved = append(c.reserved, reserved)
-		err = unix.SetsockoptInt(reserved, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		err = syscall.SetsockoptInt(reserved, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1)
 		if err == nil {
-			err = unix.Bind(reserved, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
+			err = syscall.Bind(reserved, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
 		}
 		if err != nil {
 			return nil, fmt.Errorf("reserving a port: %w", err)
 		}
-		address, err := unix.Getsockname(reserved)
+		address, err := syscall.Getsockname(reserved)
 		if err != nil {
 			return nil, fmt.Errorf("reserving a port: %w", err)
 		}
-		inet, ok := address.(*unix.SockaddrInet4)
+		inet, ok := address.(*syscall.SockaddrInet4)
 		if !ok {
 			return nil, fmt.Errorf("reserving a port: it is at %v", address)
 		}
@@ -411,7 +410,7 @@ func (c *Cluster) stop() {
 		}
 	}
 	for _, socket := range c.reserved {
-		_ = unix.Close(socket)
+		_ = syscall.Close(socket)
 	}
 	c.reserved = nil
 }
