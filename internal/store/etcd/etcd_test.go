@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,12 +30,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// config is the configuration of a store over a cluster, with a prefix that no other test uses.
+var prefixes atomic.Int64
+
+// config is the configuration of a store over a cluster, with a prefix that no other test uses, nor another run of this one.
 func config(t *testing.T, c *etcdtest.Cluster) etcd.Config {
 	t.Helper()
 	return etcd.Config{
 		Endpoints:  c.Endpoints,
-		Prefix:     "test/" + strings.NewReplacer("/", ".", "'", "", ",", "").Replace(t.Name()),
+		Prefix:     fmt.Sprintf("test%d/%s", prefixes.Add(1), strings.NewReplacer("/", ".", "'", "", ",", "").Replace(t.Name())),
 		CACert:     c.CACert,
 		ClientCert: c.ClientCert,
 		ClientKey:  c.ClientKey,
@@ -57,12 +60,10 @@ func open(t *testing.T, config etcd.Config) *etcd.Store {
 
 func TestStore(t *testing.T) {
 	cluster := etcdtest.Shared(t)
-	places := 0
 	storetest.TestStore(t, func(t *testing.T) storetest.Place {
 		t.Helper()
-		places++
 		config := config(t, cluster)
-		config.Prefix = fmt.Sprintf("conformance/%d-%d", os.Getpid(), places)
+		config.Prefix = fmt.Sprintf("conformance/%d", prefixes.Add(1))
 		return func() store.Store {
 			s, err := etcd.Open(config)
 			if err != nil {
@@ -76,17 +77,16 @@ func TestStore(t *testing.T) {
 func TestKeysLieUnderThePrefixOnly(t *testing.T) {
 	cluster := etcdtest.Shared(t)
 	config := config(t, cluster)
-	config.Prefix = "mine/only"
 	s := open(t, config)
 	if _, err := s.Put(t.Context(), "material/prod", []byte("x"), store.NoRevision); err != nil {
 		t.Fatal(err)
 	}
-	for _, neighbour := range []string{"mine/only2/a", "mine/only", "mine/onlya"} {
+	for _, neighbour := range []string{config.Prefix + "2/a", config.Prefix, config.Prefix + "a"} {
 		if _, err := cluster.Client().Put(t.Context(), neighbour, "foreign"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	found, err := cluster.Client().Get(t.Context(), "mine/only/material/prod")
+	found, err := cluster.Client().Get(t.Context(), config.Prefix+"/material/prod")
 	if err != nil || len(found.Kvs) != 1 || string(found.Kvs[0].Value) != "x" {
 		t.Errorf("etcd holds %v, %v", found, err)
 	}
