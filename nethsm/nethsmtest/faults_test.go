@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -185,6 +186,19 @@ func TestStoppingANodeEndsWhatHangs(t *testing.T) {
 	}
 	if got := h.URLs()[0]; got != url {
 		t.Fatalf("the node came back at %s, not %s", got, url)
+	}
+}
+
+func TestANodeComesBackWhereSomebodyWasGivenItsPortMeanwhile(t *testing.T) {
+	n := Start(t, Options{}).Node(0)
+	n.Stop()
+	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", strings.TrimPrefix(n.URL(), "https://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(100*time.Millisecond, func() { _ = taken.Close() })
+	if err := n.Start(); err != nil {
+		t.Error(err)
 	}
 }
 

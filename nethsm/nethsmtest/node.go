@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -289,6 +290,12 @@ func (n *Node) Start() error {
 		return errors.New("starting a node: it never had an address; use Serve or Start")
 	}
 	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", n.address)
+	if n.served != nil { // somebody else may have been given its port while it was down, for a moment
+		for deadline := time.Now().Add(10 * time.Second); errors.Is(err, syscall.EADDRINUSE) && time.Now().Before(deadline); {
+			<-time.After(20 * time.Millisecond)
+			listener, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", n.address)
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("starting a node: %w", err)
 	}
