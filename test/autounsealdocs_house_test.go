@@ -56,7 +56,7 @@ func newHouse(t *testing.T) *house {
 	h.installSystemctl(t)
 	h.change("/etc/nitroseal/", h.file("etc")+"/", "/etc/vault.d/", h.file("vault.d")+"/", "/var/lib/nitroseal", h.file("state"),
 		`modules = ["/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so"]`,
-		fmt.Sprintf("modules = [%q]\n  env     = [%q, %q]", h.plug.Module, h.plug.Env[0], h.plug.Env[1]),
+		fmt.Sprintf("modules = [%q]\n  env     = [\"%s\"]", h.plug.Module, strings.Join(h.plug.Env, `", "`)),
 		"DENK0100001", h.plug.Serial, "0.0.0.0:8210\"", h.seal+"\"\n  metrics_listen = \""+h.metrics+"\"", "seal.example.org:8210", h.seal,
 		// A person looks again where Vault needs another moment.
 		"vault status\n", "timeout 60 sh -c 'until vault status; do sleep 0.1; done'\n")

@@ -2,7 +2,6 @@ package pkcs11_test
 
 import (
 	"context"
-	"slices"
 	"testing"
 	"time"
 
@@ -26,7 +25,7 @@ type setting struct {
 func newSetting(t *testing.T, token *pkcs11test.Token, change ...func(*pkcs11.Options)) *setting {
 	t.Helper()
 	s := &setting{token: token, state: t.TempDir()}
-	options := pkcs11.Options{Modules: []string{token.Module}, StateDir: s.state, Env: append(slices.Clone(token.Env), "GORACE")}
+	options := pkcs11.Options{Modules: []string{token.Module}, StateDir: s.state, Env: token.Env}
 	for _, c := range change {
 		c(&options)
 	}
