@@ -161,7 +161,7 @@ func (o order) worker() (*worker, error) {
 	counter := &steps{log: log, at: o.At, atName: o.AtName, before: o.Before}
 	logger := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 
-	tokens := pkcs11.New(pkcs11.Options{Modules: []string{o.Module}, StateDir: o.StateDir, Env: []string{"SOFTHSM2_CONF"}, Logger: logger})
+	tokens := pkcs11.New(pkcs11.Options{Modules: []string{o.Module}, StateDir: o.StateDir, Env: []string{"SOFTHSM2_CONF", "GORACE"}, Logger: logger})
 	w.closers = append(w.closers, tokens.Close)
 	registry := device.New(device.Options{Openers: map[string]device.Opener{device.TypePKCS11: device.PKCS11(tokens)}, Logger: logger})
 	handle, err := registry.Open("nitroseal", "hsm", device.Config{

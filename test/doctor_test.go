@@ -53,7 +53,7 @@ func (w *ward) configuration(t *testing.T, changes ...string) string {
 state_dir = "state"
 pkcs11 {
   modules = [%q]
-  env     = ["SOFTHSM2_CONF"]
+  env     = ["SOFTHSM2_CONF", "GORACE"]
 }
 device "stick" {
   type        = "pkcs11"
@@ -106,6 +106,7 @@ vault {
 func nitroseal(t *testing.T, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	command := exec.CommandContext(t.Context(), vaulttest.Build{Command: "nitroseal"}.Binary(t).Path, args...)
+	command.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=20") // or each module host would wait a second at its end
 	var out, complaints bytes.Buffer
 	command.Stdout, command.Stderr = &out, &complaints
 	err := command.Run()
