@@ -49,7 +49,7 @@ func (b *block) decode(into any) {
 		attribute := b.body.Attributes[name]
 		switch {
 		case slices.Contains(known, name) && !literal(attribute.Expr):
-			b.refuse(attribute.Expr.Range(), "%s: %s is not written out; write the value itself, in one line: nothing is computed here", b.what, name)
+			b.refuse(attribute.Expr.Range(), "%s: %s is not written out; write the value itself, or a list of values in brackets, in one line: nothing is computed here", b.what, name)
 		case slices.Contains(known, name):
 			rest.Attributes[name] = attribute
 		case slices.Contains(secrets, name):
