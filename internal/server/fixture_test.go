@@ -506,7 +506,12 @@ func (r *running) ask(client *http.Client, method, path, token, body string) ans
 }
 
 func (r *running) try(client *http.Client, method, path, token, body string) (answer, error) {
-	request, err := http.NewRequestWithContext(r.t.Context(), method, "https://"+r.at+path, strings.NewReader(body))
+	return r.tryUntil(r.t.Context(), client, method, path, token, body)
+}
+
+// tryUntil is try of a client that goes away when ctx ends.
+func (r *running) tryUntil(ctx context.Context, client *http.Client, method, path, token, body string) (answer, error) {
+	request, err := http.NewRequestWithContext(ctx, method, "https://"+r.at+path, strings.NewReader(body))
 	if err != nil {
 		return answer{}, err
 	}
